@@ -1,0 +1,39 @@
+# make bench · make test · make lint: each sets itself up in .venv; only Python >= 3.10 and make have to be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch first and by exact version: a plain pin takes the small build, a range may pull gigabytes of CUDA libraries
+TORCH := $(shell grep -o '^torch==[^ ;]*' constraints.txt)
+
+.PHONY: bench bench-full test lint check clean
+
+bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by both
+	$(BIN)/python -m bench --quick
+	$(BIN)/python examples/char_lm.py
+
+bench-full: $(VENV)/.ready  ## every case of the benchmark
+	$(BIN)/python -m bench
+
+test: $(VENV)/.ready  ## the tests
+	$(BIN)/pytest tests
+
+# mypy finds modules by their paths, so it gets a tree in which kernels/ lies where it is installed
+lint: $(VENV)/.ready  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/types/lstmcore
+	ln -sfn $(CURDIR)/lstmcore/*.py $(CURDIR)/lstmcore/py.typed $(CURDIR)/kernels build/types/lstmcore/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lstmcore
+
+check: $(VENV)/.ready  ## parity with torch.nn.LSTM on this machine
+	$(BIN)/python -m lstmcore check
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build
+
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt '$(TORCH)'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,70 @@
+"""Peak memory of one training step, measured in a process of its own.
+
+Torch does not track its CPU allocations, so the operating system is asked: the growth of the process's highest resident
+size over its size just before the step.  By then a first step on the beginning of the same problem has loaded the
+libraries, compiled the kernels and started the threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.cases import CASES, Case
+from bench.providers import build, draw
+
+WARM_UP_STEPS = 4
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def _status_kib(field: str) -> int:
+    """A size out of Linux's account of this process."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise OSError(f"expected a line {field}: in {_STATUS}, got none")
+
+
+def _peak_kib() -> int:
+    """The highest resident size of this process so far."""
+    if _STATUS.exists():
+        return _status_kib("VmHWM")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // 1024 if sys.platform == "darwin" else peak
+
+
+def _measure(case: Case, provider: str, backend: str) -> float:
+    """MiB that one training step adds to this process."""
+    build(provider, draw(case, steps=min(WARM_UP_STEPS, case.steps)), backend).training()
+    runner = build(provider, draw(case), backend)
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what was freed while drawing the data must not hide what the step allocates
+    if _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5")  # the highest size starts over from the present one
+        before = _status_kib("VmRSS")
+    else:
+        before = _peak_kib()
+    runner.training()
+    return (_peak_kib() - before) / 1024
+
+
+def peak_memory_mib(case: Case, provider: str, backend: str = "auto") -> float:
+    """MiB that one training step of the case adds to a process, in a fresh one."""
+    child = subprocess.run(
+        [sys.executable, "-m", "bench.memory", case.name, provider, backend],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return float(json.loads(child.stdout)["mib"])
+
+
+if __name__ == "__main__":
+    print(json.dumps({"mib": _measure(CASES[sys.argv[1]], *sys.argv[2:4])}))

@@ -1,0 +1,159 @@
+"""Who computes a case: ``lstmcore.LSTM`` and ``torch.nn.LSTM``, on the same weights, inputs and gradients.
+
+Legend: T steps, B batch, I input, N rows over all steps, S layers times directions, P projection, H hidden.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.cases import Case
+
+OURS, PEER = "lstmcore", "torch"
+PROVIDERS = (OURS, PEER)
+# Which path torch takes is a column of the rows.
+warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
+OUTPUTS = ("output", "h_n", "c_n")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The data of a case, drawn from its name: every provider, in every process, gets the same."""
+
+    case: Case
+    weights: dict[str, Tensor]
+    input: Tensor  # (T, B, I)
+    lengths: Tensor | None  # (B,), where the input gets packed
+    hx: tuple[Tensor, Tensor]  # (S, B, P), (S, B, H)
+    grad_outputs: tuple[Tensor, Tensor, Tensor]  # of output, (T, B, D * P) or (N, D * P) packed; of h_n; of c_n
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    """What the constructors of both modules take."""
+    return {
+        "input_size": case.input_size,
+        "hidden_size": case.hidden_size,
+        "num_layers": case.num_layers,
+        "bidirectional": case.bidirectional,
+        "proj_size": case.proj_size,
+    }
+
+
+def draw(case: Case, dtype: torch.dtype | None = None, steps: int | None = None) -> Problem:
+    """The data of ``case``; drawn in its own dtype, then converted to ``dtype`` when given.
+
+    ``steps`` keeps only so many (rows that are longer end there).
+    """
+    width = case.proj_size or case.hidden_size
+    states = case.num_layers * case.directions
+    lengths = [min(length, steps or length) for length in case.lengths()]
+    rows = (sum(lengths),) if case.ragged else (max(lengths), case.batch)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(case.name.encode()))
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape).to(case.device, case.torch_dtype).to(dtype or case.torch_dtype)
+
+        weights = nn.LSTM(**arguments(case)).to(case.device, case.torch_dtype).to(dtype or case.torch_dtype)
+        return Problem(
+            case=case,
+            weights=weights.state_dict(),
+            input=normal(max(lengths), case.batch, case.input_size),
+            lengths=torch.tensor(lengths) if case.ragged else None,
+            hx=(normal(states, case.batch, width), normal(states, case.batch, case.hidden_size)),
+            grad_outputs=(
+                normal(*rows, case.directions * width),
+                normal(states, case.batch, width),
+                normal(states, case.batch, case.hidden_size),
+            ),
+        )
+
+
+class Runner:
+    """One module on one problem: the two things that get timed, and the names of what they return."""
+
+    def __init__(self, module: nn.RNNBase, problem: Problem) -> None:
+        module.load_state_dict(problem.weights)
+        self.module = module
+        self.problem = problem
+        self.input = problem.input.clone().requires_grad_()
+        self.hx = (problem.hx[0].clone().requires_grad_(), problem.hx[1].clone().requires_grad_())
+        self.leaves = (self.input, *self.hx, *module.parameters())
+
+    @property
+    def gradient_names(self) -> tuple[str, ...]:
+        return ("grad input", "grad h_0", "grad c_0", *(f"grad {name}" for name, _ in self.module.named_parameters()))
+
+    def feed(self) -> Tensor | PackedSequence:
+        """The input as the module takes it; packing is part of what is timed, for it is part of what a user runs."""
+        if self.problem.lengths is None:
+            return self.input
+        return pack_padded_sequence(self.input, self.problem.lengths, enforce_sorted=False)
+
+    def _forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        output, (h_n, c_n) = self.module(self.feed(), self.hx)
+        return (output.data if isinstance(output, PackedSequence) else output), h_n, c_n
+
+    def inference(self) -> tuple[Tensor, ...]:
+        """The outputs, with nothing kept for a backward."""
+        with torch.no_grad():
+            return self._forward()
+
+    def training(self) -> tuple[Tensor, ...]:
+        """The outputs, then the gradients of the input, of both initial states and of every parameter."""
+        outputs = self._forward()
+        return *outputs, *torch.autograd.grad(outputs, self.leaves, self.problem.grad_outputs)
+
+
+def build(provider: str, problem: Problem, backend: str = "auto") -> Runner:
+    """The module of a provider on this problem; ``backend`` is for ours."""
+    settings = arguments(problem.case) | {"device": problem.input.device, "dtype": problem.input.dtype}
+    if provider == PEER:
+        return Runner(nn.LSTM(**settings), problem)
+    if provider == OURS:
+        import lstmcore
+
+        return Runner(lstmcore.LSTM(**settings, backend=backend), problem)
+    raise ValueError(f"expected a provider out of {', '.join(PROVIDERS)}, got {provider!r}")
+
+
+class _Operators(TorchDispatchMode):
+    """Collects the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def algorithm(provider: str, case: Case, mode: str, backend: str = "auto") -> str:
+    """What runs inside a provider: the backend of ours, or which of its own paths torch takes.
+
+    Torch decides by dtype, sizes, mode and whether rows end at different steps, but not by the number of steps: two of
+    them are enough to see it, except where the rows have to stay ragged.
+    """
+    runner = build(provider, draw(case, steps=2 if provider == PEER and not case.ragged else None), backend)
+    if provider == OURS:
+        import lstmcore
+
+        with torch.set_grad_enabled(mode == "training"):
+            return lstmcore.explain(runner.module, runner.feed()).name
+    with _Operators() as seen:
+        getattr(runner, mode)()
+    if "aten::mkldnn_rnn_layer" in seen.names:
+        return "oneDNN"
+    if "aten::_cudnn_rnn" in seen.names:
+        return "cuDNN"
+    return "step loop"

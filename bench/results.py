@@ -1,0 +1,110 @@
+"""Tidy rows: one for each case, mode and provider; kept in one CSV file for each device and number of threads."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one case in one mode.  None where a figure does not apply or was not measured."""
+
+    commit: str
+    date: str
+    torch: str
+    numba: str
+    lstmcore: str
+    device: str
+    threads: int
+    case: str
+    group: str
+    input_size: int
+    hidden_size: int
+    batch: int
+    steps: int
+    num_layers: int
+    directions: int
+    proj_size: int
+    mean_length: float
+    dtype: str
+    mode: str
+    provider: str
+    backend: str  # what ran inside the provider
+    pairs: int
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    gflops: float  # billions of operations a second at the median, counted by Case.flops
+    peak_gflops: float  # what the machine's FMA units do at most in this dtype
+    peak_share: float
+    ratio: float | None  # ours only: the peer's median over ours
+    pair_ratio: float | None  # ours only: the median of the ratios of back-to-back pairs
+    max_error: float | None  # ours only: relative to the largest entry of a tensor, the worst of all tensors
+    reference: str | None  # ours only: against what max_error was measured
+    memory_mib: float | None  # training only, selected cases: what one step adds to a process at its peak
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes a row of a file unique: a later row of the same key replaces it."""
+        return self.case, self.mode, self.provider
+
+
+def _parse(text: str, annotation: str) -> object:
+    """A cell as the field's annotation has it."""
+    if text == "" and "None" in annotation:
+        return None
+    kind = {"int": int, "float": float, "str": str}[annotation.removesuffix(" | None")]
+    return kind(text)
+
+
+def _format(value: object) -> object:
+    """A cell as it is written: six digits are more than a timer has."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else value
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; none where there is no file yet."""
+    if not path.exists():
+        return []
+    expected = [field.name for field in fields(Row)]
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != expected:
+            raise ValueError(f"{path}: expected the columns {expected}, got {reader.fieldnames}; move the file away")
+        return [
+            Row(**{field.name: _parse(record[field.name], str(field.type)) for field in fields(Row)})  # type: ignore[arg-type]
+            for record in reader
+        ]
+
+
+def merge(old: Iterable[Row], new: Iterable[Row], order: Iterable[str]) -> list[Row]:
+    """The old rows with those of the same key replaced; in the order of the registry, without cases it has lost."""
+    rank = {case: index for index, case in enumerate(order)}
+    rows = {row.key: row for row in [*old, *new]}
+    return sorted((row for row in rows.values() if row.case in rank), key=lambda row: (rank[row.case], row.key[1:]))
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Writes the file in one move, so that an interruption leaves either the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _format(value) for name, value in asdict(row).items()} for row in rows)
+    unfinished.replace(path)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The mean for ratios: half as fast and twice as fast cancel out."""
+    logarithms = [math.log(value) for value in values]
+    return math.exp(math.fsum(logarithms) / len(logarithms))

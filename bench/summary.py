@@ -1,0 +1,63 @@
+"""Rows summed up by group: what both the table on the screen and the one in the README show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from bench.cases import GROUPS, MODES, UNIONS
+from bench.providers import OURS, PEER
+from bench.results import Row, geometric_mean
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One mode of one group."""
+
+    group: str
+    title: str
+    mode: str
+    cases: int
+    ratio: float  # the geometric mean
+    lowest: float
+    highest: float
+    ours_share: float  # mean share of the FMA peak
+    peer_share: float
+    memory_ratio: float | None  # ours over the peer's, geometric mean of the cases that have both
+
+
+def pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Ours and the peer's rows of the same case and mode."""
+    peers = {row.key[:2]: row for row in rows if row.provider == PEER}
+    return [(row, peers[row.key[:2]]) for row in rows if row.provider == OURS and row.key[:2] in peers]
+
+
+def _summarise(group: str, title: str, mode: str, chosen: list[tuple[Row, Row]]) -> Summary:
+    ratios = [ours.ratio for ours, _ in chosen if ours.ratio is not None]
+    memory = [ours.memory_mib / peer.memory_mib for ours, peer in chosen if ours.memory_mib and peer.memory_mib]
+    return Summary(
+        group=group,
+        title=title,
+        mode=mode,
+        cases=len(chosen),
+        ratio=geometric_mean(ratios),
+        lowest=min(ratios),
+        highest=max(ratios),
+        ours_share=fmean(ours.peak_share for ours, _ in chosen),
+        peer_share=fmean(peer.peak_share for _, peer in chosen),
+        memory_ratio=geometric_mean(memory) if memory else None,
+    )
+
+
+def summaries(rows: Sequence[Row]) -> Iterator[Summary]:
+    """Each group, and each union of groups, in each mode that has rows."""
+    both = pairs(rows)
+    named: list[tuple[str, str, tuple[str, ...]]] = [
+        *((name, " + ".join(members), members) for name, members in UNIONS.items()),
+        *((name, title, (name,)) for name, title in GROUPS.items()),
+    ]
+    for name, title, members in named:
+        for mode in MODES:
+            if chosen := [pair for pair in both if pair[0].group in members and pair[0].mode == mode]:
+                yield _summarise(name, title, mode, chosen)

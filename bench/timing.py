@@ -1,0 +1,96 @@
+"""The interleaved timer: ours and the peer alternate in one process, so both meet the same clock and neighbours."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+# A sample lasts at least this long: calls that are shorter are repeated within it.
+SAMPLE_S = 0.01
+# After a parallel region the threads of an OpenMP runtime keep spinning for a few milliseconds.  On a machine with few
+# cores they would run against whoever comes next, so each sample starts after a pause that lets them go to sleep.
+PAUSE_S = 0.005
+MAX_PAIRS = 101
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds a call, one entry a pair: entry k of both was measured back to back."""
+
+    ours: tuple[float, ...]
+    peer: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The peer's median over ours: above one, ours is faster."""
+        return statistics.median(self.peer) / statistics.median(self.ours)
+
+    @property
+    def pair_ratio(self) -> float:
+        """The median of the pairs' own ratios, which a slow drift of the machine cannot move."""
+        return statistics.median(peer / ours for ours, peer in zip(self.ours, self.peer, strict=True))
+
+
+def percentile(values: tuple[float, ...], share: float) -> float:
+    """The value below which ``share`` of the values lie, interpolated."""
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+@contextmanager
+def _no_gc() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _seconds(call: Callable[[], object], calls: int) -> float:
+    """Seconds for so many calls, including those it takes to free what they return."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return time.perf_counter() - start
+
+
+def _probe(call: Callable[[], object]) -> float:
+    """Seconds that a call takes, roughly: the best of three where they are short, since one may meet a busy machine."""
+    first = _seconds(call, 1)
+    return first if first > 5 * SAMPLE_S else min(first, _seconds(call, 1), _seconds(call, 1))
+
+
+def _sample(call: Callable[[], object], calls: int) -> float:
+    """Seconds a call, from one sample."""
+    time.sleep(PAUSE_S)
+    if calls > 1:
+        call()  # wakes the threads, which a loop over short calls does once and not at each
+    return _seconds(call, calls) / calls
+
+
+def interleave(ours: Callable[[], object], peer: Callable[[], object], *, min_pairs: int, budget_s: float) -> Samples:
+    """Alternates the two, at least ``min_pairs`` times, and on until ``budget_s`` is used up.
+
+    Who goes first alternates too.  Both have to have run before: nothing here is a warm-up of compilers or caches.
+    """
+    with _no_gc():
+        started = time.perf_counter()
+        slowest = max(_probe(ours), _probe(peer))
+        calls = max(1, math.ceil(SAMPLE_S / slowest))
+        times: tuple[list[float], list[float]] = ([], [])
+        while len(times[0]) < min_pairs or (len(times[0]) < MAX_PAIRS and time.perf_counter() - started < budget_s):
+            sides = ((ours, times[0]), (peer, times[1]))
+            for call, record in sides if len(times[0]) % 2 == 0 else sides[::-1]:
+                record.append(_sample(call, calls))
+    return Samples(tuple(times[0]), tuple(times[1]))

@@ -1,0 +1,89 @@
+"""Outputs and gradients of the two providers are checked on the very data that is then timed: no check, no figure.
+
+Errors are relative to the largest entry of the expected tensor.  Against float64 the bound is calibrated: twice what
+``torch.nn.LSTM`` itself is off by in the same dtype, plus a floor of a few roundings.  Where float64, which torch runs
+as a slow loop that keeps every step, would take too long, ours is compared with torch in the same dtype under a fixed
+bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bench.cases import Case
+from bench.providers import OUTPUTS, Problem, Runner, arguments, draw
+
+FACTOR = 2.0
+FLOOR_EPS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}  # in units of the dtype's epsilon
+
+# Three times torch's own largest error over the cases that are checked against float64 (twice for ours, once for
+# torch's), with a margin of about five, since errors grow with the number of steps and of rows that are summed.
+SAME_DTYPE_BOUND = {torch.float32: 5e-5, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# Float64 cases are their own oracle: only the order of the sums differs.
+FLOAT64_BOUND = 1e-12
+
+ORACLE_GFLOP = 60  # of a training pass: about three seconds of torch's float64
+
+
+class Mismatch(Exception):
+    """A provider's result is wrong, so it gets no figure."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far ours is off at most in a mode, and against what that was measured."""
+
+    max_error: float
+    reference: str  # "float64" or "torch <dtype>"
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest expected entry; infinite where a shape differs or a NaN appears."""
+    if got.shape != expected.shape:
+        return float("inf")
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return ((got.to(expected.dtype) - expected).abs().max() / scale).nan_to_num(nan=float("inf")).item()
+
+
+def _oracle(case: Case, modes: Iterable[str]) -> dict[str, tuple[Tensor, ...]] | None:
+    """What float64 ``torch.nn.LSTM`` returns for the case, or None where that would take too long."""
+    if case.torch_dtype == torch.float64 or case.flops("training") > ORACLE_GFLOP * 1e9:
+        return None
+    runner = Runner(
+        nn.LSTM(**arguments(case), device=case.device, dtype=torch.float64), draw(case, dtype=torch.float64)
+    )
+    # Both modes return the same outputs, in the same order.
+    results = runner.training() if "training" in modes else runner.inference()
+    return {mode: results if mode == "training" else results[: len(OUTPUTS)] for mode in modes}
+
+
+def check(problem: Problem, ours: Runner, peer: Runner, modes: Iterable[str]) -> dict[str, Verdict]:
+    """Runs each mode once on both and compares everything they return; raises Mismatch where a bound is broken."""
+    case, dtype = problem.case, problem.case.torch_dtype
+    modes = tuple(modes)
+    oracle = _oracle(case, modes)
+    verdicts = {}
+    for mode in modes:
+        names = OUTPUTS + (ours.gradient_names if mode == "training" else ())
+        got, theirs = getattr(ours, mode)(), getattr(peer, mode)()
+        errors = []
+        for index, name in enumerate(names):
+            if oracle is not None:
+                expected = oracle[mode][index]
+                bound = FACTOR * relative_error(theirs[index], expected) + FLOOR_EPS[dtype] * torch.finfo(dtype).eps
+            else:
+                expected = theirs[index]
+                bound = FLOAT64_BOUND if dtype == torch.float64 else SAME_DTYPE_BOUND[dtype]
+            errors.append(relative_error(got[index], expected))
+            if not errors[-1] <= bound:
+                reference = "float64 torch" if oracle is not None else f"torch in {case.dtype}"
+                raise Mismatch(
+                    f"{case.name}, {mode}, {name}: expected an error of at most {bound:.2e} against {reference}, "
+                    f"got {errors[-1]:.2e}"
+                )
+        verdicts[mode] = Verdict(max(errors), "float64" if oracle is not None else f"torch {case.dtype}")
+    return verdicts

@@ -1,0 +1,58 @@
+"""Backends of one LSTM layer.  Installed as ``lstmcore.kernels``; knows arrays and launches, nothing of modules.
+
+The contract
+------------
+A backend computes one layer of an LSTM, in one direction or both, over a batch of ragged rows.  It is a module with
+four functions; the types they exchange are in :mod:`lstmcore.kernels.contract`.
+
+``supports(layer: Layer) -> str | None``
+    None when the backend runs such a layer on this machine; otherwise one sentence saying what is missing and what
+    would help.  Cheap: it compiles nothing.
+``forward(input, h_0, c_0, weights, rows, *, reset, save, cells) -> Forward``
+    The whole layer, input projection included (so that a backend may fuse it).  ``h_0`` and ``c_0`` may each be None, for
+    zeros.  With ``save=False`` (inference)
+    nothing is kept for a backward; with ``save=True`` the result carries whatever ``backward`` will want.
+``backward(grad_output, grad_h_n, grad_c_n, grad_cells, *, input, h_0, c_0, weights, rows, reset, output, saved, needs,
+norms) -> Gradients``
+    The gradients of everything that ``needs`` asks for, from the gradients of what forward returned (None: of a result
+    that nobody used), forward's own arguments, its ``output`` and what it ``saved``.
+``prewarm(layer: Layer, *, training) -> None``
+    Compiles what such a layer will need, so that the first call does not wait.
+
+Legend: T time, B batch, N = T * B dense rows or the sum of the packed lengths, I input, H hidden, P projection (H where
+there is none), D directions (1 or 2; direction 1 walks time backwards).
+
+What is computed, per direction (PyTorch's gate order i, f, g, o)::
+
+    z_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
+    i, f, o = sigmoid(z^i), sigmoid(z^f), sigmoid(z^o);   g = tanh(z^g)
+    c_t = f c_{t-1} + i g;   h_t = o tanh(c_t)            (with a projection: h_t = W_hr (o tanh(c_t)))
+
+Rows.  ``rows`` says which sequences are alive at each step, and how they lie in memory: padded ``(T, B, ·)`` tensors of
+any strides with any lengths, or packed ``(N, ·)`` data.  A backend does no work for padding.  Padded positions of the
+outputs read zero.  Results of a row do not depend on the other rows of the batch, and not on the number of threads.
+
+Resets.  ``reset`` (bool, shaped like input without its last dimension) zeroes h and c of a row *before* step t computes:
+the state that enters that step is zero, and no gradient passes through it.  Direction 1 resets before it computes step t
+too, that is, between step t + 1 and step t.
+
+Cells.  ``cells=True`` also returns every c_t, in the state dtype; ``grad_cells`` is its gradient.
+
+Norms.  ``norms=True`` makes backward also return, per direction, step and row, the Euclidean norms of the gradients that
+arrive at h_t and at c_t (shape ``(2, D, T, B)``; first h, then c).  Free when off.
+
+Dtypes.  float32, float64, bfloat16, float16; all tensors of a call share one.  The cell state and every accumulation are
+float32 for the 16-bit types; ``state_dtype`` in ``contract`` says so.
+
+Allocation.  A backend allocates all that it returns; its ``saved`` tensors belong to the graph of the caller, which must
+keep them unchanged between forward and backward, and may call backward more than once.  It never writes to its inputs.
+It keeps no reference to a tensor after it returns; scratch memory it may keep and reuse.
+
+Non-finite values propagate as in the formula; they never hang a kernel.
+"""
+
+if __name__ != "lstmcore.kernels":
+    raise ImportError(
+        f"the kernels were imported as {__name__!r}, but they are the package 'lstmcore.kernels': "
+        "install the project (pip install -e .) and use `import lstmcore`; do not put the repository's root on sys.path"
+    )

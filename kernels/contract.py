@@ -1,0 +1,124 @@
+"""The types that a caller and a backend exchange; see the package's docstring for what they mean together.
+
+T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), D directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the cell state and of every accumulation for inputs of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Weights(NamedTuple):
+    """The parameters of one direction of one layer; as gradients, None stands for one that was not asked for."""
+
+    weight_ih: Tensor | None  # (4H, I)
+    weight_hh: Tensor | None  # (4H, P)
+    bias_ih: Tensor | None = None  # (4H,)
+    bias_hh: Tensor | None = None  # (4H,)
+    weight_hr: Tensor | None = None  # (P, H)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows are alive at each step, and how the tensors of a call lie.
+
+    Row r of the sorted batch is alive at step t where ``r < batch_sizes[t]`` (None: every row at every step).
+
+    * packed: tensors are ``(N, ·)``; step t holds its ``batch_sizes[t]`` rows after those of the steps before it.
+      ``h_0``, ``c_0``, ``h_n``, ``c_n`` are in the sorted order.
+    * padded: tensors are ``(T, B, ·)``, of any strides, in the user's order: sorted row r is row ``order[r]`` there
+      (None: row r), also in ``h_0``, ``c_0``, ``h_n``, ``c_n``.  New tensors are laid out batch-first in memory when
+      ``batch_first`` is set (their shape is ``(T, B, ·)`` all the same).
+    """
+
+    steps: int  # T
+    batch: int  # B
+    batch_sizes: Tensor | None = None  # (T,) int64 on the CPU, never increasing
+    order: Tensor | None = None  # (B,) int64 on the CPU
+    packed: bool = False
+    batch_first: bool = False
+
+    @staticmethod
+    def from_packed(batch_sizes: Tensor) -> Rows:
+        """The rows of a ``PackedSequence`` with these ``batch_sizes``."""
+        return Rows(len(batch_sizes), int(batch_sizes[0]), batch_sizes, packed=True)
+
+    @staticmethod
+    def from_lengths(lengths: Tensor, steps: int, batch_first: bool = False) -> Rows:
+        """The rows of a padded batch with these ``lengths`` (B,): unsorted, zero allowed, none above ``steps``."""
+        lengths = lengths.to("cpu", torch.int64)
+        ordered, order = torch.sort(lengths, descending=True, stable=True)
+        batch_sizes = (ordered[None, :] > torch.arange(steps)[:, None]).sum(1)
+        return Rows(steps, len(lengths), batch_sizes, order, batch_first=batch_first)
+
+    @property
+    def total(self) -> int:
+        """N, the number of (step, row) pairs that are computed."""
+        return self.steps * self.batch if self.batch_sizes is None else int(self.batch_sizes.sum())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a tensor of these rows, without its last dimension: ``(N,)`` packed, ``(T, B)`` padded."""
+        return (self.total,) if self.packed else (self.steps, self.batch)
+
+    def new(self, like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor of these rows, zero where padded; (N, width) or (T, B, width)."""
+        make = like.new_empty if self.batch_sizes is None or self.packed else like.new_zeros
+        if self.batch_first and not self.packed:
+            return make((self.batch, self.steps, width), dtype=dtype).transpose(0, 1)
+        return make((*self.shape, width), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What has to be known to choose a backend and its kernels: no tensor, no pointer."""
+
+    device: torch.device
+    dtype: torch.dtype
+    steps: int  # T
+    batch: int  # B
+    input_size: int  # I
+    hidden_size: int  # H
+    proj_size: int = 0  # 0: none
+    directions: int = 1
+    bias: bool = True
+    ragged: bool = False
+    training: bool = False  # something will ask for gradients
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward has to produce."""
+
+    input: bool = True
+    h_0: bool = True
+    c_0: bool = True
+    weights: bool = True
+
+
+class Forward(NamedTuple):
+    """What forward returns."""
+
+    output: Tensor  # rows.shape + (D * P,)
+    h_n: Tensor  # (D, B, P)
+    c_n: Tensor  # (D, B, H)
+    cells: Tensor | None  # rows.shape + (D * H,), state dtype; when asked for
+    saved: tuple[Tensor, ...]  # for backward; empty without save
+
+
+class Gradients(NamedTuple):
+    """What backward returns: None for what was not asked for."""
+
+    input: Tensor | None
+    h_0: Tensor | None  # (D, B, P)
+    c_0: Tensor | None  # (D, B, H)
+    weights: tuple[Weights, ...]  # one a direction; all entries None where not asked for
+    norms: Tensor | None  # (2, D, T, B), state dtype

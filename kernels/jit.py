@@ -1,0 +1,161 @@
+"""How the Numba kernels are compiled, and where the machine code is kept.
+
+``inline`` and ``outline`` mark device functions, ``kernel`` an entry point with a fixed signature.  A kernel's machine code is cached on
+disk in one file per kernel, signature, processor and source state.  Numba's own cache stamps a function with the one file
+that it stands in, and fails at import where no directory is writable; here the stamp covers every source of this package
+and the versions of Numba and llvmlite, writing is atomic (concurrent processes at worst compile twice), and a cache that is
+read-only, missing or damaged means compiling in memory, never an error.
+
+The place is Numba's ``NUMBA_CACHE_DIR`` where that is set, else ``~/.cache/lstmcore`` (``XDG_CACHE_HOME`` is honoured).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core import compiler
+from numba.core.caching import _Cache
+from numba.core.serialize import dumps
+
+OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+
+
+class _NoEntry:
+    """Stands for the entry point of a function that has no machine code of its own."""
+
+
+def _device(function: Callable, **options: bool) -> Callable:
+    """A function that only kernels call: its code is linked into theirs, and never made executable by itself.
+
+    (Numba would generate machine code for each, which took half of the time that a kernel takes to compile.)
+    """
+    dispatcher = numba.njit(no_cpython_wrapper=True, **options, **OPTIONS)(function)
+
+    device_compiler = dispatcher._compiler
+
+    def without_machine_code(flags):
+        flags.no_compile = True
+        return flags
+
+    def compile_core(arguments, return_type):
+        # Numba knows a compiled function by its entry point; this one has none, but needs an identity.
+        result = type(device_compiler)._compile_core(device_compiler, arguments, return_type)
+        result = result._replace(entry_point=_NoEntry())
+        dispatcher.targetctx.insert_user_function(result.entry_point, result.fndesc, [result.library])
+        return result
+
+    def add_overload(result):
+        dispatcher.overloads[tuple(result.signature.args)] = result
+
+    device_compiler._customize_flags = without_machine_code
+    device_compiler._compile_core = compile_core
+    dispatcher.add_overload = add_overload
+    return dispatcher
+
+
+def inline(function: Callable) -> Callable:
+    """A device function that is always inlined."""
+    return _device(function, forceinline=True)
+
+
+def outline(function: Callable) -> Callable:
+    """A device function that stays one: it is called from several places, and copies would cost compile time."""
+    return _device(function)
+
+
+def kernel(signature: Any, key: str) -> Callable[[Callable], Callable]:
+    """Compiles the decorated function for ``signature``, from the disk cache where it has it.
+
+    ``key`` tells this kernel from others of the same name: it has to name everything that the function closes over.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        dispatcher = numba.njit(**OPTIONS)(function)
+        dispatcher._cache = DiskCache(f"{function.__qualname__}:{key}", function.__name__)
+        dispatcher.compile(signature)
+        dispatcher.disable_compile()
+        return dispatcher
+
+    return decorate
+
+
+def cache_directory() -> Path:
+    """The directory of the machine code (it may not exist yet)."""
+    chosen = numba.config.CACHE_DIR
+    if chosen:
+        return Path(chosen) / "lstmcore"
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "lstmcore"
+    except RuntimeError:  # no home directory: a place of this user's own
+        return Path(tempfile.gettempdir()) / f"lstmcore-{os.getuid()}"
+
+
+@functools.lru_cache(maxsize=None)
+def source_stamp() -> str:
+    """A hash of every source of this package, and of the compilers' versions."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+class DiskCache(_Cache):
+    """One file per compiled signature: a SHA-256 of the rest, then Numba's serialised compile result."""
+
+    def __init__(self, key: str, name: str):
+        self._key, self._name = key, name
+        self._enabled = True
+
+    @property
+    def cache_path(self) -> str:
+        return str(cache_directory())
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def flush(self) -> None:
+        for path in cache_directory().glob(f"{self._name}-*.bin"):
+            path.unlink(missing_ok=True)
+
+    def _path(self, signature, codegen) -> Path:
+        identity = repr((self._key, str(signature), codegen.magic_tuple(), source_stamp()))
+        return cache_directory() / f"{self._name}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.bin"
+
+    def load_overload(self, signature, target_context):
+        target_context.refresh()
+        if not self._enabled:
+            return None
+        try:
+            content = self._path(signature, target_context.codegen()).read_bytes()
+        except OSError:
+            return None  # not there, or not readable: compile
+        digest, payload = content[:32], content[32:]
+        if hashlib.sha256(payload).digest() != digest:
+            return None  # cut short or damaged: compile, and write it anew
+        return compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
+
+    def save_overload(self, signature, result) -> None:
+        if not self._enabled:
+            return
+        payload = dumps(result._reduce())
+        path = self._path(signature, result.codegen)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+                file.write(hashlib.sha256(payload).digest() + payload)
+            os.replace(file.name, path)
+        except OSError:
+            return  # read-only or full: the kernel stays in memory

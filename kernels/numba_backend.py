@@ -1,0 +1,463 @@
+"""The Numba backend of the contract: host code, from tensors to launches and back.
+
+Everything that needs memory or a decision is here; the arithmetic is in ``numba_lstm.py``.  A call asks ``tiling.plan`` how to
+share the work, packs the weights, lays out scratch (``buffers.py``), and runs one launch a direction on the thread pool; with
+two directions and more than one thread the launches run side by side.
+
+T time, B batch, N alive rows, I input, H hidden, P projection (or H), D directions, H' and P' padded to whole vectors.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import buffers, threads, tiling
+from .contract import Forward, Gradients, Layer, Needs, Rows, Weights, state_dtype
+from .numba_lstm import BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
+from .numba_pack import column_panels_size, gate_order, packers
+from .tiling import ceil_div
+
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+BACKWARD_BYTES = 1 << 20  # of a chunk's dz where hidden sizes are small; never fewer than 512 rows, for dW is read and
+BACKWARD_ROWS = 512  # written once a chunk
+
+
+def supports(layer: Layer) -> str | None:
+    """None if this backend runs ``layer``; else what is missing."""
+    if layer.device.type != "cpu":
+        return f"the Numba kernels run on the CPU, the tensors are on {layer.device.type!r}"
+    if layer.dtype not in DTYPES:
+        return f"the Numba kernels compute float32, float64, bfloat16 and float16, not {layer.dtype}"
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def _variant(dtype: torch.dtype) -> SimpleNamespace:
+    """What depends on the dtype alone: names, block shape, packers, compiled kernels."""
+    isa = tiling.cpu_isa()
+    compute = state_dtype(dtype)
+    block = tiling.block_shape(isa, compute)
+    scalar, storage = DTYPES[compute], DTYPES[dtype]
+    key = (scalar, storage, block, isa == "avx512" and scalar == "float32")
+    return SimpleNamespace(
+        compute=compute, size=compute.itemsize, block=block, pack=packers(scalar, block), staged=scalar != storage,
+        forward=functools.partial(forward_kernel, *key), backward=functools.partial(backward_kernel, *key),
+    )  # fmt: skip
+
+
+def prewarm(layer: Layer, *, training: bool) -> None:
+    """Compiles, or loads from the disk cache, the kernels that ``layer`` will use."""
+    variant = _variant(layer.dtype)
+    variant.forward()
+    if training:
+        variant.backward()
+
+
+class _Problem:
+    """The sizes, the row geometry and the plan of one call."""
+
+    def __init__(self, input: Tensor, weights: tuple[Weights, ...], rows: Rows, reset: Tensor | None):
+        first = weights[0]
+        self.variant = variant = _variant(input.dtype)
+        self.rows, self.block = rows, variant.block
+        self.steps, self.batch, self.directions = rows.steps, rows.batch, len(weights)
+        self.inputs = input.shape[-1]
+        self.hidden = first.weight_hh.shape[0] // 4
+        self.width = first.weight_hh.shape[1]
+        self.projected = first.weight_hr is not None
+        self.panels = ceil_div(self.hidden, self.block.lanes)
+        self.padded_hidden = self.panels * self.block.lanes
+        self.padded_width = ceil_div(self.width, self.block.lanes) * self.block.lanes
+        self.columns = ceil_div(self.width, self.block.panel)
+        self.total = rows.total
+        sizes = rows.batch_sizes
+        self.batch_sizes = None if sizes is None else np.ascontiguousarray(sizes.numpy(), np.int64)
+        self.row_starts = None
+        if self.batch_sizes is not None:
+            self.row_starts = np.zeros(self.steps + 1, np.int64)
+            np.cumsum(self.batch_sizes, out=self.row_starts[1:])
+        self.order = None if rows.order is None else rows.order.numpy()
+        self.index = np.arange(self.batch, dtype=np.int64)
+        self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
+        work = self.total * 4 * self.hidden * (self.inputs + self.width)
+        self.threads = tiling.useful_threads(work * self.directions, threads.count())
+
+    def geometry(self, tensor: Tensor, width_dim: bool = True) -> tuple[int, np.ndarray]:
+        """(bytes from step to step, byte offset of each sorted row) of a user's tensor of these rows."""
+        size, strides = tensor.itemsize, tensor.stride()
+        if self.rows.packed:
+            return strides[0] * size, self.index * (strides[0] * size)
+        index = self.index if self.order is None else self.order
+        return strides[0] * size, index * (strides[1] * size)
+
+    def shape(self) -> dict[str, int]:
+        """The arguments that both kernels share."""
+        return {
+            "steps": self.steps, "batch": self.batch, "inputs": self.inputs, "hidden": self.hidden, "width": self.width,
+            "batch_sizes": 0 if self.batch_sizes is None else self.batch_sizes.ctypes.data,
+            "row_starts": 0 if self.row_starts is None else self.row_starts.ctypes.data,
+            "packed": int(self.rows.packed),
+        }  # fmt: skip
+
+    def load_state(self, target: Tensor, state: Tensor | None, direction: int) -> None:
+        """Fills padded rows ``target`` (B, ·) in sorted order from a user's state (D, B, ·), or with zeros."""
+        target.zero_()
+        if state is not None:
+            source = state[direction]
+            target[:, : source.shape[1]] = source if self.rows.order is None else source[self.rows.order]
+
+    def store_state(self, target: Tensor, source: Tensor) -> None:
+        """Writes rows in sorted order to a user's state of one direction (B, ·)."""
+        if self.rows.order is None:
+            target.copy_(source[:, : target.shape[1]])
+        else:
+            target[self.rows.order] = source[:, : target.shape[1]].to(target.dtype)
+
+    @functools.cached_property
+    def flat_index(self) -> Tensor | None:
+        """Where row n of the internal order lies in a padded tensor flattened to (T * B, ·); None: at n."""
+        if self.rows.batch_sizes is None or self.rows.packed:
+            return None
+        t, r = (torch.arange(self.batch) < self.rows.batch_sizes[:, None]).nonzero(as_tuple=True)
+        return t * self.batch + (r if self.rows.order is None else self.rows.order[r])
+
+    def sharing(self, plan: tiling.Plan, by_columns: bool):
+        """The ranges of each member: rows, panels, column panels."""
+        rows = tiling.balanced_rows(self.batch_sizes, self.batch, plan.row_groups)
+        groups = plan.unit_groups
+        columns = [self.columns * g // groups for g in range(groups + 1)]
+        if by_columns:
+            blocks = ceil_div(self.panels, 4)
+            panels = [min(self.panels, 4 * (blocks * g // groups)) for g in range(groups + 1)]
+        else:
+            panels = [self.panels * g // groups for g in range(groups + 1)]
+        for member in range(plan.members):
+            row_group, unit_group = divmod(member, groups)
+            yield {
+                "row_begin": rows[row_group], "row_end": rows[row_group + 1],
+                "panel_begin": panels[unit_group], "panel_end": panels[unit_group + 1],
+                "column_begin": columns[unit_group], "column_end": columns[unit_group + 1],
+                "lockstep": int(groups > 1), "member": member, "members": plan.members,
+            }  # fmt: skip
+
+
+def _numpy(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    return tensor.detach().to(dtype).numpy()
+
+
+def _launch(kernel, launches: list[list], count: int) -> None:
+    """Runs ``launches`` (one a direction, each a list of its members' arguments), side by side where threads allow."""
+    sync = np.zeros(16 * len(launches) + sum(map(len, launches)), np.int64)  # counters on lines of their own
+    started = sync[16 * len(launches) :]
+    base, calls = sync.ctypes.data, []
+    for direction, members in enumerate(launches):
+        for arguments in members:
+            at = base + 8 * (16 * len(launches) + len(calls))
+            calls.append(arguments._replace(counter=base + 128 * direction, started=at))
+    if len(calls) <= count:
+        threads.run(kernel, calls, started)
+    else:  # one thread for several directions
+        for at, call in enumerate(calls):
+            threads.run(kernel, [call], started[at : at + 1])
+
+
+def forward(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: tuple[Weights, ...],
+    rows: Rows,
+    *,
+    reset: Tensor | None = None,
+    save: bool = False,
+    cells: bool = False,
+) -> Forward:
+    """See the contract."""
+    x = input if input.stride(-1) == 1 else input.contiguous()
+    problem = _Problem(x, weights, rows, reset)
+    variant, compute, size = problem.variant, problem.variant.compute, problem.variant.size
+    batch, hidden, width, count = problem.batch, problem.hidden, problem.width, problem.directions
+    output = rows.new(x, count * width)
+    h_n, c_n = x.new_empty((count, batch, width)), x.new_empty((count, batch, hidden))
+    kept = [buffers.take(problem.total * problem.padded_hidden, compute) for _ in range(count * (save or cells))]
+    gates = [buffers.take(problem.total * 4 * problem.padded_hidden, x.dtype) for _ in range(count * save)]
+    kernel = variant.forward()
+
+    with threads.reserve(problem.threads) as available:
+        plan = tiling.plan(
+            problem.steps, batch, hidden, width, problem.inputs, problem.block, size, max(1, available // count)
+        )
+        chunk, fused = plan.chunk, plan.fused and not variant.staged
+        chunk_rows = chunk * batch
+        x_step, x_rows = problem.geometry(x)
+        y_step, y_rows = problem.geometry(output)
+        reset_step, reset_rows = problem.geometry(problem.reset) if reset is not None else (0, problem.index)
+        h_rows, m_rows = problem.index * (problem.padded_width * size), problem.index * (problem.padded_hidden * size)
+        shared = problem.shape() | {
+            "x": x.data_ptr(), "chunk": chunk, "chunk_rows": chunk_rows, "fused": int(fused),
+            "reset": 0 if problem.reset is None else problem.reset.data_ptr(),
+            "x_step": x_step, "x_rows": x_rows.ctypes.data, "y_step": y_step, "y_rows": y_rows.ctypes.data,
+            "reset_step": reset_step, "reset_rows": reset_rows.ctypes.data,
+            "h_rows": h_rows.ctypes.data, "m_rows": m_rows.ctypes.data,
+        }  # fmt: skip
+        owners, states, launches = [], [], []
+        for direction, parameters in enumerate(weights):
+            gate_size = 4 * problem.padded_hidden
+            owner, (h, c, m, z, stage, table, w_x, w_h, w_r, bias) = buffers.carve(
+                2 * batch * problem.padded_width * size,
+                batch * problem.padded_hidden * size,
+                batch * problem.padded_hidden * size * problem.projected,
+                chunk_rows * gate_size * size * (not fused and (not save or variant.staged)),
+                plan.members * chunk_rows * problem.inputs * size * variant.staged,
+                plan.members * 2 * chunk_rows * 8 * (not fused),
+                gate_size * problem.inputs * size,
+                gate_size * width * size,
+                column_panels_size(hidden, width, problem.block.lanes) * size * problem.projected,
+                gate_size * size,
+            )
+
+            def view(address, count, owner=owner):
+                start = address - owner.data_ptr()
+                return owner[start : start + count * size].view(compute)
+
+            h_state = view(h, 2 * batch * problem.padded_width).view(2, batch, problem.padded_width)
+            problem.load_state(h_state[0], h_0, direction)
+            h_state[1] = h_state[0]
+            c_state = view(c, batch * problem.padded_hidden).view(batch, problem.padded_hidden)
+            problem.load_state(c_state, c_0, direction)
+            pack_forward(
+                problem, parameters, view(w_x, gate_size * problem.inputs).numpy(), view(w_h, gate_size * width).numpy(),
+                view(bias, gate_size).numpy(),
+                view(w_r, column_panels_size(hidden, width, problem.block.lanes)).numpy() if problem.projected else None,
+            )  # fmt: skip
+            owners.append(owner)
+            states.append((h_state, c_state))
+            base = shared | {
+                "y": output.data_ptr() + direction * width * output.itemsize,
+                "gates": gates[direction].data_ptr() if save else 0,
+                "cells": kept[direction].data_ptr() if kept else 0,
+                "h": h, "c": c, "m": m, "z": z, "x_stage": stage, "table": table,
+                "w_x": w_x, "w_h": w_h, "w_r": w_r, "bias": bias, "reverse": direction, "counter": 0, "started": 0,
+            }  # fmt: skip
+            launches.append([ForwardArgs(**base, **share) for share in problem.sharing(plan, by_columns=False)])
+        _launch(kernel, launches, available)
+
+    for direction, (h_state, c_state) in enumerate(states):
+        problem.store_state(c_n[direction], c_state)
+        problem.store_state(h_n[direction], _last(problem, h_state, direction))
+    return Forward(
+        output, h_n, c_n, _cells_out(problem, kept, output) if cells else None, (*gates, *kept) if save else ()
+    )
+
+
+def _last(problem: _Problem, h_state: Tensor, direction: int) -> Tensor:
+    """The half of ``h_state`` (2, B, P') that each row wrote last: halves alternate while a row lives."""
+    if problem.batch_sizes is None or direction == 1:
+        return h_state[problem.steps & 1]
+    lengths = (problem.batch_sizes[:, None] > problem.index).sum(0)
+    return h_state[torch.from_numpy(lengths & 1), torch.from_numpy(problem.index)]
+
+
+def pack_forward(problem: _Problem, parameters: Weights, w_x, w_h, bias, w_r) -> None:
+    """Packs the weights of one direction for the forward kernel, into NumPy arrays of the compute dtype."""
+    compute, pack = problem.variant.compute, problem.variant.pack
+    pack.pack_gates(w_x, _numpy(parameters.weight_ih, compute))
+    pack.pack_gates(w_h, _numpy(parameters.weight_hh, compute))
+    if parameters.bias_ih is None:
+        bias.fill(0.0)
+    else:
+        both = _numpy(parameters.bias_ih, compute) + _numpy(parameters.bias_hh, compute)
+        pack.pack_gates(bias, both[:, None])
+    if w_r is not None:
+        pack.pack_columns(w_r, _numpy(parameters.weight_hr, compute).T, np.arange(problem.hidden))
+
+
+def _cells_out(problem: _Problem, kept: list[Tensor], like: Tensor) -> Tensor:
+    """Every c_t, from the internal order into a new tensor of the user's rows."""
+    hidden = problem.hidden
+    cells = problem.rows.new(like, len(kept) * hidden, problem.variant.compute)
+    for direction, internal in enumerate(kept):
+        values = internal.view(problem.total, problem.padded_hidden)[:, :hidden]
+        target = cells[..., direction * hidden : (direction + 1) * hidden]
+        if problem.flat_index is None:
+            target.copy_(values.view(*problem.rows.shape, hidden) if problem.rows.packed else values.unflatten(0, problem.rows.shape))
+        else:
+            target[problem.flat_index // problem.batch, problem.flat_index % problem.batch] = values
+    return cells
+
+
+def backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
+    *,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: tuple[Weights, ...],
+    output: Tensor,
+    saved: tuple[Tensor, ...],
+    rows: Rows,
+    reset: Tensor | None = None,
+    needs: Needs = Needs(),  # noqa: B008 (immutable)
+    norms: bool = False,
+) -> Gradients:
+    """See the contract."""
+    x = input if input.stride(-1) == 1 else input.contiguous()
+    y = output if output.stride(-1) == 1 else output.contiguous()
+    if grad_output is not None and grad_output.stride(-1) != 1:
+        grad_output = grad_output.contiguous()
+    problem = _Problem(x, weights, rows, reset)
+    variant, compute, size, block = problem.variant, problem.variant.compute, problem.variant.size, problem.block
+    batch, hidden, width, inputs = problem.batch, problem.hidden, problem.width, problem.inputs
+    count, steps, total = problem.directions, problem.steps, problem.total
+    gates, kept = saved[:count], saved[count:]
+    kernel = variant.backward()
+
+    grad_input = [rows.new(x, inputs) for _ in range(count * needs.input)]
+    grad_h = x.new_empty((count, batch, width)) if needs.h_0 else None
+    grad_c = x.new_empty((count, batch, hidden)) if needs.c_0 else None
+    squares = [torch.zeros((2, steps, batch, problem.panels), dtype=compute) for _ in range(count * norms)]
+    grad_cells_in = [] if grad_cells is None else _cells_in(problem, grad_cells)
+
+    with threads.reserve(problem.threads) as available:
+        plan = tiling.plan(steps, batch, hidden, width, inputs, block, size, max(1, available // count), backward=True)
+        chunk_rows = max(batch, min(max(BACKWARD_BYTES // (4 * problem.padded_hidden * size), BACKWARD_ROWS), steps * batch))
+        chunk = min(chunk_rows // batch, steps)
+        chunk_rows = chunk * batch
+        index = problem.index
+        x_step, x_rows = problem.geometry(x)
+        y_step, y_rows = problem.geometry(y)
+        dx_step, dx_rows = problem.geometry(grad_input[0]) if needs.input else (0, index)
+        dy_step, dy_rows = problem.geometry(grad_output) if grad_output is not None else (0, index)
+        reset_step, reset_rows = problem.geometry(problem.reset) if reset is not None else (0, index)
+        h_rows, m_rows = index * (problem.padded_width * size), index * (problem.padded_hidden * size)
+        panel_rows = np.arange(max(batch, 64), dtype=np.int64) * (block.panel * size)
+        shared = problem.shape() | {
+            "x": x.data_ptr(), "chunk": chunk, "chunk_rows": chunk_rows,
+            "reset": 0 if problem.reset is None else problem.reset.data_ptr(),
+            "x_step": x_step, "x_rows": x_rows.ctypes.data, "y_step": y_step, "y_rows": y_rows.ctypes.data,
+            "dx_step": dx_step, "dx_rows": dx_rows.ctypes.data, "dy_step": dy_step, "dy_rows": dy_rows.ctypes.data,
+            "reset_step": reset_step, "reset_rows": reset_rows.ctypes.data,
+            "h_rows": h_rows.ctypes.data, "m_rows": m_rows.ctypes.data, "panel_rows": panel_rows.ctypes.data,
+        }  # fmt: skip
+        gate_size = 4 * problem.padded_hidden
+        column_size = problem.columns * hidden * block.panel * problem.projected
+        gradient_sizes = [n * needs.weights for n in (gate_size * inputs, gate_size * width, gate_size, column_size)]
+        state_sizes = [batch * problem.padded_width, batch * problem.padded_hidden]
+        zero_size = max(problem.padded_hidden, problem.padded_width)
+        weight_sizes = [
+            gate_size * ceil_div(width, block.lanes) * block.lanes,
+            gate_size * ceil_div(inputs, block.lanes) * block.lanes * needs.input,
+            width * problem.padded_hidden * problem.projected,
+        ]
+        results, launches = [], []
+        for direction, parameters in enumerate(weights):
+            zeroed = [*gradient_sizes, zero_size, *state_sizes]
+            scratch = [
+                batch * problem.padded_hidden * problem.projected,
+                chunk_rows * gate_size,
+                problem.columns * chunk_rows * block.panel * problem.projected,
+                chunk_rows * problem.padded_hidden * problem.projected,
+                chunk_rows * (2 * inputs + width) * variant.staged,
+            ]
+            owner, addresses = buffers.carve(
+                *(n * size for n in (*zeroed, *weight_sizes, *scratch)), 4 * chunk_rows * 8
+            )
+            sizes = (*zeroed, *weight_sizes, *scratch)
+            start = owner.data_ptr()
+
+            def view(i, owner=owner, addresses=addresses, start=start, sizes=sizes):
+                begin = addresses[i] - start
+                return owner[begin : begin + sizes[i] * size].view(compute)
+
+            dw_x, dw_h, db, dw_r, zero, dh, dc, w_h, w_x, w_r, dm, dz, dh_chunk, m_chunk, stage, table = addresses
+            owner[: dc - start].zero_()
+            dh_state, dc_state = view(5).view(batch, -1), view(6).view(batch, -1)
+            problem.load_state(dh_state, grad_h_n, direction)
+            problem.load_state(dc_state, grad_c_n, direction)
+            initial = torch.empty((batch, problem.padded_width + problem.padded_hidden), dtype=compute)
+            h_initial = buffers.take(batch * problem.padded_width, compute).view(batch, -1)
+            c_initial = buffers.take(batch * problem.padded_hidden, compute).view(batch, -1)
+            problem.load_state(h_initial, h_0, direction)
+            problem.load_state(c_initial, c_0, direction)
+            order = gate_order(hidden, block.lanes)
+            variant.pack.pack_columns(view(7).numpy(), _numpy(parameters.weight_hh, compute), order)
+            if needs.input:
+                variant.pack.pack_columns(view(8).numpy(), _numpy(parameters.weight_ih, compute), order)
+            if problem.projected:
+                variant.pack.pack_columns(view(9).numpy(), _numpy(parameters.weight_hr, compute), np.arange(width))
+            results.append((view, dh_state, dc_state, owner, h_initial, c_initial))
+            dy = 0
+            if grad_output is not None:
+                dy = grad_output.data_ptr() + direction * width * grad_output.itemsize
+            base = shared | {
+                "dx": grad_input[direction].data_ptr() if needs.input else 0,
+                "dw_x": dw_x or (zero if needs.weights else 0), "dw_h": dw_h, "dw_r": dw_r, "db": db,
+                "norms": squares[direction].data_ptr() if norms else 0,
+                "dh": dh, "dc": dc, "dm": dm, "dz": dz, "dh_chunk": dh_chunk, "m_chunk": m_chunk, "stage": stage,
+                "table": table, "dy": dy,
+                "dcells": grad_cells_in[direction].data_ptr() if grad_cells_in else 0,
+                "gates": gates[direction].data_ptr(), "cells": kept[direction].data_ptr(),
+                "y": y.data_ptr() + direction * width * y.itemsize,
+                "h_0": h_initial.data_ptr(), "c_0": c_initial.data_ptr(), "zero": zero,
+                "w_h": w_h, "w_x": w_x, "w_r": w_r, "reverse": direction, "counter": 0, "started": 0,
+            }  # fmt: skip
+            launches.append([BackwardArgs(**base, **share) for share in problem.sharing(plan, by_columns=True)])
+        _launch(kernel, launches, available)
+
+    gradients = []
+    for direction, (view, dh_state, dc_state, *_) in enumerate(results):
+        if grad_h is not None:
+            problem.store_state(grad_h[direction], dh_state)
+        if grad_c is not None:
+            problem.store_state(grad_c[direction], dc_state)
+        gradients.append(_unpack(problem, weights[direction], view) if needs.weights else Weights(None, None))
+    if needs.input and count == 2:
+        grad_input[0] += grad_input[1]
+    magnitude = None
+    if norms:
+        magnitude = torch.stack([s.sum(-1).sqrt_() for s in squares], 1)
+        if rows.order is not None:
+            magnitude = torch.empty_like(magnitude).index_copy_(-1, rows.order, magnitude)
+    return Gradients(grad_input[0] if needs.input else None, grad_h, grad_c, tuple(gradients), magnitude)
+
+
+def _unpack(problem: _Problem, parameters: Weights, view) -> Weights:
+    """The weight gradients of one direction, in the shapes and the dtype of the weights."""
+    pack, compute = problem.variant.pack, problem.variant.compute
+
+    def matrix(unpack, packed, like, transposed=False):
+        result = torch.empty(like.shape, dtype=compute)
+        unpack(result.numpy().T if transposed else result.numpy(), packed.numpy())
+        return result.to(like.dtype)
+
+    bias = None
+    if parameters.bias_ih is not None:
+        bias = matrix(pack.unpack_gates, view(2), parameters.bias_ih[:, None])[:, 0]
+    return Weights(
+        matrix(pack.unpack_gates, view(0), parameters.weight_ih),
+        matrix(pack.unpack_gates, view(1), parameters.weight_hh),
+        bias,
+        None if bias is None else bias.clone(),
+        matrix(pack.unpack_columns, view(3), parameters.weight_hr, transposed=True) if problem.projected else None,
+    )
+
+
+def _cells_in(problem: _Problem, grad_cells: Tensor) -> list[Tensor]:
+    """The gradients of every c_t in the internal order, (N, H') for each direction."""
+    hidden, result = problem.hidden, []
+    for direction in range(problem.directions):
+        values = grad_cells[..., direction * hidden : (direction + 1) * hidden]
+        if problem.flat_index is not None:
+            values = values[problem.flat_index // problem.batch, problem.flat_index % problem.batch]
+        padded = torch.zeros((problem.total, problem.padded_hidden), dtype=problem.variant.compute)
+        padded[:, :hidden] = values.reshape(problem.total, hidden)
+        result.append(padded)
+    return result

@@ -1,0 +1,211 @@
+"""Register-blocked matrix blocks on LLVM vectors: the one place where multiplications happen.
+
+A block holds ``rows x vectors`` accumulators in registers while it walks k::
+
+    acc[r, v] = start(r)[v] + sum_k A[r, k] W[k, v]          then  finish(r, acc[r, :])
+
+Each k costs ``vectors`` loads of W, ``rows`` broadcasts of A and ``rows * vectors`` fused multiply-adds, which is what keeps
+the multipliers busy: with 24 accumulators on 32 registers, 12 cycles of arithmetic against 10 loads.  ``start`` and
+``finish`` are Numba functions (the bias, what memory holds, the LSTM cell, a store); they are inlined around the loop, so a
+cell works on sums that never left their registers.
+
+The code is emitted as LLVM IR by a Numba intrinsic, once per number of rows: register blocking left to an optimiser spills.
+The number of rows is chosen at run time among those compiled; sums run over k in one order whatever it is, so a row's
+result does not depend on the block that it fell into.
+
+W is packed by ``numba_pack.py`` so that one k is ``vectors * lanes`` adjacent values.  A is walked in one of two ways:
+
+* ``by_rows``: A[r, k] at ``a + offset[r] + k * size``; k may be split in panels that lie ``stride`` bytes apart.
+* ``by_table``: A[r, k] at ``table[k] + r * size``; the transposed product of the weight gradients, whose k is the (step,
+  row) index, and whose rows lie wherever the user's tensors have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.compiler import Flags
+from numba.core.extending import intrinsic
+from numba.core.typing import signature
+
+from .numba_simd import I32, I64, PTR, fma, llvm_call, splat
+
+import os
+PREFETCH = int(os.environ.get('PF','2048'))
+
+
+def make_block(
+    simd,
+    rows: Sequence[int],
+    vectors: int,
+    start: Callable,
+    finish: Callable,
+    *,
+    by_table: bool = False,
+    rolled: bool = False,
+):
+    """An intrinsic ``block(count, segments, extra)`` for ``count`` in ``rows`` rows of ``vectors`` vectors.
+
+    ``segments``: a tuple of int64 of six times the number of sums to add up: ``a, offsets, panels, stride, depth, w``
+    (``by_table``: ``a`` is added to each address of the table at ``offsets``; ``panels`` is 1).  ``extra``: a tuple of int64
+    for ``start(row, extra) -> tuple of vectors`` and ``finish(row, accumulators, extra)``.  ``rolled``: finish is a loop over
+    rows, which reads the sums back from the stack; for a long ``finish``, whose constants and temporaries would otherwise
+    push the sums of the other rows out of their registers anyway, one at a time.
+    """
+    name = f"block_{finish.__name__}_{simd.scalar}x{simd.lanes}x{vectors}{'_table' if by_table else ''}"
+
+    @intrinsic
+    def block(typingctx, count, segments, extra):
+        def codegen(context, builder, sig, args):
+            count, segments, extra = args
+            sums = sig.args[1].count // 6
+            values = [builder.extract_value(segments, i) for i in range(6 * sums)]
+            values += [builder.extract_value(extra, i) for i in range(sig.args[2].count)]
+            end = builder.append_basic_block("block_end")
+            switch = builder.switch(count, end)
+            for n in rows:
+                function = _emit(context, builder, n, sums, sig.args[2])
+                case = builder.append_basic_block(f"rows_{n}")
+                switch.add_case(I64(n), case)
+                with builder.goto_block(case):
+                    builder.call(function, values)
+                    builder.branch(end)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, segments, extra), codegen
+
+    def _emit(context, outer, n, sums, extra_type):
+        arity = 6 * sums + extra_type.count
+        function = ir.Function(
+            outer.module, ir.FunctionType(ir.VoidType(), [I64] * arity), outer.module.get_unique_name(f"{name}_{n}")
+        )
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        builder = ir.IRBuilder(function.append_basic_block("entry"))
+        segments, extra_values = function.args[: 6 * sums], function.args[6 * sums :]
+        extra = ir.Constant(context.get_value_type(extra_type), ir.Undefined)
+        for i, value in enumerate(extra_values):
+            extra = builder.insert_value(extra, value, i)
+
+        vector = simd.vector
+        accumulators = [[builder.alloca(vector.llvm) for _ in range(vectors)] for _ in range(n)]
+        tuple_type = types.UniTuple(vector, vectors)
+        for r in range(n):
+            first = call_inline(context, builder, start, signature(tuple_type, types.int64, extra_type), [I64(r), extra])
+            for v in range(vectors):
+                builder.store(builder.extract_value(first, v), accumulators[r][v])
+
+        step = (_by_table if by_table else _by_rows)(builder, simd, n)
+        for i in range(sums):
+            step(*segments[6 * i : 6 * i + 6], accumulators)
+
+        finish_sig = signature(types.void, types.int64, tuple_type, extra_type)
+        if rolled:
+            sums = [builder.load(a, typ=vector.llvm) for row in accumulators for a in row]
+            memory = builder.alloca(vector.llvm, size=n * vectors)
+            for i, value in enumerate(sums):
+                builder.store(value, builder.gep(memory, [I64(i)], source_etype=vector.llvm))
+            with _Loop(builder, I64(n), 1, "row") as r:
+                first = builder.mul(r, I64(vectors))
+                at = [builder.gep(memory, [builder.add(first, I64(v))], source_etype=vector.llvm) for v in range(vectors)]
+                values = [builder.load(address, typ=vector.llvm) for address in at]
+                result = context.make_tuple(builder, tuple_type, values)
+                call_inline(context, builder, finish, finish_sig, [r, result, extra])
+        else:
+            for r in range(n):
+                values = [builder.load(a, typ=vector.llvm) for a in accumulators[r]]
+                result = context.make_tuple(builder, tuple_type, values)
+                call_inline(context, builder, finish, finish_sig, [I64(r), result, extra])
+        builder.ret_void()
+        return function
+
+    return block
+
+
+def call_inline(context, builder, function, sig, args):
+    """Calls a Python function, compiled by Numba and inlined here."""
+    flags = Flags()
+    flags.no_compile = True
+    flags.no_cpython_wrapper = True
+    flags.no_cfunc_wrapper = True
+    flags.forceinline = True
+    flags.error_model = "numpy"
+    compiled = context.compile_subroutine(builder, function, sig, flags=flags)
+    _, result = context.call_internal_no_propagate(builder, compiled.fndesc, sig, args)
+    return result
+
+
+class _Loop:
+    """``for i in range(0, stop, step)`` in LLVM IR, as a context; ``index`` is i."""
+
+    def __init__(self, builder, stop, step, name):
+        self.builder, self.stop, self.step, self.name = builder, stop, step, name
+
+    def __enter__(self):
+        builder = self.builder
+        before = builder.block
+        self.body = builder.append_basic_block(self.name)
+        self.end = builder.append_basic_block(self.name + "_end")
+        builder.cbranch(builder.icmp_signed(">", self.stop, I64(0)), self.body, self.end)
+        builder.position_at_end(self.body)
+        self.index = builder.phi(I64)
+        self.index.add_incoming(I64(0), before)
+        return self.index
+
+    def __exit__(self, *error):
+        builder = self.builder
+        following = builder.add(self.index, I64(self.step))
+        self.index.add_incoming(following, builder.block)
+        builder.cbranch(builder.icmp_signed("<", following, self.stop), self.body, self.end)
+        builder.position_at_end(self.end)
+
+
+def _multiply(builder, simd, n, a_addresses, w_address, accumulators):
+    """One k: acc[r, v] += A[r] W[v]."""
+    vector = simd.vector.llvm
+    w = [
+        builder.load(builder.inttoptr(builder.add(w_address, I64(v * simd.lanes * simd.size)), PTR), typ=vector, align=simd.size)
+        for v in range(len(accumulators[0]))
+    ]
+    for line in range(0, len(w) * simd.lanes * simd.size, 64):
+        ahead = builder.inttoptr(builder.add(w_address, I64(PREFETCH + line)), PTR)
+        llvm_call(builder, "llvm.prefetch.p0", ir.VoidType(), [ahead, I32(0), I32(3), I32(1)])
+    for r in range(n):
+        value = builder.load(builder.inttoptr(a_addresses[r], PTR), typ=vector.element, align=simd.size)
+        a = splat(builder, value, simd.lanes)
+        for v, accumulator in enumerate(accumulators[r]):
+            builder.store(fma(builder, a, w[v], builder.load(accumulator, typ=vector)), accumulator)
+
+
+def _by_rows(builder, simd, n):
+    def step(a, offsets, panels, stride, depth, w, accumulators):
+        width = len(accumulators[0]) * simd.lanes  # of W, in values
+        rows = [
+            builder.add(a, builder.load(builder.inttoptr(builder.add(offsets, I64(8 * r)), PTR), typ=I64, align=8))
+            for r in range(n)
+        ]
+        bytes_deep = builder.mul(depth, I64(simd.size))
+        with _Loop(builder, panels, 1, "panel") as panel:
+            jump = builder.mul(panel, stride)
+            here = [builder.add(row, jump) for row in rows]
+            w_panel = builder.add(w, builder.mul(panel, builder.mul(bytes_deep, I64(width))))
+            with _Loop(builder, bytes_deep, simd.size, "k") as k:
+                addresses = [builder.add(row, k) for row in here]
+                _multiply(builder, simd, n, addresses, builder.add(w_panel, builder.mul(k, I64(width))), accumulators)
+
+    return step
+
+
+def _by_table(builder, simd, n):
+    def step(a, table, panels, stride, depth, w, accumulators):
+        width = len(accumulators[0]) * simd.lanes * simd.size
+        with _Loop(builder, depth, 1, "k") as k:
+            entry = builder.inttoptr(builder.add(table, builder.mul(k, I64(8))), PTR)
+            row = builder.add(a, builder.load(entry, typ=I64, align=8))
+            addresses = [builder.add(row, I64(r * simd.size)) for r in range(n)]
+            _multiply(builder, simd, n, addresses, builder.add(w, builder.mul(k, I64(width))), accumulators)
+
+    return step

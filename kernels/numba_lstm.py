@@ -1,0 +1,710 @@
+"""The time loop, forward and backward: the code that each thread of a launch runs.
+
+One launch is one direction of one layer (two directions are two launches side by side).  T steps, B rows sorted so that row
+r is alive where r < batch_sizes[t], I input, H hidden, P what the recurrence carries (the projection, or H), U panels of
+``lanes`` hidden units, padded sizes H' = U * lanes and P' likewise.  N counts (step, row) pairs; n = row_starts[t] + r.
+All addresses, strides and offsets are in bytes.
+
+Memory, beside the tensors of the caller:
+
+* ``h`` (2, B, P'): h_{t-1} and h_t, by turns, in the compute dtype; both start as h_0, so a row that comes to life late
+  (direction 1) finds it.  ``c`` (B, H'): the cell state, updated in place.  Resets zero their rows.
+* ``z`` (rows of a chunk, U, 4, lanes): the projected input; the cell's sums start from it.  Training in the compute dtype
+  projects straight into ``gates``, which the cell then overwrites: the same lines, hot.
+* ``gates`` (N, U, 4, lanes), in the caller's dtype, and ``cells`` (N, H'): saved for backward.
+* ``dz`` (U, rows of a chunk, 4, lanes): panel by panel, so that weight gradients read it straight through.
+
+Sharing.  A member of a launch owns a range of rows and a range of panels; ``numba_sync`` keeps members together: once a step
+where panels are shared out (h_t has to be whole before step t + 1), else not at all in forward and twice a chunk in
+backward.  Who owns what never changes a sum, so the bits do not depend on it.
+
+What decided this form (AVX-512, float32, one core: multipliers' peak 137 GF/s):
+
+* The cell runs on accumulators that are still in registers: at H = 16 stores and loads of z cost a fifth of the time.
+* Projection inside the recurrence (``fused``) saves that traffic again where blocks are full and weights stay near;
+  otherwise rows of several steps are joined so that small batches fill blocks.
+* Weight gradients are summed per chunk in registers, then added: two-level sums, which also halve the rounding error.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numba
+
+from . import cell
+from .jit import inline, kernel, outline
+from .numba_gemm import make_block
+from .numba_simd import SIZE, load_byte, load_int, simd, store_int
+from .numba_sync import arrive_and_wait
+from .tiling import Block
+
+
+class ForwardArgs(NamedTuple):
+    """The arguments of ``lstm_fwd_kernel``, in order; int64 all (addresses, 0 where absent; bytes; counts)."""
+
+    # outputs
+    y: int  # of this direction, (rows, P)
+    gates: int  # (N, U, 4, lanes); 0: inference
+    cells: int  # (N, H'); 0: not wanted
+    # state and scratch
+    h: int  # (2, B, P')
+    c: int  # (B, H')
+    m: int  # (B, H'): o tanh(c), before the projection; 0 without one
+    z: int  # see above; 0: in gates
+    x_stage: int  # (members, rows of a chunk, I): x in the compute dtype; 0: x is
+    table: int  # (members, 2, rows of a chunk) int64
+    # inputs
+    x: int
+    w_x: int  # gate panels of W_ih
+    w_h: int  # gate panels of W_hh
+    w_r: int  # column panels of W_hr^T
+    bias: int  # (U, 4, lanes)
+    reset: int  # bytes; 0: none
+    # sizes
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+    width: int  # P
+    chunk: int
+    chunk_rows: int
+    fused: int
+    reverse: int
+    batch_sizes: int  # (T,) int64; 0: B
+    row_starts: int  # (T + 1,) int64; 0: t * B
+    packed: int  # user tensors are indexed by row_starts[t], not by t
+    # strides and offsets
+    x_step: int
+    x_rows: int  # (B,) int64 offsets
+    y_step: int
+    y_rows: int
+    reset_step: int
+    reset_rows: int
+    h_rows: int  # (B,) offsets of rows of h
+    m_rows: int
+    # sharing
+    row_begin: int
+    row_end: int
+    panel_begin: int
+    panel_end: int
+    column_begin: int  # column panels of P
+    column_end: int
+    lockstep: int  # panels are shared out: one hand-off a step
+    member: int
+    members: int
+    counter: int
+    started: int
+
+
+class BackwardArgs(NamedTuple):
+    """The arguments of ``lstm_bwd_kernel``, in order; see ``ForwardArgs``."""
+
+    # outputs
+    dx: int  # (rows, I); 0: not wanted
+    dw_x: int  # gate panels, zeros; 0: weights not wanted
+    dw_h: int
+    dw_r: int  # (column panels of P, H, panel), zeros; 0 without projection
+    db: int  # (U, 4, lanes), zeros
+    norms: int  # (2, T, B, U) sums of squares, zeros; 0: not wanted
+    # state and scratch
+    dh: int  # (B, P'): in: dL/dh_n, out: dL/dh_0
+    dc: int  # (B, H'): in: dL/dc_n, out: dL/dc_0
+    dm: int  # (B, H'); 0 without projection
+    dz: int  # (U, rows of a chunk, 4, lanes)
+    dh_chunk: int  # (column panels of P, rows of a chunk, panel); 0 without projection
+    m_chunk: int  # (rows of a chunk, H')
+    stage: int  # (rows of a chunk, 2 I + P): x, dx and h_{t-1} in the compute dtype; 0: they are
+    table: int  # (4, rows of a chunk) int64: rows of x, h_{t-1}, dx, m
+    # inputs
+    dy: int  # 0: none
+    dcells: int  # (N, H') in the order of cells; 0: none
+    gates: int
+    cells: int
+    x: int
+    y: int
+    h_0: int  # (B, P')
+    c_0: int  # (B, H')
+    zero: int  # a row of zeros, as long as the longest
+    w_h: int  # column panels of W_hh, k in gate order
+    w_x: int  # column panels of W_ih, k in gate order
+    w_r: int  # column panels of W_hr
+    reset: int
+    # sizes
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+    width: int
+    chunk: int
+    chunk_rows: int
+    reverse: int
+    batch_sizes: int
+    row_starts: int
+    packed: int
+    # strides and offsets
+    x_step: int
+    x_rows: int
+    y_step: int
+    y_rows: int
+    dx_step: int
+    dx_rows: int
+    dy_step: int
+    dy_rows: int
+    reset_step: int
+    reset_rows: int
+    h_rows: int
+    m_rows: int
+    panel_rows: int  # (rows of a block,) offsets of rows of dz
+    # sharing
+    row_begin: int
+    row_end: int
+    panel_begin: int
+    panel_end: int
+    column_begin: int
+    column_end: int
+    lockstep: int
+    member: int
+    members: int
+    counter: int
+    started: int
+
+
+@inline
+def alive_rows(batch_sizes, batch, t):
+    """Rows alive at step t."""
+    return load_int(batch_sizes + 8 * t) if batch_sizes != 0 else batch
+
+
+@inline
+def row_start(row_starts, batch, t):
+    """n of row 0 at step t."""
+    return load_int(row_starts + 8 * t) if row_starts != 0 else t * batch
+
+
+@inline
+def user_index(packed, row_starts, batch, t):
+    """What a user's tensor is indexed by at step t."""
+    return row_start(row_starts, batch, t) if packed != 0 else t
+
+
+@inline
+def walk(reverse, steps, s):
+    """The step that is s-th in the direction's order."""
+    return steps - 1 - s if reverse != 0 else s
+
+
+@inline
+def block_size(rows, most):
+    """Rows of the next block, of blocks as few and as even as can be."""
+    return -(-rows // (-(-rows // most)))
+
+
+@functools.lru_cache(maxsize=None)
+def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: bool) -> SimpleNamespace:
+    """What both kernels share, for computing in ``scalar`` on tensors of ``storage``."""
+    ops = simd(scalar, block.lanes, fast_reciprocal)
+    lanes, panel, size, stored = block.lanes, block.panel, ops.size, SIZE[storage]
+    vector_bytes = lanes * size
+    store, zeros, store_vectors = ops.store, ops.zeros, ops.store_vectors
+    load_storage, store_storage = ops.make_load(storage), ops.make_store(storage)
+    load_scalar, store_scalar = ops.make_load(scalar), ops.make_store(scalar)
+
+    @inline
+    def clear(address, count):
+        """Zeroes ``count`` whole vectors."""
+        for i in range(count):
+            store(address + i * vector_bytes, zeros())
+
+    @inline
+    def widen_row(target, source, count):
+        """Copies ``count`` values of storage into the compute dtype."""
+        for i in range(0, count, lanes):
+            store_scalar(target + i * size, load_storage(source + i * stored, count - i), count - i)
+
+    @inline
+    def narrow_row(target, source, count):
+        """Copies ``count`` values of the compute dtype into storage."""
+        for i in range(0, count, lanes):
+            store_storage(target + i * stored, load_scalar(source + i * size, count - i), count - i)
+
+    @inline
+    def copy_row(target, source, count):
+        for i in range(0, count, lanes):
+            store_scalar(target + i * size, load_scalar(source + i * size, count - i), count - i)
+
+    # A matrix product whose rows go to ``base + load(offsets + 8 row) + column``: (base, offsets, columns left).
+    def make_matrix(vectors):
+        none = ops.make_zeros(vectors)
+
+        def start(row, e):
+            return none()
+
+        def finish_matrix(row, sums, e):
+            store_vectors(e[0] + load_int(e[1] + 8 * row), sums, e[2])
+
+        choices = block.row_choices(vectors)
+        rows_block = make_block(ops, choices, vectors, start, finish_matrix)
+
+        @outline
+        def product(rows, a, offsets, panels, stride, depth, w, base, targets, columns):
+            done = 0
+            while done < rows:
+                n = 1
+                for choice in choices:
+                    if choice <= rows - done:
+                        n = choice
+                if vectors == 4:
+                    n = block_size(rows - done, choices[-1])
+                rows_block(
+                    n, (a, offsets + 8 * done, panels, stride, depth, w), (base, targets + 8 * done, columns)
+                )
+                done += n
+
+        return product
+
+    product_1, product_2, product_3, product_4 = (make_matrix(v) for v in (1, 2, 3, 4))
+
+    @inline
+    def matrix_product(rows, a, offsets, panels, stride, depth, w, first, last, columns, base, targets):
+        """Column panels ``first`` to ``last`` of A W for ``rows`` rows; W has ``columns`` columns in all."""
+        for q in range(first, last):
+            left = columns - q * panel
+            w_q = w + q * panels * depth * panel * size
+            at = base + q * panel * size
+            if left > 3 * lanes:
+                product_4(rows, a, offsets, panels, stride, depth, w_q, at, targets, left)
+            elif left > 2 * lanes:
+                product_3(rows, a, offsets, panels, stride, depth, w_q, at, targets, left)
+            elif left > lanes:
+                product_2(rows, a, offsets, panels, stride, depth, w_q, at, targets, left)
+            else:
+                product_1(rows, a, offsets, panels, stride, depth, w_q, at, targets, left)
+
+    return SimpleNamespace(
+        ops=ops, stored=stored, vector_bytes=vector_bytes, load_storage=load_storage, store_storage=store_storage,
+        clear=clear, widen_row=widen_row, narrow_row=narrow_row, copy_row=copy_row, matrix_product=matrix_product,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=None)
+def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bool):
+    """The compiled forward kernel, for computing in ``scalar`` on tensors of ``storage``."""
+    device = device_functions(scalar, storage, block, fast_reciprocal)
+    ops, stored, vector_bytes = device.ops, device.stored, device.vector_bytes
+    lanes, size, most = block.lanes, ops.size, block.rows
+    gate_bytes = 4 * vector_bytes  # of one row in one panel
+    load, store, tanh, activate = ops.load, ops.store, ops.tanh, ops.gates
+    load_four, store_vectors = ops.load_four, ops.store_vectors
+    store_storage, clear, widen_row = device.store_storage, device.clear, device.widen_row
+    narrow_row, matrix_product = device.narrow_row, device.matrix_product
+    cell_state, hidden_state = inline(cell.cell_state), inline(cell.hidden_state)
+
+    # e: start, its row stride; c, its row stride; h, its row stride; y, its row offsets; units left; gates, cells, their
+    # row strides.  What is 0 is not written.
+    def start_cell(row, e):
+        return load_four(e[0] + row * e[1])
+
+    def finish_cell(row, sums, e):
+        i, f, g, o = activate(sums[0], sums[1], sums[2], sums[3])
+        at_c = e[2] + row * e[3]
+        c = cell_state(i, f, g, load(at_c))
+        h = hidden_state(o, tanh(c))
+        store(at_c, c)
+        store(e[4] + row * e[5], h)
+        if e[6] != 0:
+            store_storage(e[6] + load_int(e[7] + 8 * row), h, e[8])
+        if e[9] != 0:
+            at = e[9] + row * e[10]
+            store_storage(at, i, lanes)
+            store_storage(at + lanes * stored, f, lanes)
+            store_storage(at + 2 * lanes * stored, g, lanes)
+            store_storage(at + 3 * lanes * stored, o, lanes)
+        if e[11] != 0:
+            store(e[11] + row * e[3], c)
+
+    def start_bias(row, e):
+        return load_four(e[0])
+
+    def finish_projection(row, sums, e):
+        store_vectors(e[1] + load_int(e[2] + 8 * row), sums, 4 * lanes)
+
+    choices = block.row_choices(4)
+    cell_block = make_block(ops, choices, 4, start_cell, finish_cell, rolled=True)
+    projection_block = make_block(ops, choices, 4, start_bias, finish_projection)
+
+    @kernel(numba.void(*[numba.int64] * len(ForwardArgs._fields)), f"{scalar}{storage}{block}{fast_reciprocal}")
+    def lstm_fwd_kernel(
+        y, gates, cells, h, c, m, z, x_stage, table, x, w_x, w_h, w_r, bias, reset,
+        steps, batch, inputs, hidden, width, chunk, chunk_rows, fused, reverse, batch_sizes, row_starts, packed,
+        x_step, x_rows, y_step, y_rows, reset_step, reset_rows, h_rows, m_rows,
+        row_begin, row_end, panel_begin, panel_end, column_begin, column_end,
+        lockstep, member, members, counter, started,
+    ):  # fmt: skip
+        store_int(started, 1)
+        panels = -(-hidden // lanes)
+        c_row = panels * vector_bytes
+        h_row = -(-width // lanes) * vector_bytes
+        z_row = panels * gate_bytes
+        gates_row = panels * 4 * lanes * stored
+        projected = m != 0
+        turn = 0
+        z_base = 0
+        x_table = table + 16 * chunk_rows * member
+        z_table = x_table + 8 * chunk_rows
+        stage = x_stage + member * chunk_rows * inputs * size
+        # The part of a row of h that this member writes, in vectors.
+        h_first = 4 * column_begin if projected else panel_begin
+        h_count = (min(4 * column_end, -(-width // lanes)) if projected else panel_end) - h_first
+
+        for s in range(-1, steps):
+            if s >= 0:
+                t = walk(reverse, steps, s)
+                end = min(row_end, alive_rows(batch_sizes, batch, t))
+                first_n = row_start(row_starts, batch, t)
+                index = user_index(packed, row_starts, batch, t)
+
+                if s % chunk == 0 and fused == 0:
+                    last = min(s + chunk, steps)
+                    earliest = min(t, walk(reverse, steps, last - 1))
+                    z_base = z if z != 0 else gates
+                    if z != 0:
+                        z_base -= row_start(row_starts, batch, earliest) * z_row
+                    count = 0
+                    for later in range(s, last):
+                        t_later = walk(reverse, steps, later)
+                        x_here = x + user_index(packed, row_starts, batch, t_later) * x_step
+                        n_later = row_start(row_starts, batch, t_later)
+                        for r in range(row_begin, min(row_end, alive_rows(batch_sizes, batch, t_later))):
+                            source = x_here + load_int(x_rows + 8 * r)
+                            if x_stage != 0:
+                                widen_row(stage + count * inputs * size, source, inputs)
+                                source = stage + count * inputs * size
+                            store_int(x_table + 8 * count, source)
+                            store_int(z_table + 8 * count, z_base + (n_later + r) * z_row)
+                            count += 1
+                    for p in range(panel_begin, panel_end):
+                        done = 0
+                        while done < count:
+                            n = block_size(count - done, most)
+                            projection_block(
+                                n,
+                                (0, x_table + 8 * done, 1, 0, inputs, w_x + p * inputs * gate_bytes),
+                                (bias + p * gate_bytes, p * gate_bytes, z_table + 8 * done),
+                            )
+                            done += n
+
+                # Without a projection of their own, sums start from z; else from the bias, whose row stride is 0.
+                if fused != 0:
+                    start, start_row, depth = bias, 0, inputs
+                else:
+                    start, start_row, depth = (z_base + (first_n + row_begin) * z_row), z_row, 0
+                h_in = h + (s & 1) * batch * h_row
+                h_out = h + (1 - (s & 1)) * batch * h_row
+                h_to, h_to_row = (m, c_row) if projected else (h_out, h_row)
+                y_here = y + index * y_step
+                for p in range(panel_begin, panel_end):
+                    unit = p * lanes
+                    done = row_begin
+                    while done < end:
+                        n = block_size(end - done, most)
+                        cell_block(
+                            n,
+                            (
+                                x + index * x_step, x_rows + 8 * done, 1, 0, depth, w_x + p * inputs * gate_bytes,
+                                h_in, h_rows + 8 * done, 1, 0, width, w_h + p * width * gate_bytes,
+                            ),
+                            (
+                                start + p * gate_bytes + (done - row_begin) * start_row, start_row,
+                                c + done * c_row + p * vector_bytes, c_row,
+                                h_to + done * h_to_row + p * vector_bytes, h_to_row,
+                                0 if projected else y_here + unit * stored, y_rows + 8 * done, hidden - unit,
+                                0 if gates == 0 else gates + (first_n + done) * gates_row + unit * 4 * stored, gates_row,
+                                0 if cells == 0 else cells + (first_n + done) * c_row + p * vector_bytes,
+                            ),
+                        )  # fmt: skip
+                        done += n
+
+                if projected:
+                    if lockstep != 0:
+                        turn += 1
+                        arrive_and_wait(counter, members, turn)
+                    matrix_product(
+                        end - row_begin, m, m_rows + 8 * row_begin, 1, 0, hidden, w_r,
+                        column_begin, column_end, width, h_out, h_rows + 8 * row_begin,
+                    )  # fmt: skip
+                    for r in range(row_begin, end):
+                        narrow_row(
+                            y_here + load_int(y_rows + 8 * r) + h_first * lanes * stored,
+                            h_out + r * h_row + h_first * vector_bytes,
+                            min(h_count * lanes, width - h_first * lanes),
+                        )
+
+            # The state that enters the next step: rows that it resets are zeroed by whoever wrote them.
+            if reset != 0 and s + 1 < steps:
+                t_next = walk(reverse, steps, s + 1)
+                flags = reset + user_index(packed, row_starts, batch, t_next) * reset_step
+                h_next = h + ((s + 1) & 1) * batch * h_row
+                for r in range(row_begin, min(row_end, alive_rows(batch_sizes, batch, t_next))):
+                    if load_byte(flags + load_int(reset_rows + 8 * r)) != 0:
+                        clear(h_next + r * h_row + h_first * vector_bytes, h_count)
+                        clear(c + r * c_row + panel_begin * vector_bytes, panel_end - panel_begin)
+            if lockstep != 0:
+                turn += 1
+                arrive_and_wait(counter, members, turn)
+
+    return lstm_fwd_kernel
+
+
+@functools.lru_cache(maxsize=None)
+def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bool):
+    """The compiled backward kernel, for computing in ``scalar`` on tensors of ``storage``."""
+    device = device_functions(scalar, storage, block, fast_reciprocal)
+    ops, stored, vector_bytes = device.ops, device.stored, device.vector_bytes
+    lanes, panel, size, most = block.lanes, block.panel, ops.size, block.rows
+    gate_bytes = 4 * vector_bytes
+    load, store, store_one, zeros = ops.load, ops.store, ops.store_one, ops.zeros
+    tanh, total, load_four = ops.tanh, ops.total, ops.load_four
+    store_vectors, zero_four = ops.store_vectors, ops.make_zeros(4)
+    load_storage, clear, widen_row, narrow_row = (
+        device.load_storage, device.clear, device.widen_row, device.narrow_row,
+    )  # fmt: skip
+    copy_row, matrix_product, first_lanes = device.copy_row, device.matrix_product, ops.first_lanes
+    hidden_state, cell_grad = inline(cell.hidden_state), inline(cell.cell_grad)
+    gate_grads, cell_grad_prev = inline(cell.gate_grads), inline(cell.cell_grad_prev)
+
+    # Weight gradients: a tile of `n` rows of a gate panel, added to what earlier chunks left.
+    def start_tile(row, e):
+        return zero_four()
+
+    def finish_tile(row, sums, e):
+        at = e[0] + row * gate_bytes
+        before = load_four(at)
+        store_vectors(
+            at, (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2], before[3] + sums[3]), 4 * lanes
+        )
+
+    tile_block = make_block(ops, block.row_choices(4), 4, start_tile, finish_tile, by_table=True)
+
+    @inline
+    def weight_tile(job, jobs, depth, rows, columns, weight, table):
+        """Tile ``job`` of ``jobs`` of a (depth, panel) gradient: rows of ``table`` against a panel of dz (or dh)."""
+        begin, end = depth * job // jobs, depth * (job + 1) // jobs
+        tile_block(end - begin, (begin * size, table, 1, 0, rows, columns), (weight + begin * gate_bytes,))
+
+    @kernel(numba.void(*[numba.int64] * len(BackwardArgs._fields)), f"{scalar}{storage}{block}{fast_reciprocal}")
+    def lstm_bwd_kernel(
+        dx, dw_x, dw_h, dw_r, db, norms, dh, dc, dm, dz, dh_chunk, m_chunk, stage, table,
+        dy, dcells, gates, cells, x, y, h_0, c_0, zero, w_h, w_x, w_r, reset,
+        steps, batch, inputs, hidden, width, chunk, chunk_rows, reverse, batch_sizes, row_starts, packed,
+        x_step, x_rows, y_step, y_rows, dx_step, dx_rows, dy_step, dy_rows, reset_step, reset_rows,
+        h_rows, m_rows, panel_rows,
+        row_begin, row_end, panel_begin, panel_end, column_begin, column_end,
+        lockstep, member, members, counter, started,
+    ):  # fmt: skip
+        store_int(started, 1)
+        panels = -(-hidden // lanes)
+        c_row = panels * vector_bytes
+        h_vectors = -(-width // lanes)
+        h_row = h_vectors * vector_bytes
+        gates_row = panels * 4 * lanes * stored
+        dz_panel = chunk_rows * gate_bytes
+        projected = dm != 0
+        turn = 0
+        h_first = 4 * column_begin
+        h_count = min(4 * column_end, h_vectors) - h_first
+        x_table, h_table = table, table + 8 * chunk_rows
+        dx_table, m_table = table + 16 * chunk_rows, table + 24 * chunk_rows
+        h_stage = stage + chunk_rows * inputs * size
+        dx_stage = h_stage + chunk_rows * width * size
+
+        chunks = -(-steps // chunk)
+        for chunk_index in range(chunks - 1, -1, -1):
+            first, last = chunk_index * chunk, min((chunk_index + 1) * chunk, steps)
+            earliest = min(walk(reverse, steps, first), walk(reverse, steps, last - 1))
+            latest = max(walk(reverse, steps, first), walk(reverse, steps, last - 1))
+            n_base = row_start(row_starts, batch, earliest)
+            count = row_start(row_starts, batch, latest) + alive_rows(batch_sizes, batch, latest) - n_base
+
+            for s in range(last - 1, first - 1, -1):
+                t = walk(reverse, steps, s)
+                alive = alive_rows(batch_sizes, batch, t)
+                end = min(row_end, alive)
+                n_here = row_start(row_starts, batch, t)
+                index = user_index(packed, row_starts, batch, t)
+                flags = reset + index * reset_step
+                t_prev = walk(reverse, steps, s - 1)
+                continued = min(alive, alive_rows(batch_sizes, batch, t_prev)) if s > 0 else 0
+                n_prev = row_start(row_starts, batch, t_prev) if s > 0 else 0
+                dy_here = dy + index * dy_step
+
+                if projected:
+                    # dh_t is whole only with the user's part; it is wanted panel by panel for dW_hr.
+                    for r in range(row_begin, end):
+                        for v in range(h_first, h_first + h_count):
+                            at = dh + r * h_row + v * vector_bytes
+                            value = load(at)
+                            if dy != 0:
+                                source = dy_here + load_int(dy_rows + 8 * r) + v * lanes * stored
+                                value = value + load_storage(source, width - v * lanes)
+                            if norms != 0 and v < panels:
+                                norm = norms + (((t * batch) + r) * panels + v) * size
+                                store_one(norm, total(value * value))
+                            store(at, value)
+                            if dw_r != 0:
+                                store(
+                                    dh_chunk + (v // 4 * chunk_rows + n_here + r - n_base) * gate_bytes
+                                    + v % 4 * vector_bytes, value,
+                                )  # fmt: skip
+                    if lockstep != 0:
+                        turn += 1
+                        arrive_and_wait(counter, members, turn)
+                    matrix_product(
+                        end - row_begin, dh, h_rows + 8 * row_begin, 1, 0, width, w_r,
+                        -(-panel_begin // 4), -(-panel_end // 4), hidden, dm, m_rows + 8 * row_begin,
+                    )  # fmt: skip
+
+                for r in range(row_begin, end):
+                    c_prev_row = cells + (n_prev + r) * c_row if r < continued else c_0 + r * c_row
+                    if reset != 0 and load_byte(flags + load_int(reset_rows + 8 * r)) != 0:
+                        c_prev_row = zero
+                    dy_row = dy_here + load_int(dy_rows + 8 * r) if dy != 0 else 0
+                    for p in range(panel_begin, panel_end):
+                        unit, at_vector = p * lanes, p * vector_bytes
+                        at = gates + (n_here + r) * gates_row + unit * 4 * stored
+                        i, f = load_storage(at, lanes), load_storage(at + lanes * stored, lanes)
+                        g, o = load_storage(at + 2 * lanes * stored, lanes), load_storage(at + 3 * lanes * stored, lanes)
+                        tanh_c = tanh(load(cells + (n_here + r) * c_row + at_vector))
+                        c_prev = load(c_prev_row + at_vector)
+                        if projected:
+                            grad_h = load(dm + r * c_row + at_vector)
+                            if dw_r != 0:
+                                store(m_chunk + (n_here + r - n_base) * c_row + at_vector, hidden_state(o, tanh_c))
+                        else:
+                            grad_h = load(dh + r * c_row + at_vector)
+                            if dy != 0:
+                                grad_h = grad_h + load_storage(dy_row + unit * stored, hidden - unit)
+                        grad_c = load(dc + r * c_row + at_vector)
+                        if dcells != 0:
+                            grad_c = grad_c + load(dcells + (n_here + r) * c_row + at_vector)
+                        grad_c = cell_grad(grad_c, grad_h, o, tanh_c)
+                        dz_i, dz_f, dz_g, dz_o = gate_grads(grad_c, grad_h, i, f, g, o, c_prev, tanh_c)
+                        left = hidden - unit
+                        if left < lanes:  # units beyond H may hold NaN; they must not reach a sum
+                            dz_i, dz_f = first_lanes(dz_i, left), first_lanes(dz_f, left)
+                            dz_g, dz_o = first_lanes(dz_g, left), first_lanes(dz_o, left)
+                            grad_c = first_lanes(grad_c, left)
+                            f = first_lanes(f, left)
+                        store(dc + r * c_row + at_vector, cell_grad_prev(grad_c, f))
+                        at = dz + p * dz_panel + (n_here + r - n_base) * gate_bytes
+                        store(at, dz_i)
+                        store(at + vector_bytes, dz_f)
+                        store(at + 2 * vector_bytes, dz_g)
+                        store(at + 3 * vector_bytes, dz_o)
+                        if norms != 0:
+                            norm = norms + (((t * batch) + r) * panels + p) * size
+                            if not projected:
+                                store_one(norm, total(grad_h * grad_h))
+                            store_one(norm + steps * batch * panels * size, total(grad_c * grad_c))
+
+                if lockstep != 0:
+                    turn += 1
+                    arrive_and_wait(counter, members, turn)
+                matrix_product(
+                    end - row_begin, dz + (n_here + row_begin - n_base) * gate_bytes, panel_rows, panels, dz_panel,
+                    panel, w_h, column_begin, column_end, width, dh, h_rows + 8 * row_begin,
+                )  # fmt: skip
+                if reset != 0:
+                    for r in range(row_begin, end):
+                        if load_byte(flags + load_int(reset_rows + 8 * r)) != 0:
+                            clear(dh + r * h_row + h_first * vector_bytes, h_count)
+                            clear(dc + r * c_row + panel_begin * vector_bytes, panel_end - panel_begin)
+
+            # The rows of the chunk: where x and h_{t-1} lie, and where dx goes.
+            for s in range(first + member, last, members):
+                t = walk(reverse, steps, s)
+                alive = alive_rows(batch_sizes, batch, t)
+                n_here = row_start(row_starts, batch, t)
+                index = user_index(packed, row_starts, batch, t)
+                t_prev = walk(reverse, steps, s - 1)
+                continued = min(alive, alive_rows(batch_sizes, batch, t_prev)) if s > 0 else 0
+                index_prev = user_index(packed, row_starts, batch, t_prev)
+                for r in range(alive):
+                    k = n_here + r - n_base
+                    x_row = x + index * x_step + load_int(x_rows + 8 * r)
+                    h_prev = y + index_prev * y_step + load_int(y_rows + 8 * r)
+                    from_y = r < continued
+                    if not from_y:
+                        h_prev = h_0 + r * h_row
+                    if reset != 0 and load_byte(reset + index * reset_step + load_int(reset_rows + 8 * r)) != 0:
+                        h_prev, from_y = zero, False
+                    dx_row = dx + index * dx_step + load_int(dx_rows + 8 * r)
+                    if stage != 0:
+                        widen_row(stage + k * inputs * size, x_row, inputs)
+                        x_row = stage + k * inputs * size
+                        if from_y:
+                            widen_row(h_stage + k * width * size, h_prev, width)
+                        else:
+                            copy_row(h_stage + k * width * size, h_prev, width)
+                        h_prev = h_stage + k * width * size
+                        dx_row = dx_stage + k * inputs * size
+                    store_int(x_table + 8 * k, x_row)
+                    store_int(h_table + 8 * k, h_prev)
+                    store_int(dx_table + 8 * k, dx_row)
+                    if projected:
+                        store_int(m_table + 8 * k, m_chunk + k * c_row)
+            turn += 1
+            arrive_and_wait(counter, members, turn)
+
+            if dw_x != 0:
+                tiles_x, tiles_h = -(-inputs // most), -(-width // most)
+                jobs = tiles_x + tiles_h + 1
+                for job in range(panels * jobs * member // members, panels * jobs * (member + 1) // members):
+                    p, j = job // jobs, job % jobs
+                    columns = dz + p * dz_panel
+                    if j < tiles_x:
+                        weight_tile(j, tiles_x, inputs, count, columns, dw_x + p * inputs * gate_bytes, x_table)
+                    elif j < tiles_x + tiles_h:
+                        weight_tile(
+                            j - tiles_x, tiles_h, width, count, columns, dw_h + p * width * gate_bytes, h_table
+                        )
+                    else:
+                        for v in range(4):
+                            part = zeros()
+                            for k in range(count):
+                                part = part + load(columns + k * gate_bytes + v * vector_bytes)
+                            at = db + p * gate_bytes + v * vector_bytes
+                            store(at, load(at) + part)
+                if projected:
+                    tiles = -(-hidden // most)
+                    columns_panels = -(-width // panel)
+                    for job in range(
+                        columns_panels * tiles * member // members, columns_panels * tiles * (member + 1) // members
+                    ):
+                        q, j = job // tiles, job % tiles
+                        columns = dh_chunk + q * chunk_rows * gate_bytes
+                        weight_tile(j, tiles, hidden, count, columns, dw_r + q * hidden * gate_bytes, m_table)
+            if dx != 0:
+                begin, end = count * member // members, count * (member + 1) // members
+                done = begin
+                while done < end:
+                    n = min(48, end - done)  # rows that share a panel of W_ih while it is near
+                    matrix_product(
+                        n, dz + done * gate_bytes, panel_rows, panels, dz_panel, panel, w_x,
+                        0, -(-inputs // panel), inputs, 0, dx_table + 8 * done,
+                    )  # fmt: skip
+                    done += n
+                if stage != 0:
+                    for s in range(first, last):
+                        t = walk(reverse, steps, s)
+                        n_here = row_start(row_starts, batch, t) - n_base
+                        dx_here = dx + user_index(packed, row_starts, batch, t) * dx_step
+                        for k in range(max(begin, n_here), min(end, n_here + alive_rows(batch_sizes, batch, t))):
+                            target = dx_here + load_int(dx_rows + 8 * (k - n_here))
+                            narrow_row(target, dx_stage + k * inputs * size, inputs)
+            turn += 1
+            arrive_and_wait(counter, members, turn)
+
+    return lstm_bwd_kernel

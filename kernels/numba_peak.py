@@ -1,0 +1,76 @@
+"""The multipliers' peak of this machine: what every share of the peak is a share of.
+
+A block of the kernels' own shape runs over operands that stay in the first-level cache, on as many threads as asked for at
+once; the best of several runs counts.  Nothing in the library runs faster, so a share is never flattered.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import numba
+import numpy as np
+import torch
+
+from . import threads, tiling
+from .contract import state_dtype
+from .jit import kernel
+from .numba_gemm import make_block
+from .numba_simd import simd, store_int
+
+DEPTH = 96  # 24 KiB of weights, 2.3 KiB of rows
+SECONDS = 0.05  # of one run
+
+
+@functools.lru_cache(maxsize=None)
+def _peak_kernel(scalar: str, block: tiling.Block):
+    ops = simd(scalar, block.lanes)
+    zeros, store_vectors, width = ops.make_zeros(4), ops.store_vectors, 4 * block.lanes
+
+    def start(row, e):
+        return zeros()
+
+    def finish_peak(row, sums, e):
+        store_vectors(e[0] + row * width * ops_size, sums, width)
+
+    ops_size, rows = ops.size, block.rows
+    full_block = make_block(ops, (rows,), 4, start, finish_peak)
+
+    @kernel(numba.void(*[numba.int64] * 7), f"{scalar}{block}")
+    def peak_kernel(out, a, offsets, w, depth, repeats, started):
+        store_int(started, 1)
+        for _ in range(repeats):
+            full_block(rows, (a, offsets, 1, 0, depth, w), (out,))
+
+    return peak_kernel
+
+
+def fma_peak(dtype: torch.dtype, threads_wanted: int) -> float:
+    """GF/s (1e9 multiplications and additions a second) of ``threads_wanted`` cores computing in ``dtype``'s compute type.
+
+    bfloat16 and float16 compute in float32 (see ``contract.state_dtype``), so theirs is float32's.
+    """
+    compute = state_dtype(dtype)
+    block = tiling.block_shape(tiling.cpu_isa(), compute)
+    run_block = _peak_kernel(str(compute).removeprefix("torch."), block)
+    with threads.reserve(threads_wanted) as available:
+        arrays = [
+            [np.zeros(n) for n in (block.rows * block.panel, block.rows * DEPTH, DEPTH * block.panel + 512)]
+            for _ in range(available)
+        ]
+        offsets = np.arange(block.rows, dtype=np.int64) * (DEPTH * compute.itemsize)
+
+        def seconds(repeats: int) -> float:
+            started = np.zeros(available, np.int64)
+            calls = [
+                (out.ctypes.data, a.ctypes.data, offsets.ctypes.data, w.ctypes.data, DEPTH, repeats, at)
+                for (out, a, w), at in zip(arrays, started.ctypes.data + 8 * np.arange(available), strict=True)
+            ]
+            begin = time.perf_counter()
+            threads.run(run_block, calls, started)
+            return time.perf_counter() - begin
+
+        repeats = max(1, int(1000 * SECONDS / seconds(1000)))
+        best = min(seconds(repeats) for _ in range(9))
+    return 2 * available * repeats * block.rows * block.panel * DEPTH / best / 1e9

@@ -1,0 +1,72 @@
+"""How the threads of a launch wait for one another: one counter, atomically raised.
+
+A thread that arrives adds one and waits until all have: the counter only grows, so there is nothing to reset.  It spins,
+because a hand-off has to take less than a time step (a few hundred nanoseconds); after a while it yields the processor each
+time round, so that a thread that lost its core to another process is let in, and the launch goes on.
+"""
+
+from __future__ import annotations
+
+import platform
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.extending import intrinsic
+
+from .jit import inline
+from .numba_simd import I32, I64, PTR
+
+PATIENCE = 2000  # looks at the counter before yielding: some tens of microseconds
+
+
+@intrinsic
+def _add(typingctx, address, value):
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], PTR), args[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _look(typingctx, address):
+    def codegen(context, builder, sig, args):
+        return builder.load_atomic(builder.inttoptr(args[0], PTR), "acquire", 8, typ=I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _relax(typingctx):
+    """Tells the processor that this is a waiting loop, where it has a word for that."""
+    machine = platform.machine().lower()
+
+    def codegen(context, builder, sig, args):
+        void = ir.VoidType()
+        if machine in ("x86_64", "amd64"):
+            name, kinds, values = "llvm.x86.sse2.pause", [], []
+        elif machine in ("aarch64", "arm64"):
+            name, kinds, values = "llvm.aarch64.hint", [I32], [I32(1)]
+        else:
+            return context.get_dummy_value()
+        function = builder.module.globals.get(name)
+        builder.call(function or ir.Function(builder.module, ir.FunctionType(void, kinds), name), values)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+@inline
+def arrive_and_wait(counter, members, turn):
+    """Waits at the launch's ``turn``-th barrier (1, 2, ...) for all ``members`` threads."""
+    if members > 1:
+        _add(counter, 1)
+        looks = 0
+        while _look(counter) < members * turn:
+            looks += 1
+            if looks > PATIENCE:
+                _yield()
+            else:
+                _relax()

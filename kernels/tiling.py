@@ -1,0 +1,167 @@
+"""From shape, dtype and machine to block sizes: pure functions, testable anywhere.
+
+Everything here is arithmetic on small integers; nothing allocates, compiles or reads a tensor.  Figures that a choice rests
+on stand beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from dataclasses import dataclass
+
+import torch
+
+SIZE = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
+# Bytes of vector register and number of registers.
+REGISTERS = {"avx512": (64, 32), "avx2": (32, 16), "neon": (16, 32), "generic": (16, 16)}
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_isa() -> str:
+    """The instruction set that blocks are shaped for: "avx512", "avx2", "neon" or "generic"."""
+    machine = platform.machine().lower()
+    if machine in ("aarch64", "arm64"):
+        return "neon"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability.startswith("AVX512"):
+        return "avx512"
+    return "avx2" if capability == "AVX2" else "generic"
+
+
+@dataclass(frozen=True)
+class Block:
+    """The shape of a register block, and so of the packed weights."""
+
+    lanes: int  # values in a vector
+    rows: int  # of a block as wide as a panel: four vectors, one a gate
+
+    @property
+    def panel(self) -> int:
+        """Columns of a packed panel: four gates of ``lanes`` units, or four vectors of any matrix."""
+        return 4 * self.lanes
+
+    def row_choices(self, vectors: int) -> tuple[int, ...]:
+        """The numbers of rows that a block of ``vectors`` vectors is compiled for.
+
+        Narrow blocks take more rows, to have enough independent sums in flight: a fused multiply-add takes 4 cycles and
+        two start in each, so 8 sums are the least.
+        """
+        most = min(4 * self.rows // vectors, 2 * self.rows)
+        return tuple(r for r in (1, 2, 3, 4, 5, 6, 8, 12) if r <= most)
+
+
+def block_shape(isa: str, dtype: torch.dtype) -> Block:
+    """The register block for computing in ``dtype`` (16-bit types compute in float32).
+
+    32 registers hold 6 rows x 4 vectors, the 4 vectors of weights and a broadcast; a seventh row makes them spill
+    (measured: 7 rows 105 GF/s, 6 rows 137).  16 registers hold 3 x 4, with the weights read from memory.
+    """
+    width, registers = REGISTERS[isa]
+    return Block(lanes=width // (8 if dtype == torch.float64 else 4), rows=6 if registers == 32 else 3)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# Share of the multipliers' peak that a block of so many rows reaches with its weights in the second-level cache, measured
+# on AVX-512 (6 rows = 1); what bounds the small ones is the reading of weights.
+RATE = (0.25, 0.45, 0.6, 0.8, 0.93, 1.0)
+PEAK = 64.0  # multiply-adds a nanosecond, one core, float32; the scale of the model, not a promise
+CACHE = 1.25e6  # bytes of weights that stay in a core's second-level cache beside everything else
+FAR = 12.0  # bytes a nanosecond that a core draws from beyond it
+HANDOFF = 400.0  # nanoseconds of a barrier among threads, with the fetching of the other threads' h
+MEMORY = 512 * 1024  # bytes of a chunk's gates
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one direction of a layer is shared among threads and cut in time."""
+
+    row_groups: int  # groups of batch rows: independent, no hand-off
+    unit_groups: int  # groups of hidden units: one hand-off a step
+    chunk: int  # steps that are projected, and whose weight gradients are taken, together
+    fused: bool  # the input projection runs inside the recurrence, not ahead of it
+
+    @property
+    def members(self) -> int:
+        return self.row_groups * self.unit_groups
+
+
+def step_time(rows: int, units: int, depth: int, size: int) -> float:
+    """Modelled nanoseconds of one thread's share of a step: ``rows`` x 4 ``units`` sums of ``depth`` terms."""
+    full, rest = divmod(rows, len(RATE))
+    blocks = full / RATE[-1] * len(RATE) + (rest / RATE[rest - 1] if rest else 0.0)
+    arithmetic = blocks * 4 * units * depth / (PEAK * 4 / size)
+    weights = 4 * units * depth * size
+    return arithmetic if weights <= CACHE else max(arithmetic, weights / FAR)
+
+
+def plan(
+    steps: int,
+    batch: int,
+    hidden: int,
+    depth: int,
+    inputs: int,
+    block: Block,
+    size: int,
+    threads: int,
+    backward: bool = False,
+) -> Plan:
+    """The plan for one direction; ``depth`` is P or H (what the recurrence sums over), ``inputs`` is I.
+
+    Threads take batch rows where there are enough to fill a block each and the weights fit every thread's cache: no thread
+    waits for another within a chunk.  Otherwise they take hidden units, each keeps its own weights close, and a hand-off
+    joins them each step.  The results do not depend on the choice, and the chunk does not depend on ``threads``.
+    """
+    panels = ceil_div(hidden, block.lanes)
+    best = (float("inf"), 1, 1)
+    for members in range(1, threads + 1):
+        for unit_groups in range(1, min(members, ceil_div(panels, 4) if backward else panels) + 1):
+            row_groups, odd = divmod(members, unit_groups)
+            if odd or row_groups > batch:
+                continue
+            rows, units = ceil_div(batch, row_groups), ceil_div(panels, unit_groups) * block.lanes
+            time = step_time(rows, units, depth, size) + (HANDOFF * (unit_groups > 1))
+            # The projection joins rows of several steps, so it always fills its blocks.
+            time += rows * units * 4 * inputs / PEAK
+            best = min(best, (time, members, unit_groups))
+    _, members, unit_groups = best
+    row_bytes = 4 * panels * block.lanes * size
+    chunk = max(1, min(steps, MEMORY // (row_bytes * batch), 4096 // batch), ceil_div(min(steps * batch, 48), batch))
+    rows = ceil_div(batch, members // unit_groups)
+    near = 4 * ceil_div(panels, unit_groups) * block.lanes * (depth + inputs) * size <= CACHE
+    fused = inputs <= 16 or (rows >= block.rows - 1 and near)
+    return Plan(members // unit_groups, unit_groups, chunk, fused)
+
+
+# Below this many multiply-adds a call is over before a second thread has woken (about 30 microseconds).
+WORTH_A_THREAD = 1_000_000
+
+
+def useful_threads(multiply_adds: int, threads: int) -> int:
+    """How many threads a call of ``multiply_adds`` is worth."""
+    return threads if multiply_adds >= WORTH_A_THREAD else 1
+
+
+def even_blocks(rows: int, most: int) -> tuple[int, int]:
+    """(number of blocks, rows of the smaller ones): as few blocks as can be, as even as can be."""
+    count = ceil_div(rows, most)
+    return count, rows // count
+
+
+def balanced_rows(batch_sizes, batch: int, groups: int) -> list[int]:
+    """Borders of ``groups`` ranges of the sorted rows with about equal numbers of (step, row) pairs.
+
+    ``batch_sizes``: (T,) NumPy array, never increasing, or None where all rows live for all steps.
+    """
+    if batch_sizes is None:
+        return [batch * g // groups for g in range(groups + 1)]
+    lengths = (batch_sizes[None, :] > [[r] for r in range(batch)]).sum(1)
+    done, total, borders = 0, int(lengths.sum()), [0]
+    for row, length in enumerate(lengths):
+        done += int(length)
+        while len(borders) < groups and done * groups >= total * len(borders):
+            borders.append(row + 1)
+    return [*borders[:groups], *([batch] * (groups + 1 - len(borders[:groups])))]

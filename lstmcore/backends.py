@@ -1,0 +1,184 @@
+"""The one place that chooses a backend, and says why.
+
+``triton`` and ``numba`` are the fused kernels of :mod:`lstmcore.kernels`; ``torch`` hands the whole call to ATen's
+LSTM, exactly as ``torch.nn.LSTM`` does; ``reference`` is the plain step loop of :mod:`lstmcore.reference`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from lstmcore.kernels.contract import Layer
+
+NAMES = ("auto", "triton", "numba", "torch", "reference")
+_MODULES = {"numba": "lstmcore.kernels.numba_backend", "reference": "lstmcore.reference"}
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs a call, and what was said about each one considered (name, reason), best first."""
+
+    name: str
+    reasons: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"backend {self.name!r} runs this call"]
+        lines += [f"  {name:<10}{'chosen' if name == self.name else 'not used'}: {why}" for name, why in self.reasons]
+        return "\n".join(lines)
+
+
+def check_name(name: str) -> None:
+    """ValueError unless ``name`` is one of :data:`NAMES`."""
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(map(repr, NAMES))}")
+
+
+@functools.cache
+def load(name: str) -> Any:
+    """The module behind a backend's name, imported on first use (Numba alone takes a third of a second)."""
+    module: ModuleType = importlib.import_module(_MODULES[name])
+    return module
+
+
+def faster_than_torch(layer: Layer) -> bool:
+    """Whether the Numba kernels beat ATen for this class of layer: what the benchmark's results say, as a rule."""
+    return True
+
+
+def _why_not(name: str, layers: tuple[Layer, ...], extended: bool, opaque: bool) -> str | None:
+    """One sentence on why backend ``name`` cannot run these layers here, or None when it can."""
+    layer = layers[0]
+    if name == "torch":
+        if extended:
+            return "ATen's LSTM has no lengths, reset or return_cells; use backend='auto'"
+        return None
+    if name != "reference" and opaque:
+        return "torch.func transforms and tensor subclasses do not enter kernels; use backend='torch' or 'reference'"
+    if layer.dtype not in _FLOATS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+        return f"it computes in {names}, not in {layer.dtype}; convert the module and the input, or use backend='torch'"
+    if name == "triton":
+        return "the GPU kernels are not part of this version; use backend='auto'"
+    if name == "numba":
+        if layer.device.type != "cpu":
+            return f"it runs on the CPU, not on {layer.device}; move module and input there, or use backend='auto'"
+        try:
+            kernels = load(name)
+        except ImportError as error:
+            return f"it could not be imported ({error}); pip install numba"
+        for each in layers:
+            reason = kernels.supports(each)
+            if reason is not None:
+                return reason
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(name: str, layers: tuple[Layer, ...], extended: bool = False, opaque: bool = False) -> Choice:
+    """The backend for a stack of layers.
+
+    ``layers``: the first layer, and the others' common shape where there are more.  ``extended``: the call uses what
+    ATen's LSTM does not have (lengths, reset, cells).  ``opaque``: its tensors have no memory that a kernel could read
+    (torch.func transforms, tensor subclasses).  A named backend that cannot run them raises RuntimeError with
+    the reason; ``"auto"`` always finds one.
+    """
+    check_name(name)
+    if name != "auto":
+        reason = _why_not(name, layers, extended, opaque)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
+        return Choice(name, ((name, "asked for by name"),))
+
+    reasons: list[tuple[str, str]] = []
+    for candidate, why in (
+        ("triton", "a GPU kernel covers this call"),
+        ("numba", "the fused CPU kernels cover this call and are faster here than ATen"),
+        ("torch", "ATen's LSTM, as torch.nn.LSTM runs it"),
+        ("reference", "the plain step loop computes what no other backend does"),
+    ):
+        reason = _why_not(candidate, layers, extended, opaque)
+        if reason is None and candidate == "numba" and not extended and not all(map(faster_than_torch, layers)):
+            reason = "ATen was measured faster for this class of shape"
+        if reason is None:
+            return Choice(candidate, (*reasons, (candidate, why)))
+        reasons.append((candidate, reason))
+    # Only a dtype that no backend of ours computes, with an argument that ATen's LSTM does not have.
+    raise RuntimeError("no backend can run this call:\n" + "\n".join(f"  {name}: {why}" for name, why in reasons))
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    steps: int,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    directions: int,
+    bias: bool,
+    ragged: bool,
+    training: bool,
+    extended: bool,
+    opaque: bool,
+) -> Choice:
+    """:func:`choose` for a call described by plain values; cached, because it runs once a call."""
+
+    def layer(width: int) -> Layer:
+        return Layer(device, dtype, steps, batch, width, hidden_size, proj_size, directions, bias, ragged, training)
+
+    layers: tuple[Layer, ...] = (layer(input_size),)
+    if num_layers > 1:
+        layers += (layer(directions * (proj_size or hidden_size)),)
+    return choose(name, layers, extended, opaque)
+
+
+def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended: bool = False) -> Choice:
+    """Which backend ``module(input)`` would run, and why; print it.
+
+    Args:
+        module: an :class:`lstmcore.LSTM`, or a ``torch.nn.LSTM`` (taken as ``backend="auto"``).
+        input: what it would be called with: ``(T, B, I)``, ``(B, T, I)`` when batch_first, ``(T, I)``, or packed.
+        extended: the call would pass ``lengths``, ``reset`` or ``return_cells``.
+
+    Raises:
+        RuntimeError: the module names a backend that cannot run the call.
+    """
+    m: Any = module
+    packed = isinstance(input, PackedSequence)
+    data: Tensor = input.data if packed else input  # type: ignore[assignment]
+    if isinstance(input, PackedSequence):
+        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+    elif data.dim() == 2:
+        steps, batch = data.shape[0], 1
+    else:
+        steps, batch = data.shape[:2] if not m.batch_first else (data.shape[1], data.shape[0])
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *module.parameters()))
+    return plan(
+        getattr(module, "backend", "auto"),
+        data.device,
+        data.dtype,
+        steps,
+        batch,
+        m.input_size,
+        m.hidden_size,
+        m.proj_size,
+        m.num_layers,
+        2 if m.bidirectional else 1,
+        m.bias,
+        packed,
+        training,
+        extended,
+        opaque=False,
+    )

@@ -1,0 +1,285 @@
+"""The command line, ``python -m lstmcore``: ``info``, ``prewarm`` and ``check``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
+
+import lstmcore
+from lstmcore import backends
+from lstmcore.kernels.contract import Layer
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FEATURES = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512vnni",
+    "avx512bf16",
+    "avx512fp16",
+    "amx-bf16",
+    "neon",
+    "bf16",
+    "sve",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for a failed check, 2 for what cannot be done."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except (RuntimeError, ValueError, ImportError) as error:
+        print(f"lstmcore {arguments.name}: {error}", file=sys.stderr)
+        return 2
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain table: columns as wide as their contents, a rule under the header."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """Versions, machine, threads, cache, and which backend would run what."""
+    from llvmlite import binding
+
+    from lstmcore.kernels import jit, threads, tiling
+
+    isa = tiling.cpu_isa()
+    host = binding.get_host_cpu_features()
+    place = jit.cache_directory()
+    files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else []
+    parent = next(path for path in (place, *place.parents) if path.exists())
+    size = sum(path.stat().st_size for path in files) / 1e6
+    writable = "" if os.access(parent, os.W_OK) else "; not writable: kernels compile anew in every process"
+    float32 = tiling.block_shape(isa, torch.float32)
+    print(
+        table(
+            ("what", "value"),
+            [
+                ("lstmcore", lstmcore.__version__),
+                ("Python", platform.python_version()),
+                *((name, _version(name)) for name in ("torch", "numba", "llvmlite", "numpy", "triton")),
+                ("system", f"{platform.system()} {platform.machine()}"),
+                (
+                    "processor",
+                    f"{binding.get_host_cpu_name()} ({', '.join(f for f in FEATURES if host.get(f)) or '-'})",
+                ),
+                ("kernels for", f"{isa}, float32 in blocks of {float32}"),
+                ("threads", f"{threads.count()} (torch.get_num_threads() = {torch.get_num_threads()})"),
+                ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
+                ("kernel cache", f"{place} ({len(files)} files, {size:.1f} MB{writable})"),
+            ],
+        )
+    )
+    rows = []
+    for name, dtype in DTYPES.items():
+        for training in (False, True):
+            layer = Layer(torch.device("cpu"), dtype, 1000, 32, 128, 128, training=training)
+            choice = backends.choose("auto", (layer,))
+            rows.append((name, "training" if training else "inference", choice.name, dict(choice.reasons)[choice.name]))
+    print("\nbackend='auto' on the CPU, T = 1000, B = 32, I = H = 128:")
+    print(table(("dtype", "mode", "runs", "because"), rows))
+    return 0
+
+
+def prewarm(arguments: argparse.Namespace) -> int:
+    """Compiles what a shape needs and keeps it in the cache, so that no first call waits."""
+    directions = 2 if arguments.bidirectional else 1
+    inputs = [arguments.input_size]
+    if arguments.num_layers > 1:
+        inputs.append(directions * (arguments.proj_size or arguments.hidden_size))
+    kernels = backends.load("numba")
+    rows = []
+    for name in arguments.dtype or ["float32"]:
+        for training in (False, True) if not arguments.inference else (False,):
+            layers = tuple(
+                Layer(
+                    torch.device("cpu"),
+                    DTYPES[name],
+                    arguments.steps,
+                    arguments.batch,
+                    input_size,
+                    arguments.hidden_size,
+                    arguments.proj_size,
+                    directions,
+                    not arguments.no_bias,
+                    arguments.packed,
+                    training,
+                )
+                for input_size in inputs
+            )
+            backends.choose("numba", layers)  # says why, where it cannot
+            start = time.perf_counter()
+            for layer in layers:
+                kernels.prewarm(layer, training=training)
+            rows.append((name, "training" if training else "inference", f"{time.perf_counter() - start:.2f} s"))
+    print(table(("dtype", "mode", "took"), rows))
+    return 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison of ``check``."""
+
+    name: str
+    module: dict[str, Any] = field(default_factory=dict)  # arguments of LSTM over those of DEFAULTS
+    steps: int = 33
+    batch: int = 5
+    kind: str = "padded"  # or "packed", "unbatched"
+    dtype: str = "float32"
+
+
+DEFAULTS = {"input_size": 12, "hidden_size": 48}
+CASES = (
+    Case("plain"),
+    Case("long", steps=1000, batch=3),
+    Case("B = 1", batch=1),
+    Case("wide batch", batch=37),
+    Case("odd sizes", {"input_size": 1, "hidden_size": 17}, steps=7, batch=3),
+    Case("H = 256", {"input_size": 256, "hidden_size": 256}, batch=16),
+    Case("no bias", {"bias": False}),
+    Case("batch_first", {"batch_first": True}),
+    Case("unbatched", kind="unbatched"),
+    Case("bidirectional", {"bidirectional": True}),
+    Case("projection", {"proj_size": 20}),
+    Case("3 layers", {"num_layers": 3}),
+    Case("packed", batch=9, kind="packed"),
+    Case("packed, all of it", {"num_layers": 2, "bidirectional": True, "proj_size": 20}, batch=9, kind="packed"),
+    Case("float64", dtype="float64"),
+    Case("bfloat16", dtype="bfloat16"),
+    Case("float16", dtype="float16"),
+)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Compares outputs and all gradients with float64 ``torch.nn.LSTM`` on this machine."""
+    warnings.filterwarnings("ignore", message="LSTM with projections")  # torch's, on its own slow path
+    rows, failed = [], 0
+    start = time.perf_counter()
+    for index, case in enumerate(CASES):
+        torch.manual_seed(index)
+        kwargs: dict[str, Any] = {**DEFAULTS, **case.module}
+        oracle = nn.LSTM(**kwargs, dtype=torch.float64)
+        tensors = _tensors(case, oracle)
+        dtype = DTYPES[case.dtype]
+        modules = [
+            oracle,
+            nn.LSTM(**kwargs, dtype=dtype),
+            lstmcore.LSTM(**kwargs, dtype=dtype, backend=arguments.backend),
+        ]
+        for module in modules[1:]:
+            module.load_state_dict(oracle.state_dict())
+        with torch.no_grad():  # all of them start from what the dtype can hold
+            oracle.load_state_dict({name: value.double() for name, value in modules[1].state_dict().items()})
+        tensors = [tensor.to(dtype).double() for tensor in tensors]
+        roundings = 1 if torch.finfo(dtype).bits == 16 else 8  # 16-bit types round what they return, and little else
+        truth, torchs, ours = ([*_run(case, module, tensors)] for module in modules)
+        for what, at in (("outputs", slice(0, 3)), ("gradients", slice(3, None))):
+            error, peer = _error(ours[at], truth[at]), _error(torchs[at], truth[at])
+            tolerance = 2 * peer + roundings * torch.finfo(dtype).eps  # twice the error of torch's own
+            good = error <= tolerance  # False for NaN
+            failed += not good
+            rows.append((case.name, case.dtype, what, f"{error:.1e}", f"{tolerance:.1e}", "ok" if good else "FAILED"))
+    print(table(("case", "dtype", "what", "max error", "tolerance", "result"), rows))
+    seconds = time.perf_counter() - start
+    print(f"\n{len(rows) - failed} of {len(rows)} ok in {seconds:.1f} s (errors relative to the largest value)")
+    return 1 if failed else 0
+
+
+def _tensors(case: Case, oracle: nn.LSTM) -> list[Tensor]:
+    """input, h_0, c_0 and the gradients of output, h_n, c_n, drawn in float64."""
+    shape = {
+        "padded": (case.batch, case.steps) if oracle.batch_first else (case.steps, case.batch),
+        "packed": (case.batch, case.steps),
+        "unbatched": (case.steps,),
+    }[case.kind]
+    directions = 2 if oracle.bidirectional else 1
+    width = oracle.proj_size or oracle.hidden_size
+    rows = () if case.kind == "unbatched" else (case.batch,)
+    states = (oracle.num_layers * directions, *rows)
+    sizes = [(*shape, oracle.input_size), (*states, width), (*states, oracle.hidden_size), (*shape, directions * width)]
+    return [torch.randn(size, dtype=torch.float64) for size in (*sizes, sizes[1], sizes[2])]
+
+
+def _run(case: Case, module: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """output, h_n, c_n, then the gradients of input, h_0, c_0 and every parameter."""
+    dtype = next(module.parameters()).dtype
+    input, h_0, c_0, *grads = (tensor.to(dtype).detach().requires_grad_() for tensor in tensors)
+    if case.kind == "packed":
+        lengths = [1 + (7 * row) % case.steps for row in range(case.batch)]  # unsorted
+        packed = pack_sequence([sequence[:n] for sequence, n in zip(input, lengths, strict=True)], enforce_sorted=False)
+        output, states = module(packed, (h_0, c_0))
+        output = output.data
+        grads[0] = grads[0].flatten(0, 1)[: len(output)]
+    else:
+        output, states = module(input, (h_0, c_0))
+    outputs = [output, *states]
+    found = torch.autograd.grad(outputs, [input, h_0, c_0, *module.parameters()], [grad.detach() for grad in grads])
+    return [tensor.detach().double() for tensor in (*outputs, *found)]
+
+
+def _error(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """The largest error of any tensor, relative to the largest value of its true tensor; NaN if there is one."""
+    errors = [(a - b).abs().max() / b.abs().max().clamp_min(1e-12) for a, b in zip(ours, truth, strict=True)]
+    return float(torch.stack(errors).max())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _size(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {value}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lstmcore", description=lstmcore.__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=lstmcore.__version__)
+    commands = parser.add_subparsers(title="commands", dest="name", required=True, metavar="COMMAND")
+
+    def add(command: Any, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(command.__name__, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        added.set_defaults(command=command)
+        return added
+
+    add(info, "show versions, CPU features, threads, the kernel cache, and which backend would run what")
+
+    warm = add(prewarm, "compile the CPU kernels that a module of these sizes needs, so that no first call waits")
+    warm.add_argument("--input-size", type=_size, required=True, metavar="I", help="features of the input")
+    warm.add_argument("--hidden-size", type=_size, required=True, metavar="H", help="features of the states")
+    warm.add_argument("--num-layers", type=_size, default=1, metavar="L", help="layers (default: 1)")
+    warm.add_argument("--proj-size", type=int, default=0, metavar="P", help="size of the projection (default: none)")
+    warm.add_argument("--bidirectional", action="store_true", help="both directions of time")
+    warm.add_argument("--no-bias", action="store_true", help="a module without biases")
+    warm.add_argument("--batch", type=_size, default=32, metavar="B", help="rows of a batch (default: 32)")
+    warm.add_argument("--steps", type=_size, default=1000, metavar="T", help="steps of a sequence (default: 1000)")
+    warm.add_argument("--packed", action="store_true", help="rows of different lengths")
+    warm.add_argument("--inference", action="store_true", help="leave out what only training needs")
+    warm.add_argument("--dtype", action="append", choices=DTYPES, help="repeat it for several (default: float32)")
+
+    parity = add(check, "compare outputs and all gradients with float64 torch.nn.LSTM on this machine")
+    parity.add_argument("--backend", choices=backends.NAMES, default="auto", help="what to check (default: auto)")
+    return parser

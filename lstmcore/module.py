@@ -1,0 +1,163 @@
+"""LSTM and LSTMCell: the parameters, names and state_dict of torch.nn's, over :func:`lstmcore.lstm`.
+
+T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), L layers,
+D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lstmcore import backends, functional
+
+
+class LSTM(nn.RNNBase):
+    """A multi-layer LSTM: ``torch.nn.LSTM`` with faster kernels.
+
+    Parameters, their names, order and initialisation (the same seed gives the same weights), ``state_dict``, ``repr``,
+    shapes, results and errors are those of ``torch.nn.LSTM``; a state_dict loads either way.  The equations are in
+    :mod:`lstmcore.kernels`.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the states.
+        num_layers: L, layers stacked, each over the output of the one before.
+        bias: whether the layers have ``bias_ih`` and ``bias_hh``.
+        batch_first: input and output are (B, T, ·) instead of (T, B, ·); the states are not affected.
+        dropout: the probability of the dropout after every layer but the last, when training.
+        bidirectional: run every layer in both directions of time and concatenate their outputs; D = 2.
+        proj_size: P, the size h_t is projected to by ``weight_hr``; 0 for none.
+        device, dtype: of the parameters.  float32, float64, bfloat16 and float16 have kernels.
+        backend: ``"auto"`` picks the fastest that runs the call; ``"triton"``, ``"numba"``, ``"torch"`` and
+            ``"reference"`` insist on one.  :func:`lstmcore.explain` says what runs and why.
+
+    Raises:
+        ValueError, TypeError: as ``torch.nn.LSTM``; ValueError for an unknown backend.
+    """
+
+    backend: str = "auto"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        backends.check_name(backend)
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+        self.backend = backend
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,  # (T, B, I), (B, T, I) when batch_first, (T, I) unbatched; or packed (N, I)
+        hx: tuple[Tensor, Tensor] | None = None,  # (L * D, B, P) and (L * D, B, H); without B when unbatched
+        *,
+        lengths: Tensor | Sequence[int] | None = None,  # (B,)
+        reset: Tensor | None = None,  # (T, B), (B, T) when batch_first, (T,) unbatched; or packed (N,)
+        return_cells: bool = False,
+    ) -> tuple[Any, ...]:
+        """``output, (h_n, c_n)`` as ``torch.nn.LSTM`` returns them; with ``return_cells``, ``cells`` as a third.
+
+        :func:`lstmcore.lstm` describes the arguments, the shapes and the errors.
+        """
+        try:
+            own = self._parameters
+            params = [own[name] for name in self._flat_weights_names]
+        except KeyError:  # replaced by something else: parametrized, pruned, weight-normed, a data-parallel replica
+            params = [getattr(self, name) for name in self._flat_weights_names]
+        output, h_n, c_n, *cells = functional.lstm(
+            input,
+            hx,
+            params,  # type: ignore[arg-type]
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+            lengths=lengths,
+            reset=reset,
+            return_cells=return_cells,
+            backend=self.backend,
+        )
+        return output, (h_n, c_n), *cells
+
+    def flatten_parameters(self) -> None:
+        """Does nothing; callers of RNNs call it.  Parameters are read one by one, wherever they lie."""
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
+
+
+class LSTMCell(nn.RNNCellBase):
+    """One step of an LSTM: ``torch.nn.LSTMCell``, with a choice of backend.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the states.
+        bias: whether there are ``bias_ih`` and ``bias_hh``.
+        device, dtype: of the parameters.
+        backend: ``"auto"`` and ``"torch"`` run ATen's fused cell: one step has no recurrence for a kernel to keep in
+            cache.  The others run :func:`lstmcore.lstm` over one step.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+
+    backend: str = "auto"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        backends.check_name(backend)
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        self.backend = backend
+
+    def forward(
+        self,
+        input: Tensor,  # (B, I) or (I,)
+        hx: tuple[Tensor, Tensor] | None = None,  # (B, H) and (B, H), or (H,) and (H,)
+    ) -> tuple[Tensor, Tensor]:
+        """``(h_1, c_1)``, each (B, H) or (H,); zeros stand for ``hx=None``.
+
+        Raises ValueError for a wrong rank, RuntimeError for sizes and dtypes that do not fit, as ``torch.nn.LSTMCell``.
+        """
+        return functional.lstm_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")

@@ -1,0 +1,172 @@
+"""The JIT cache: wherever it is, whatever is in it, the first call works; damaged files are replaced."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+LIMIT = 180.0  # seconds for one process that compiles
+PROGRAM = """
+import torch, lstmcore
+torch.manual_seed(0)
+module = lstmcore.LSTM(2, 3, backend="numba")
+with torch.inference_mode():
+    output, _ = module(torch.randn(4, 1, 2))
+print(output.double().sum().item().hex())
+from lstmcore.kernels import jit
+print(jit.cache_directory())
+"""
+
+
+def environment(**changes: str | None) -> dict[str, str]:
+    """This process's, with ``changes``; None removes a name."""
+    merged = {**os.environ, "XDG_CACHE_HOME": None, "NUMBA_CACHE_DIR": None, **changes}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def start(cwd: pathlib.Path, **changes: str | None) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        env=environment(**changes),
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    """(the result in hexadecimal, the cache directory)"""
+    try:
+        output, errors = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    result, directory = output.split()
+    return result, directory
+
+
+def call(cwd: pathlib.Path, **changes: str | None) -> tuple[str, str]:
+    return finish(start(cwd, **changes))
+
+
+def contents(directory: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """A filled cache directory, and the result of the program."""
+    directory = tmp_path_factory.mktemp("cache")
+    result, used = call(directory, NUMBA_CACHE_DIR=str(directory))
+    assert pathlib.Path(used).is_relative_to(directory), "NUMBA_CACHE_DIR is not honoured"
+    assert contents(directory), "nothing was cached"
+    return directory, result
+
+
+def test_second_process_compiles_nothing(warm):
+    directory, expected = warm
+    before = {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
+    assert call(directory, NUMBA_CACHE_DIR=str(directory))[0] == expected
+    assert {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()} == before
+
+
+def damage_truncate(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def damage_garbage(content: bytes) -> bytes:
+    return bytes(255 - b for b in content[:4096])
+
+
+def damage_one_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def damage_empty(content: bytes) -> bytes:
+    return b""
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_garbage, damage_one_bit, damage_empty])
+def test_damaged_files_are_replaced(warm, tmp_path, damage):
+    directory, expected = warm
+    for name, content in contents(directory).items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(damage(content))
+    damaged = contents(tmp_path)
+    assert call(tmp_path, NUMBA_CACHE_DIR=str(tmp_path))[0] == expected
+    after = contents(tmp_path)
+    assert after.keys() == damaged.keys()
+    assert all(after[name] != damaged[name] for name in damaged), "a damaged file stayed"
+
+
+def test_a_directory_in_the_place_of_a_file(warm, tmp_path):
+    directory, expected = warm
+    for name in contents(directory):
+        (tmp_path / name).mkdir(parents=True)
+    assert call(tmp_path, NUMBA_CACHE_DIR=str(tmp_path))[0] == expected
+    assert not contents(tmp_path), "left-overs of a write that failed"
+
+
+def test_read_only_directory(warm, tmp_path):
+    """A place where nothing can be made, for root too: under a file."""
+    (tmp_path / "file").write_text("not a directory")
+    assert call(tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "file" / "cache"))[0] == warm[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root writes to read-only directories")
+def test_read_only_permissions(warm, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        assert call(pathlib.Path.cwd(), NUMBA_CACHE_DIR=str(tmp_path))[0] == warm[1]
+        assert not contents(tmp_path)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_two_processes_compile_at_once(warm, tmp_path):
+    processes = [start(tmp_path, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    assert [finish(process)[0] for process in processes] == [warm[1]] * 2
+    assert contents(tmp_path).keys() == contents(warm[0]).keys(), "files missing, or temporary ones left"
+    before = contents(tmp_path)
+    assert call(tmp_path, NUMBA_CACHE_DIR=str(tmp_path))[0] == warm[1]
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("home", [None, "/dev/null/home"], ids=["unset", "unwritable"])
+def test_home(warm, tmp_path, home):
+    """No HOME, or one that cannot be written to: it runs (XDG_CACHE_HOME keeps the first out of the user's own)."""
+    changes = {"HOME": home} | ({"XDG_CACHE_HOME": str(tmp_path)} if home is None else {})
+    result, directory = call(tmp_path, **changes)
+    assert result == warm[1]
+    if home is None:
+        assert pathlib.Path(directory).is_relative_to(tmp_path), "XDG_CACHE_HOME is not honoured"
+
+
+def test_home_unset_has_a_place():
+    program = "from lstmcore.kernels import jit; print(jit.cache_directory())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(HOME=None), capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stderr
+    assert pathlib.Path(done.stdout.strip()).is_absolute()
+
+
+def test_import_never_touches_the_cache(tmp_path):
+    """Importing the package writes nothing, and works where nothing can be written."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import lstmcore"],
+        env=environment(NUMBA_CACHE_DIR=str(tmp_path / "cache"), HOME="/dev/null/home"),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,110 @@
+"""``python -m lstmcore``: what it prints, its exit codes, its help."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from lstmcore.kernels import cell
+
+import lstmcore
+from lstmcore import cli
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "lstmcore", *arguments], capture_output=True, text=True, timeout=200)
+
+
+def test_info():
+    done = command("info")
+    assert done.returncode == 0, done.stderr
+    for text in (lstmcore.__version__, torch.__version__, "numba", "threads", "cache", "float32", "bfloat16", "auto"):
+        assert text in done.stdout
+
+
+def test_check():
+    done = command("check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout
+    for text in ("packed", "bidirectional", "bfloat16", "outputs", "gradients", "ok"):
+        assert text in done.stdout
+
+
+def test_check_fails_where_something_is_wrong(monkeypatch, capsys):
+    """A self-test that cannot fail says nothing: spoil the reference's cell."""
+
+    from lstmcore import cli
+
+    assert cli.main(["check", "--backend", "reference"]) == 0
+    assert "FAILED" not in capsys.readouterr().out
+    monkeypatch.setattr(cell, "hidden_state", lambda o, tanh_c: o * tanh_c * 1.0001)
+    assert cli.main(["check", "--backend", "reference"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--inference", "--dtype", "float64"),
+        ("--num-layers", "2", "--bidirectional", "--proj-size", "3", "--packed", "--no-bias", "--batch", "1"),
+    ],
+    ids=str,
+)
+def test_prewarm(options):
+    done = command("prewarm", "--input-size", "3", "--hidden-size", "17", *options)
+    assert done.returncode == 0, done.stderr
+    assert ("float64" if "float64" in options else "float32") in done.stdout
+    assert "inference" in done.stdout
+    assert ("training" in done.stdout) == ("--inference" not in options)
+
+
+def run_here(capsys, *arguments: str) -> tuple[int, str, str]:
+    """(exit status, output, errors) of the same in this process, which has torch already."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as end:  # argparse
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["", "info", "prewarm", "check"])
+def test_help(name, capsys):
+    status, output, errors = run_here(capsys, *filter(None, [name]), "--help")
+    assert status == 0
+    assert output.startswith(f"usage: python -m lstmcore {name}")
+    assert not errors
+
+
+def test_version(capsys):
+    assert run_here(capsys, "--version")[:2] == (0, lstmcore.__version__ + "\n")
+
+
+def test_status_reaches_the_shell():
+    done = command("nonsense")
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr
+
+
+BAD = [
+    ("", "COMMAND"),
+    ("nonsense", "nonsense"),
+    ("info --nonsense", "--nonsense"),
+    ("prewarm", "--input-size"),
+    ("prewarm --input-size 0 --hidden-size 4", "0"),
+    ("prewarm --input-size x --hidden-size 4", "x"),
+    ("prewarm --input-size 3 --hidden-size 4 --dtype int8", "int8"),
+    ("prewarm --input-size 3 --hidden-size 4 --proj-size 4", "proj"),
+    ("prewarm --input-size 3 --hidden-size 4 --proj-size -1", "proj"),
+    ("check --backend nonsense", "nonsense"),
+    ("check --backend triton", "triton"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), BAD)
+def test_bad_arguments(arguments, named, capsys):
+    """Status 2, and one message that names the culprit instead of a traceback."""
+    status, output, errors = run_here(capsys, *arguments.split())
+    assert status == 2, output + errors
+    assert named in errors
+    assert "Traceback" not in errors

@@ -1,0 +1,71 @@
+"""The same inputs give the same bits: run to run, for any number of threads, whatever else is in the batch."""
+
+import pytest
+import torch
+
+import lstmcore
+
+from .cases import BY_NAME, DTYPES, Case, draw, run
+
+NAMES = ["h17", "h129", "b33", "one_row", "long", "proj_bidirectional", "packed_b33", "packed_everything", "expanded"]
+LARGE = [
+    Case("large", T=20, B=34, I=24, H=96),
+    Case("large_one_row", T=12, B=1, I=5, H=300),
+    Case("large_bidirectional", T=9, B=18, I=40, H=72, bidirectional=True),
+    Case("large_packed", I=40, H=64, lengths=tuple(1 + 7 * r % 19 for r in range(40))),
+]
+SPLIT = [*(BY_NAME[name] for name in NAMES), *LARGE]
+
+
+def assert_bitwise(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SPLIT, ids=str)
+def test_run_to_run_and_any_number_of_threads(case, dtype, threads):
+    data = draw(case, DTYPES[dtype])
+    threads(1)
+    expected = run(case, data, DTYPES[dtype], "numba")
+    assert_bitwise(run(case, data, DTYPES[dtype], "numba"), expected)
+    for n in (2, 3, 4):
+        threads(n)
+        assert_bitwise(run(case, data, DTYPES[dtype], "numba"), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize(
+    "rows", [[0], [13], [4, 5], [30, 2, 7, 7, 16], list(range(12)), list(range(32, -1, -1))], ids=len
+)
+@pytest.mark.parametrize("H", [17, 64])
+def test_a_row_does_not_depend_on_the_others(H, rows, n_threads, dtype, threads):
+    threads(n_threads)
+    dtype = DTYPES[dtype]
+    module = lstmcore.LSTM(5, H, bidirectional=True, dtype=dtype, backend="numba")
+    given = [torch.randn(s, dtype=dtype) for s in ((6, 33, 5), (2, 33, H), (2, 33, H))]
+    seeds = [torch.randn(s, dtype=dtype) for s in ((6, 33, 2 * H), (2, 33, H), (2, 33, H))]
+
+    def results(which):
+        leaves = [t[:, which].clone().requires_grad_() for t in given]
+        output, states = module(leaves[0], tuple(leaves[1:]))
+        return output, *states, *torch.autograd.grad((output, *states), leaves, [s[:, which] for s in seeds])
+
+    for whole, part in zip(results(list(range(33))), results(rows), strict=True):
+        assert torch.equal(whole[:, rows], part)
+
+
+def test_a_packed_row_is_the_row_alone():
+    """Ragged rows too: packed with others, or alone, the same bits."""
+    module = lstmcore.LSTM(5, 17, bidirectional=True, backend="numba")
+    rows = [torch.randn(length, 5) for length in (3, 9, 1, 5, 9, 2, 2)]
+    padded, lengths = torch.nn.utils.rnn.pad_sequence(rows), torch.tensor([len(r) for r in rows])
+    output, (h_n, c_n) = module(torch.nn.utils.rnn.pack_padded_sequence(padded, lengths, enforce_sorted=False))
+    output, _ = torch.nn.utils.rnn.pad_packed_sequence(output)
+    for r, row in enumerate(rows):
+        alone, (h, c) = module(row)
+        assert torch.equal(output[: len(row), r], alone)
+        assert torch.equal(h_n[:, r], h)
+        assert torch.equal(c_n[:, r], c)

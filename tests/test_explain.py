@@ -1,0 +1,93 @@
+"""``lstmcore.explain``: which backend would run a call, and why."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import lstmcore
+from lstmcore import backends
+
+X = torch.randn(5, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["numba", "torch", "reference"])
+def test_a_named_backend_runs(name):
+    choice = lstmcore.explain(lstmcore.LSTM(3, 17, backend=name), X)
+    assert choice.name == name
+    assert name in str(choice)
+    assert "name" in dict(choice.reasons)[name]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [X, X[:, 0], X.bfloat16(), X.double(), pack_padded_sequence(X, torch.tensor([5, 2]))],
+    ids=lambda x: type(x),
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}]
+)
+def test_auto_gives_a_reason_for_each_it_considered(given, options):
+    data = given.data if isinstance(given, nn.utils.rnn.PackedSequence) else given
+    choice = lstmcore.explain(lstmcore.LSTM(3, 17, **options, dtype=data.dtype), given)
+    assert choice.name in ("numba", "torch")
+    considered = [name for name, _ in choice.reasons]
+    assert considered[-1] == choice.name
+    assert "triton" in considered
+    for name, reason in choice.reasons:
+        assert reason
+        assert f"{name}" in str(choice)
+        assert reason in str(choice)
+
+
+def test_it_tells_what_runs(monkeypatch):
+    """The kernels are called when it says numba, and not when it says torch."""
+    kernels, calls = backends.load("numba"), []
+    original = kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    for backend in ("auto", "numba", "torch", "reference"):
+        module = lstmcore.LSTM(3, 17, backend=backend)
+        said = lstmcore.explain(module, X).name
+        calls.clear()
+        module(X)
+        assert bool(calls) == (said == "numba"), backend
+
+
+@pytest.mark.parametrize("named", ["numba", "triton", "reference", "torch"])
+def test_what_cannot_run_raises_the_reason(named):
+    integer = X.to(torch.complex64)
+    module = lstmcore.LSTM(3, 17, backend=named, dtype=torch.complex64)
+    if named == "torch":
+        assert lstmcore.explain(module, integer).name == "torch"
+        return
+    with pytest.raises(RuntimeError, match="complex64"):
+        lstmcore.explain(module, integer)
+
+
+def test_auto_falls_back_where_no_kernel_runs():
+    """On a device without kernels of ours: torch's, and the reason of each that was passed over."""
+    module = lstmcore.LSTM(3, 17, device="meta")
+    choice = lstmcore.explain(module, X.to("meta"))
+    assert choice.name == "torch"
+    assert "meta" in dict(choice.reasons)["numba"]
+    assert module(X.to("meta"))[0].shape == (5, 2, 17)
+
+
+def test_extended_calls_never_go_to_torch():
+    module = lstmcore.LSTM(3, 17)
+    assert lstmcore.explain(module, X, extended=True).name == "numba"
+    on_meta = lstmcore.explain(lstmcore.LSTM(3, 17, device="meta"), X.to("meta"), extended=True)
+    assert on_meta.name == "reference"
+    assert "lengths" in dict(on_meta.reasons)["torch"]
+
+
+def test_a_module_of_torch_is_taken_as_auto():
+    assert lstmcore.explain(nn.LSTM(3, 17), X) == lstmcore.explain(lstmcore.LSTM(3, 17), X)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_auto_runs_something():
+    module = lstmcore.LSTM(3, 17, device="cuda")
+    choice = lstmcore.explain(module, X.cuda())
+    assert choice.name in ("triton", "torch")
+    assert module(X.cuda())[0].is_cuda

@@ -1,0 +1,73 @@
+"""Every tolerance of the suite, each with its reason.
+
+Errors are measured against float64 ``torch.nn.LSTM`` as the largest absolute difference in a tensor.  The rule for
+results of the library: no more than ``FACTOR`` times the error of ``torch.nn.LSTM`` in the same dtype on the same data.
+A floor is added, because torch's error may be zero by luck, or by construction (float64).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0
+
+# The size of one term of the sums in a gradient, where what comes in is of order one: dz holds a factor s(1 - s), at
+# most a quarter.  A tensor of a handful of entries may cancel to less, and rounding follows its terms, not their sum.
+TERM = 0.25
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """An absolute bound of ``floor_eps * eps(dtype) * max(TERM, largest entry of the oracle's tensor)``."""
+
+    floor_eps: float
+    reason: str
+
+
+FLOORS = {
+    torch.float32: Tolerance(
+        8.0,
+        "a few roundings of values of order one in each of tanh, sigmoid and the dot products; torch's error is "
+        "smaller than this only in tensors of a handful of entries, by luck",
+    ),
+    torch.float64: Tolerance(
+        8.0,
+        "as float32.  The oracle is this very computation, so torch's error is taken from float32 times the ratio of "
+        "the two epsilons, and counted once more for the error of the oracle itself",
+    ),
+    torch.bfloat16: Tolerance(
+        1.0,
+        "state and sums are float32, so what is left is two roundings to bfloat16 of half an eps each: that of the "
+        "result and that of the h that entered the recurrence",
+    ),
+    torch.float16: Tolerance(1.0, "as bfloat16"),
+}
+
+# Contract tests run in float64 on both sides: a hundred eps of the largest entry is far below any mistake in a formula
+# or an index, and above the reordering of sums of at most a few hundred terms.
+ORDER_OF_SUMS = 1e-13
+
+# The same in float32, for the paths that a kernel has in float32 only.
+ORDER_OF_SUMS_F32 = 2e-5
+
+# torch.autograd.gradcheck in float64: central differences with step 1e-6 have an error of about 1e-10 of the second
+# derivative's scale and 1e-16 / 1e-6 from rounding.
+GRADCHECK = {"eps": 1e-6, "atol": 1e-6, "rtol": 1e-5}
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference; infinite where the shapes differ or something is not finite."""
+    if got.shape != expected.shape:
+        return float("inf")
+    if got.numel() == 0:
+        return 0.0
+    return (got - expected).abs().max().nan_to_num(nan=float("inf")).item()
+
+
+def bound(dtype: torch.dtype, oracle: Tensor, peer_error: float) -> float:
+    """The largest error a result may have, where torch's own has ``peer_error``."""
+    largest = max(TERM, oracle.abs().max().item()) if oracle.numel() else TERM
+    return FACTOR * peer_error + FLOORS[dtype].floor_eps * torch.finfo(dtype).eps * largest
