@@ -10,6 +10,7 @@ T time, B batch, N alive rows, I input, H hidden, P projection (or H), D directi
 from __future__ import annotations
 
 import functools
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from . import buffers, threads, tiling
 from .contract import Forward, Gradients, Layer, Needs, Rows, Weights, state_dtype
 from .numba_lstm import BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
-from .numba_pack import column_panels_size, gate_order, packers
+from .numba_pack import column_panels_size, gate_order, packers, share
 from .tiling import ceil_div
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -86,6 +87,7 @@ class _Problem:
         self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
         work = self.total * 4 * self.hidden * (self.inputs + self.width)
         self.threads = tiling.useful_threads(work * self.directions, threads.count())
+        self.available = 1  # of those, while they are reserved
 
     def geometry(self, tensor: Tensor, width_dim: bool = True) -> tuple[int, np.ndarray]:
         """(bytes from step to step, byte offset of each sorted row) of a user's tensor of these rows."""
@@ -146,8 +148,10 @@ class _Problem:
             }  # fmt: skip
 
 
-def _numpy(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    return tensor.detach().to(dtype).numpy()
+def _at(owner: Tensor, address: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    """The part of ``owner`` (bytes) at ``address``, as a tensor of ``shape``."""
+    begin = address - owner.data_ptr()
+    return owner[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def _launch(kernel, launches: list[list], count: int) -> None:
@@ -189,6 +193,7 @@ def forward(
     kernel = variant.forward()
 
     with threads.reserve(problem.threads) as available:
+        problem.available = available
         plan = tiling.plan(
             problem.steps, batch, hidden, width, problem.inputs, problem.block, size, max(1, available // count)
         )
@@ -221,20 +226,20 @@ def forward(
                 gate_size * size,
             )
 
-            def view(address, count, owner=owner):
-                start = address - owner.data_ptr()
-                return owner[start : start + count * size].view(compute)
-
-            h_state = view(h, 2 * batch * problem.padded_width).view(2, batch, problem.padded_width)
+            h_state = _at(owner, h, compute, 2, batch, problem.padded_width)
             problem.load_state(h_state[0], h_0, direction)
             h_state[1] = h_state[0]
-            c_state = view(c, batch * problem.padded_hidden).view(batch, problem.padded_hidden)
+            c_state = _at(owner, c, compute, batch, problem.padded_hidden)
             problem.load_state(c_state, c_0, direction)
-            pack_forward(
-                problem, parameters, view(w_x, gate_size * problem.inputs).numpy(), view(w_h, gate_size * width).numpy(),
-                view(bias, gate_size).numpy(),
-                view(w_r, column_panels_size(hidden, width, problem.block.lanes)).numpy() if problem.projected else None,
-            )  # fmt: skip
+            _pack_gates(problem, w_x, parameters.weight_ih)
+            _pack_gates(problem, w_h, parameters.weight_hh)
+            if parameters.bias_ih is None:
+                _at(owner, bias, compute, gate_size).zero_()
+            else:
+                both = parameters.bias_ih.detach().to(compute) + parameters.bias_hh.detach().to(compute)
+                _pack_gates(problem, bias, both[:, None])
+            if problem.projected:
+                _pack_columns(problem, w_r, parameters.weight_hr.detach().T, np.arange(hidden))
             owners.append(owner)
             states.append((h_state, c_state))
             base = shared | {
@@ -263,18 +268,29 @@ def _last(problem: _Problem, h_state: Tensor, direction: int) -> Tensor:
     return h_state[torch.from_numpy(lengths & 1), torch.from_numpy(problem.index)]
 
 
-def pack_forward(problem: _Problem, parameters: Weights, w_x, w_h, bias, w_r) -> None:
-    """Packs the weights of one direction for the forward kernel, into NumPy arrays of the compute dtype."""
-    compute, pack = problem.variant.compute, problem.variant.pack
-    pack.pack_gates(w_x, _numpy(parameters.weight_ih, compute))
-    pack.pack_gates(w_h, _numpy(parameters.weight_hh, compute))
-    if parameters.bias_ih is None:
-        bias.fill(0.0)
-    else:
-        both = _numpy(parameters.bias_ih, compute) + _numpy(parameters.bias_hh, compute)
-        pack.pack_gates(bias, both[:, None])
-    if w_r is not None:
-        pack.pack_columns(w_r, _numpy(parameters.weight_hr, compute).T, np.arange(problem.hidden))
+def _pack_gates(problem: _Problem, packed: int, weight: Tensor) -> None:
+    """Packs a (4H, K) weight into gate panels at ``packed``."""
+    weight = weight.detach().to(problem.variant.compute).contiguous()
+    rows, depth = weight.shape
+    sizes = (rows // 4, depth)
+    share(problem.variant.pack.pack_gates, problem.available, problem.panels, weight.numel(), packed, weight.data_ptr(), *sizes)
+
+
+def _pack_columns(problem: _Problem, packed: int, weight: Tensor, rows: np.ndarray) -> None:
+    """Packs a (·, columns) weight into column panels at ``packed``, its rows in the order ``rows``."""
+    weight = weight.detach().to(problem.variant.compute).contiguous()
+    columns = weight.shape[1]
+    arguments = (packed, weight.data_ptr(), rows.ctypes.data, len(rows), columns)
+    panels = ceil_div(columns, problem.block.panel)
+    share(problem.variant.pack.pack_columns, problem.available, panels, weight.numel(), *arguments)
+
+
+def _unpack(problem: _Problem, like: Tensor, unpack, panels: int, packed: int) -> Tensor:
+    """A gradient in the shape and dtype of ``like`` (rows, depth) from panels at ``packed``."""
+    result = torch.empty(like.shape, dtype=problem.variant.compute)
+    sizes = (result.shape[0] // 4 if unpack is problem.variant.pack.unpack_gates else result.shape[0], result.shape[1])
+    share(unpack, problem.available, panels, result.numel(), result.data_ptr(), packed, *sizes)
+    return result.to(like.dtype)
 
 
 def _cells_out(problem: _Problem, kept: list[Tensor], like: Tensor) -> Tensor:
@@ -327,6 +343,7 @@ def backward(
     grad_cells_in = [] if grad_cells is None else _cells_in(problem, grad_cells)
 
     with threads.reserve(problem.threads) as available:
+        problem.available = available
         plan = tiling.plan(steps, batch, hidden, width, inputs, block, size, max(1, available // count), backward=True)
         chunk_rows = max(batch, min(max(BACKWARD_BYTES // (4 * problem.padded_hidden * size), BACKWARD_ROWS), steps * batch))
         chunk = min(chunk_rows // batch, steps)
@@ -370,30 +387,23 @@ def backward(
             owner, addresses = buffers.carve(
                 *(n * size for n in (*zeroed, *weight_sizes, *scratch)), 4 * chunk_rows * 8
             )
-            sizes = (*zeroed, *weight_sizes, *scratch)
-            start = owner.data_ptr()
-
-            def view(i, owner=owner, addresses=addresses, start=start, sizes=sizes):
-                begin = addresses[i] - start
-                return owner[begin : begin + sizes[i] * size].view(compute)
-
             dw_x, dw_h, db, dw_r, zero, dh, dc, w_h, w_x, w_r, dm, dz, dh_chunk, m_chunk, stage, table = addresses
-            owner[: dc - start].zero_()
-            dh_state, dc_state = view(5).view(batch, -1), view(6).view(batch, -1)
+            owner[: (dh or dc) - owner.data_ptr()].zero_()
+            dh_state = _at(owner, dh, compute, batch, problem.padded_width)
+            dc_state = _at(owner, dc, compute, batch, problem.padded_hidden)
             problem.load_state(dh_state, grad_h_n, direction)
             problem.load_state(dc_state, grad_c_n, direction)
-            initial = torch.empty((batch, problem.padded_width + problem.padded_hidden), dtype=compute)
             h_initial = buffers.take(batch * problem.padded_width, compute).view(batch, -1)
             c_initial = buffers.take(batch * problem.padded_hidden, compute).view(batch, -1)
             problem.load_state(h_initial, h_0, direction)
             problem.load_state(c_initial, c_0, direction)
             order = gate_order(hidden, block.lanes)
-            variant.pack.pack_columns(view(7).numpy(), _numpy(parameters.weight_hh, compute), order)
+            _pack_columns(problem, w_h, parameters.weight_hh, order)
             if needs.input:
-                variant.pack.pack_columns(view(8).numpy(), _numpy(parameters.weight_ih, compute), order)
+                _pack_columns(problem, w_x, parameters.weight_ih, order)
             if problem.projected:
-                variant.pack.pack_columns(view(9).numpy(), _numpy(parameters.weight_hr, compute), np.arange(width))
-            results.append((view, dh_state, dc_state, owner, h_initial, c_initial))
+                _pack_columns(problem, w_r, parameters.weight_hr, np.arange(width))
+            results.append(((dw_x, dw_h, db, dw_r), dh_state, dc_state, owner, h_initial, c_initial))
             dy = 0
             if grad_output is not None:
                 dy = grad_output.data_ptr() + direction * width * grad_output.itemsize
@@ -412,13 +422,16 @@ def backward(
             launches.append([BackwardArgs(**base, **share) for share in problem.sharing(plan, by_columns=True)])
         _launch(kernel, launches, available)
 
-    gradients = []
-    for direction, (view, dh_state, dc_state, *_) in enumerate(results):
+        gradients = [
+            _weight_gradients(problem, parameters, *packed) if needs.weights else Weights(None, None)
+            for parameters, (packed, *_) in zip(weights, results, strict=True)
+        ]
+
+    for direction, (_, dh_state, dc_state, *_) in enumerate(results):
         if grad_h is not None:
             problem.store_state(grad_h[direction], dh_state)
         if grad_c is not None:
             problem.store_state(grad_c[direction], dc_state)
-        gradients.append(_unpack(problem, weights[direction], view) if needs.weights else Weights(None, None))
     if needs.input and count == 2:
         grad_input[0] += grad_input[1]
     magnitude = None
@@ -429,24 +442,19 @@ def backward(
     return Gradients(grad_input[0] if needs.input else None, grad_h, grad_c, tuple(gradients), magnitude)
 
 
-def _unpack(problem: _Problem, parameters: Weights, view) -> Weights:
+def _weight_gradients(problem: _Problem, parameters: Weights, dw_x: int, dw_h: int, db: int, dw_r: int) -> Weights:
     """The weight gradients of one direction, in the shapes and the dtype of the weights."""
-    pack, compute = problem.variant.pack, problem.variant.compute
-
-    def matrix(unpack, packed, like, transposed=False):
-        result = torch.empty(like.shape, dtype=compute)
-        unpack(result.numpy().T if transposed else result.numpy(), packed.numpy())
-        return result.to(like.dtype)
-
-    bias = None
+    pack, bias, weight_hr = problem.variant.pack, None, None
     if parameters.bias_ih is not None:
-        bias = matrix(pack.unpack_gates, view(2), parameters.bias_ih[:, None])[:, 0]
+        bias = _unpack(problem, parameters.bias_ih[:, None], pack.unpack_gates, problem.panels, db)[:, 0]
+    if parameters.weight_hr is not None:
+        weight_hr = _unpack(problem, parameters.weight_hr.T, pack.unpack_columns, problem.columns, dw_r).T
     return Weights(
-        matrix(pack.unpack_gates, view(0), parameters.weight_ih),
-        matrix(pack.unpack_gates, view(1), parameters.weight_hh),
+        _unpack(problem, parameters.weight_ih, pack.unpack_gates, problem.panels, dw_x),
+        _unpack(problem, parameters.weight_hh, pack.unpack_gates, problem.panels, dw_h),
         bias,
         None if bias is None else bias.clone(),
-        matrix(pack.unpack_columns, view(3), parameters.weight_hr, transposed=True) if problem.projected else None,
+        weight_hr,
     )
 
 

@@ -249,8 +249,10 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
         rows_block = make_block(ops, choices, vectors, start, finish_matrix)
 
         @outline
-        def product(rows, a, offsets, panels, stride, depth, w, base, targets, columns):
+        def product(rows, a, offsets, panels, stride, depth, w, after, base, targets, columns):
             done = 0
+            quarter = panels * depth * 64  # bytes that a block fetches ahead
+            ahead = after
             while done < rows:
                 n = 1
                 for choice in choices:
@@ -259,9 +261,10 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
                 if vectors == 4:
                     n = block_size(rows - done, choices[-1])
                 rows_block(
-                    n, (a, offsets + 8 * done, panels, stride, depth, w), (base, targets + 8 * done, columns)
+                    n, (a, offsets + 8 * done, panels, stride, depth, w, ahead), (base, targets + 8 * done, columns)
                 )
                 done += n
+                ahead += quarter
 
         return product
 
@@ -273,15 +276,17 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
         for q in range(first, last):
             left = columns - q * panel
             w_q = w + q * panels * depth * panel * size
+            # While a panel is multiplied, the next one is fetched (after the last, the first: for the next step).
+            after = w + ((q + 1) if q + 1 < last else first) * panels * depth * panel * size
             at = base + q * panel * size
             if left > 3 * lanes:
-                product_4(rows, a, offsets, panels, stride, depth, w_q, at, targets, left)
+                product_4(rows, a, offsets, panels, stride, depth, w_q, after, at, targets, left)
             elif left > 2 * lanes:
-                product_3(rows, a, offsets, panels, stride, depth, w_q, at, targets, left)
+                product_3(rows, a, offsets, panels, stride, depth, w_q, after, at, targets, left)
             elif left > lanes:
-                product_2(rows, a, offsets, panels, stride, depth, w_q, at, targets, left)
+                product_2(rows, a, offsets, panels, stride, depth, w_q, after, at, targets, left)
             else:
-                product_1(rows, a, offsets, panels, stride, depth, w_q, at, targets, left)
+                product_1(rows, a, offsets, panels, stride, depth, w_q, after, at, targets, left)
 
     return SimpleNamespace(
         ops=ops, stored=stored, vector_bytes=vector_bytes, load_storage=load_storage, store_storage=store_storage,
@@ -387,14 +392,16 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
                             count += 1
                     for p in range(panel_begin, panel_end):
                         done = 0
+                        ahead = w_x + min(p + 1, panel_end - 1) * inputs * gate_bytes
                         while done < count:
                             n = block_size(count - done, most)
                             projection_block(
                                 n,
-                                (0, x_table + 8 * done, 1, 0, inputs, w_x + p * inputs * gate_bytes),
+                                (0, x_table + 8 * done, 1, 0, inputs, w_x + p * inputs * gate_bytes, ahead),
                                 (bias + p * gate_bytes, p * gate_bytes, z_table + 8 * done),
                             )
                             done += n
+                            ahead += inputs * 64
 
                 # Without a projection of their own, sums start from z; else from the bias, whose row stride is 0.
                 if fused != 0:
@@ -408,13 +415,15 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
                 for p in range(panel_begin, panel_end):
                     unit = p * lanes
                     done = row_begin
+                    # While a panel is multiplied, the next one is fetched (after the last, the first: for the next step).
+                    ahead = w_h + (p + 1 if p + 1 < panel_end else panel_begin) * width * gate_bytes
                     while done < end:
                         n = block_size(end - done, most)
                         cell_block(
                             n,
                             (
-                                x + index * x_step, x_rows + 8 * done, 1, 0, depth, w_x + p * inputs * gate_bytes,
-                                h_in, h_rows + 8 * done, 1, 0, width, w_h + p * width * gate_bytes,
+                                x + index * x_step, x_rows + 8 * done, 1, 0, depth, w_x + p * inputs * gate_bytes, ahead,
+                                h_in, h_rows + 8 * done, 1, 0, width, w_h + p * width * gate_bytes, ahead,
                             ),
                             (
                                 start + p * gate_bytes + (done - row_begin) * start_row, start_row,
@@ -426,6 +435,7 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
                             ),
                         )  # fmt: skip
                         done += n
+                        ahead += width * 64
 
                 if projected:
                     if lockstep != 0:
@@ -492,7 +502,7 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
     def weight_tile(job, jobs, depth, rows, columns, weight, table):
         """Tile ``job`` of ``jobs`` of a (depth, panel) gradient: rows of ``table`` against a panel of dz (or dh)."""
         begin, end = depth * job // jobs, depth * (job + 1) // jobs
-        tile_block(end - begin, (begin * size, table, 1, 0, rows, columns), (weight + begin * gate_bytes,))
+        tile_block(end - begin, (begin * size, table, 1, 0, rows, columns, columns), (weight + begin * gate_bytes,))
 
     @kernel(numba.void(*[numba.int64] * len(BackwardArgs._fields)), f"{scalar}{storage}{block}{fast_reciprocal}")
     def lstm_bwd_kernel(

@@ -18,10 +18,16 @@ from types import SimpleNamespace
 import numba
 import numpy as np
 
-from .jit import kernel
+from . import threads
+from .jit import inline, kernel
+from .numba_simd import load_int, simd, store_int
 from .tiling import Block, ceil_div
 
 
+WORTH_A_THREAD = 1 << 18  # values: some 100 microseconds of packing
+
+
+@functools.lru_cache(maxsize=256)
 def gate_order(hidden: int, lanes: int) -> np.ndarray:
     """Row of a (4H, ·) matrix for each position of a gate panel's columns, -1 beyond H: (U * 4 * lanes,)."""
     units = np.arange(ceil_div(hidden, lanes) * lanes).reshape(-1, 1, lanes)
@@ -36,60 +42,94 @@ def column_panels_size(depth: int, columns: int, lanes: int) -> int:
 
 @functools.lru_cache(maxsize=None)
 def packers(scalar: str, block: Block) -> SimpleNamespace:
-    """The compiled functions for matrices of ``scalar``; arrays are NumPy's, of any strides where read."""
-    real = getattr(numba.types, scalar)
-    matrix, flat, index = real[:, :], real[::1], numba.types.int64[::1]
-    readable = numba.types.Array(real, 2, "A", readonly=True)
-    lanes, panel = block.lanes, block.panel
+    """The compiled functions for contiguous matrices of ``scalar``, given by address.
 
-    @kernel(numba.void(flat, readable), f"{scalar}{lanes}")
-    def pack_gates(packed, weight):  # (U * K * 4 * lanes,), (4H, K)
-        hidden, depth = weight.shape[0] // 4, weight.shape[1]
-        for unit in range(-(-hidden // lanes) * lanes):
-            first = unit // lanes * depth * panel + unit % lanes
+    Each packs panels ``begin`` to ``end``.  Gate panels are transposes, made tile by tile in registers: element by element
+    they took five times as long, as much as 50 time steps of a batch of one at H = 1024.
+    """
+    ops = simd(scalar, block.lanes)
+    lanes, panel, size = block.lanes, block.panel, ops.size
+    vector_bytes, panel_bytes = lanes * ops.size, block.panel * ops.size
+    store, zeros, transpose_tile, copy_one = ops.store, ops.zeros, ops.transpose_tile, ops.copy_one
+    load_first, store_first = ops.make_load(scalar), ops.make_store(scalar)
+
+    @inline
+    def transpose(target, target_row, source, source_row, rows, columns):
+        """(columns, rows) from (rows, columns), rows <= lanes."""
+        done = 0
+        if rows == lanes:
+            while done + lanes <= columns:
+                transpose_tile(target + done * target_row, target_row, source + done * size, source_row)
+                done += lanes
+        for k in range(done, columns):
+            for r in range(rows):
+                copy_one(target + k * target_row + r * size, source + r * source_row + k * size)
+
+    @kernel(numba.void(*[numba.int64] * 7), f"{scalar}{lanes}")
+    def pack_gates(packed, weight, hidden, depth, begin, end, started):  # (U * K * 4 * lanes,), (4H, K)
+        store_int(started, 1)
+        for p in range(begin, end):
+            units = min(lanes, hidden - p * lanes)
             for gate in range(4):
-                at = first + gate * lanes
-                if unit < hidden:
-                    row = weight[gate * hidden + unit]
+                target = packed + p * depth * panel_bytes + gate * vector_bytes
+                if units < lanes:
                     for k in range(depth):
-                        packed[at + k * panel] = row[k]
-                else:
-                    for k in range(depth):
-                        packed[at + k * panel] = 0.0
+                        store(target + k * panel_bytes, zeros())
+                source = weight + (gate * hidden + p * lanes) * depth * size
+                transpose(target, panel_bytes, source, depth * size, units, depth)
 
-    @kernel(numba.void(matrix, flat), f"{scalar}{lanes}")
-    def unpack_gates(weight, packed):  # (4H, K), (U * K * 4 * lanes,)
-        hidden, depth = weight.shape[0] // 4, weight.shape[1]
-        for gate in range(4):
-            for unit in range(hidden):
-                at = unit // lanes * depth * panel + gate * lanes + unit % lanes
-                row = weight[gate * hidden + unit]
-                for k in range(depth):
-                    row[k] = packed[at + k * panel]
+    @kernel(numba.void(*[numba.int64] * 7), f"{scalar}{lanes}")
+    def unpack_gates(weight, packed, hidden, depth, begin, end, started):  # (4H, K), (U * K * 4 * lanes,)
+        store_int(started, 1)
+        for p in range(begin, end):
+            units = min(lanes, hidden - p * lanes)
+            for gate in range(4):
+                source = packed + p * depth * panel_bytes + gate * vector_bytes
+                target = weight + (gate * hidden + p * lanes) * depth * size
+                done = 0
+                if units == lanes:
+                    while done + lanes <= depth:
+                        transpose_tile(target + done * size, depth * size, source + done * panel_bytes, panel_bytes)
+                        done += lanes
+                for k in range(done, depth):
+                    for u in range(units):
+                        copy_one(target + (u * depth + k) * size, source + k * panel_bytes + u * size)
 
-    @kernel(numba.void(flat, readable, index), f"{scalar}{lanes}")
-    def pack_columns(packed, weight, rows):  # (K * columns,), (·, columns), (K,)
-        columns, depth = weight.shape[1], len(rows)
-        at = 0
-        for first in range(0, columns, panel):
+    @kernel(numba.void(*[numba.int64] * 8), f"{scalar}{lanes}")
+    def pack_columns(packed, weight, rows, depth, columns, begin, end, started):  # (K * columns,), (·, columns), (K,)
+        store_int(started, 1)
+        for q in range(begin, end):
+            first = q * panel
             width = min(panel, -(-(columns - first) // lanes) * lanes)
-            valid = min(width, columns - first)
             for k in range(depth):
-                row = rows[k]
-                for j in range(valid):
-                    packed[at + j] = weight[row, first + j] if row >= 0 else 0.0
-                for j in range(valid if row >= 0 else 0, width):
-                    packed[at + j] = 0.0
-                at += width
+                target, row = packed + (first * depth + k * width) * size, load_int(rows + 8 * k)
+                source = weight + (row * columns + first) * size
+                for j in range(0, width, lanes):
+                    if row >= 0:
+                        store(target + j * size, load_first(source + j * size, columns - first - j))
+                    else:
+                        store(target + j * size, zeros())
 
-    @kernel(numba.void(matrix, flat), f"{scalar}{lanes}")
-    def unpack_columns(weight, packed):  # (K, columns), (ceil(columns / panel) * K * panel,): whole panels
-        depth, columns = weight.shape
-        for j in range(columns):
-            at = j // panel * depth * panel + j % panel
+    @kernel(numba.void(*[numba.int64] * 7), f"{scalar}{lanes}")
+    def unpack_columns(weight, packed, depth, columns, begin, end, started):  # (K, columns), (panels * K * panel,)
+        store_int(started, 1)
+        for q in range(begin, end):
             for k in range(depth):
-                weight[k, j] = packed[at + k * panel]
+                target = weight + (k * columns + q * panel) * size
+                source = packed + (q * depth + k) * panel_bytes
+                for j in range(0, min(panel, columns - q * panel), lanes):
+                    left = columns - q * panel - j
+                    store_first(target + j * size, load_first(source + j * size, left), left)
 
     return SimpleNamespace(
         pack_gates=pack_gates, unpack_gates=unpack_gates, pack_columns=pack_columns, unpack_columns=unpack_columns
     )
+
+
+def share(function, available: int, panels: int, values: int, *arguments: int) -> None:
+    """Runs a packer over ``panels`` panels, on as many of the reserved threads as ``values`` values are worth."""
+    members = min(available, panels) if values >= WORTH_A_THREAD else 1
+    started = np.zeros(members, np.int64)
+    at = started.ctypes.data
+    calls = [(*arguments, panels * m // members, panels * (m + 1) // members, at + 8 * m) for m in range(members)]
+    threads.run(function, calls, started)

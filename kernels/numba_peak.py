@@ -41,7 +41,7 @@ def _peak_kernel(scalar: str, block: tiling.Block):
     def peak_kernel(out, a, offsets, w, depth, repeats, started):
         store_int(started, 1)
         for _ in range(repeats):
-            full_block(rows, (a, offsets, 1, 0, depth, w), (out,))
+            full_block(rows, (a, offsets, 1, 0, depth, w, w), (out,))
 
     return peak_kernel
 

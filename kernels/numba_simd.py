@@ -296,6 +296,48 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
         return types.void(types.int64, values, types.int64), codegen
 
     @intrinsic
+    def transpose_tile(typingctx, target, target_row, source, source_row):
+        """Writes the transpose of a (lanes, lanes) tile; rows are ``source_row`` and ``target_row`` bytes apart.
+
+        Blocks off the diagonal change places, of one lane, then of two, four and so on: two shuffles a pair.
+        """
+
+        def codegen(context, builder, sig, args):
+            target, target_row, source, source_row = args
+            rows = [
+                builder.load(builder.inttoptr(builder.add(source, builder.mul(source_row, I64(i))), PTR), typ=llvm, align=size)
+                for i in range(lanes)
+            ]
+            step = 1
+            while step < lanes:
+                upper = [j if not j & step else lanes + j - step for j in range(lanes)]
+                lower = [j + step if not j & step else lanes + j for j in range(lanes)]
+                for i in range(lanes):
+                    if not i & step:
+                        a, b = rows[i], rows[i + step]
+                        order = ir.VectorType(I32, lanes)
+                        rows[i] = builder.shuffle_vector(a, b, ir.Constant(order, upper))
+                        rows[i + step] = builder.shuffle_vector(a, b, ir.Constant(order, lower))
+                step *= 2
+            for i, row in enumerate(rows):
+                at = builder.add(target, builder.mul(target_row, I64(i)))
+                builder.store(row, builder.inttoptr(at, PTR), align=size)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    @intrinsic
+    def copy_one(typingctx, target, source):
+        """Copies one value."""
+
+        def codegen(context, builder, sig, args):
+            value = builder.load(builder.inttoptr(args[1], PTR), typ=llvm.element, align=size)
+            builder.store(value, builder.inttoptr(args[0], PTR), align=size)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    @intrinsic
     def total(typingctx, value):
         def codegen(context, builder, sig, args):
             name = f"llvm.vector.reduce.fadd.v{lanes}f{size * 8}"
@@ -517,5 +559,5 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
         vector=vector, scalar=scalar, lanes=lanes, size=size, load=load, store=store, store_one=store_one, zeros=zeros,
         make_zeros=make_zeros, load_four=load_four, store_vectors=store_vectors, total=total,
         first_lanes=first_lanes, make_load=make_load, make_store=make_store, tanh=tanh, sigmoid=sigmoid,
-        gates=gates, series=series, reciprocal=reciprocal,
+        gates=gates, series=series, reciprocal=reciprocal, transpose_tile=transpose_tile, copy_one=copy_one,
     )  # fmt: skip

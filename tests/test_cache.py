@@ -93,13 +93,15 @@ def damage_empty(content: bytes) -> bytes:
     return b""
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_garbage, damage_one_bit, damage_empty])
-def test_damaged_files_are_replaced(warm, tmp_path, damage):
+@pytest.mark.parametrize("first", [0, 2])
+def test_damaged_files_are_replaced(warm, tmp_path, first):
+    """Every kind of damage at once, one a file in turn."""
     directory, expected = warm
-    for name, content in contents(directory).items():
+    kinds = [damage_truncate, damage_garbage, damage_one_bit, damage_empty]
+    for n, (name, content) in enumerate(contents(directory).items(), first):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(damage(content))
+        path.write_bytes(kinds[n % len(kinds)](content))
     damaged = contents(tmp_path)
     assert call(tmp_path, NUMBA_CACHE_DIR=str(tmp_path))[0] == expected
     after = contents(tmp_path)

@@ -25,8 +25,10 @@ def work(seed=0, H=33, T=12, B=9, dtype=torch.float32, **options):
         for p in module.parameters():
             p.copy_(torch.randn(p.shape, generator=g) * 0.2)
     x = torch.randn(T, B, 7, generator=g).to(dtype).requires_grad_()
-    output, (h_n, c_n) = module(x)
-    grads = torch.autograd.grad(output.square().sum() + c_n.sum(), [x, *module.parameters()])
+    with torch.enable_grad():  # also inside a hook of a backward
+        output, (h_n, c_n) = module(x)
+        loss = output.square().sum() + c_n.sum()
+    grads = torch.autograd.grad(loss, [x, *module.parameters()])
     return torch.cat([t.detach().flatten() for t in (output, h_n, c_n, *grads)])
 
 def child(function):
@@ -35,7 +37,7 @@ def child(function):
     if pid == 0:
         status = 1
         try:
-            signal.alarm(40)  # the default action ends the child
+            signal.alarm(25)  # the default action ends the child
             status = 0 if function() else 3
         finally:
             os._exit(status)
@@ -206,8 +208,9 @@ def test_dataloader_workers(used_before):
 
 
 def test_the_process_ends():
-    """An idle pool, a busy daemon thread: neither keeps the interpreter from ending."""
+    """Idle threads of the pool, started by the main thread and by others, do not keep the interpreter from ending."""
     in_process("""
         work()
-        threading.Thread(target=lambda: [work(T=40) for _ in range(100000)], daemon=True).start()
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for t in threads: t.start()
     """)
