@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import buffers, threads, tiling
 from .contract import Forward, Gradients, Layer, Needs, Rows, Weights, state_dtype
-from .numba_lstm import BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
+from .numba_lstm import JOINED_ROWS, BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
 from .numba_pack import column_panels_size, gate_order, packers, share
 from .tiling import ceil_div
 
@@ -355,7 +355,7 @@ def backward(
         dy_step, dy_rows = problem.geometry(grad_output) if grad_output is not None else (0, index)
         reset_step, reset_rows = problem.geometry(problem.reset) if reset is not None else (0, index)
         h_rows, m_rows = index * (problem.padded_width * size), index * (problem.padded_hidden * size)
-        panel_rows = np.arange(max(batch, 64), dtype=np.int64) * (block.panel * size)
+        panel_rows = np.arange(max(batch, JOINED_ROWS), dtype=np.int64) * (block.panel * size)
         shared = problem.shape() | {
             "x": x.data_ptr(), "chunk": chunk, "chunk_rows": chunk_rows,
             "reset": 0 if problem.reset is None else problem.reset.data_ptr(),
@@ -370,9 +370,9 @@ def backward(
         state_sizes = [batch * problem.padded_width, batch * problem.padded_hidden]
         zero_size = max(problem.padded_hidden, problem.padded_width)
         weight_sizes = [
-            gate_size * ceil_div(width, block.lanes) * block.lanes,
-            gate_size * ceil_div(inputs, block.lanes) * block.lanes * needs.input,
-            width * problem.padded_hidden * problem.projected,
+            column_panels_size(gate_size, width, block.lanes),
+            column_panels_size(gate_size, inputs, block.lanes) * needs.input,
+            column_panels_size(width, hidden, block.lanes) * problem.projected,
         ]
         results, launches = [], []
         for direction, parameters in enumerate(weights):
@@ -381,13 +381,15 @@ def backward(
                 batch * problem.padded_hidden * problem.projected,
                 chunk_rows * gate_size,
                 problem.columns * chunk_rows * block.panel * problem.projected,
-                chunk_rows * problem.padded_hidden * problem.projected,
-                chunk_rows * (2 * inputs + width) * variant.staged,
+                chunk_rows * inputs * needs.weights,
+                chunk_rows * width * needs.weights,
+                chunk_rows * hidden * problem.projected * needs.weights,
+                chunk_rows * inputs * variant.staged,
             ]
             owner, addresses = buffers.carve(
-                *(n * size for n in (*zeroed, *weight_sizes, *scratch)), 4 * chunk_rows * 8
+                *(n * size for n in (*zeroed, *weight_sizes, *scratch)), chunk_rows * 8
             )
-            dw_x, dw_h, db, dw_r, zero, dh, dc, w_h, w_x, w_r, dm, dz, dh_chunk, m_chunk, stage, table = addresses
+            dw_x, dw_h, db, dw_r, zero, dh, dc, w_h, w_x, w_r, dm, dz, dh_chunk, *strips, dx_stage, table = addresses
             owner[: (dh or dc) - owner.data_ptr()].zero_()
             dh_state = _at(owner, dh, compute, batch, problem.padded_width)
             dc_state = _at(owner, dc, compute, batch, problem.padded_hidden)
@@ -411,8 +413,8 @@ def backward(
                 "dx": grad_input[direction].data_ptr() if needs.input else 0,
                 "dw_x": dw_x or (zero if needs.weights else 0), "dw_h": dw_h, "dw_r": dw_r, "db": db,
                 "norms": squares[direction].data_ptr() if norms else 0,
-                "dh": dh, "dc": dc, "dm": dm, "dz": dz, "dh_chunk": dh_chunk, "m_chunk": m_chunk, "stage": stage,
-                "table": table, "dy": dy,
+                "dh": dh, "dc": dc, "dm": dm, "dz": dz, "dh_chunk": dh_chunk, "x_strips": strips[0],
+                "h_strips": strips[1], "m_strips": strips[2], "dx_stage": dx_stage, "table": table, "dy": dy,
                 "dcells": grad_cells_in[direction].data_ptr() if grad_cells_in else 0,
                 "gates": gates[direction].data_ptr(), "cells": kept[direction].data_ptr(),
                 "y": y.data_ptr() + direction * width * y.itemsize,

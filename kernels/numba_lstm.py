@@ -42,6 +42,10 @@ from .numba_sync import arrive_and_wait
 from .tiling import Block
 
 
+NEAR_DEPTH = 1024  # k of a strip of a matrix product
+JOINED_ROWS = 192  # rows that share a strip of W_ih while it is near
+
+
 class ForwardArgs(NamedTuple):
     """The arguments of ``lstm_fwd_kernel``, in order; int64 all (addresses, 0 where absent; bytes; counts)."""
 
@@ -115,9 +119,11 @@ class BackwardArgs(NamedTuple):
     dm: int  # (B, H'); 0 without projection
     dz: int  # (U, rows of a chunk, 4, lanes)
     dh_chunk: int  # (column panels of P, rows of a chunk, panel); 0 without projection
-    m_chunk: int  # (rows of a chunk, H')
-    stage: int  # (rows of a chunk, 2 I + P): x, dx and h_{t-1} in the compute dtype; 0: they are
-    table: int  # (4, rows of a chunk) int64: rows of x, h_{t-1}, dx, m
+    x_strips: int  # (strips of I, rows of a chunk, columns of a strip); 0: no weights wanted
+    h_strips: int  # h_{t-1}, likewise
+    m_strips: int  # likewise
+    dx_stage: int  # (rows of a chunk, I): dx in the compute dtype; 0: it is
+    table: int  # (rows of a chunk,) int64: rows of dx
     # inputs
     dy: int  # 0: none
     dcells: int  # (N, H') in the order of cells; 0: none
@@ -206,7 +212,7 @@ def block_size(rows, most):
 def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: bool) -> SimpleNamespace:
     """What both kernels share, for computing in ``scalar`` on tensors of ``storage``."""
     ops = simd(scalar, block.lanes, fast_reciprocal)
-    lanes, panel, size, stored = block.lanes, block.panel, ops.size, SIZE[storage]
+    lanes, panel, most, size, stored = block.lanes, block.panel, block.rows, ops.size, SIZE[storage]
     vector_bytes = lanes * size
     store, zeros, store_vectors = ops.store, ops.zeros, ops.store_vectors
     load_storage, store_storage = ops.make_load(storage), ops.make_store(storage)
@@ -231,16 +237,25 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
             store_storage(target + i * stored, load_scalar(source + i * size, count - i), count - i)
 
     @inline
-    def copy_row(target, source, count):
-        for i in range(0, count, lanes):
-            store_scalar(target + i * size, load_scalar(source + i * size, count - i), count - i)
+    def copy_strips(target, source, count, k, rows, from_storage):
+        """Copies a row of ``count`` values into row k of the strips of a weight gradient, each ``rows`` rows long."""
+        strips = -(-count // most)
+        for j in range(strips):
+            begin = count * j // strips
+            width = count * (j + 1) // strips - begin
+            at = target + (begin * rows + k * width) * size
+            if from_storage:
+                store_scalar(at, load_storage(source + begin * stored, width), width)
+            else:
+                store_scalar(at, load_scalar(source + begin * size, width), width)
 
-    # A matrix product whose rows go to ``base + load(offsets + 8 row) + column``: (base, offsets, columns left).
+    # A matrix product whose rows go to ``base + load(offsets + 8 row) + column``: (base, offsets, columns left, add to what
+    # is there).
     def make_matrix(vectors):
-        none = ops.make_zeros(vectors)
-
         def start(row, e):
-            return none()
+            return start_vectors(e[0] + load_int(e[1] + 8 * row), e[2], e[3])
+
+        start_vectors = ops.make_load_vectors(vectors)
 
         def finish_matrix(row, sums, e):
             store_vectors(e[0] + load_int(e[1] + 8 * row), sums, e[2])
@@ -249,7 +264,7 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
         rows_block = make_block(ops, choices, vectors, start, finish_matrix)
 
         @outline
-        def product(rows, a, offsets, panels, stride, depth, w, after, base, targets, columns):
+        def product(rows, a, offsets, panels, stride, depth, w, after, base, targets, columns, add):
             done = 0
             quarter = panels * depth * 64  # bytes that a block fetches ahead
             ahead = after
@@ -261,36 +276,41 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
                 if vectors == 4:
                     n = block_size(rows - done, choices[-1])
                 rows_block(
-                    n, (a, offsets + 8 * done, panels, stride, depth, w, ahead), (base, targets + 8 * done, columns)
+                    n, (a, offsets + 8 * done, panels, stride, depth, w, ahead), (base, targets + 8 * done, columns, add)
                 )
                 done += n
                 ahead += quarter
 
         return product
 
-    product_1, product_2, product_3, product_4 = (make_matrix(v) for v in (1, 2, 3, 4))
+    product_1, product_2, product_4 = (make_matrix(v) for v in (1, 2, 4))
 
     @inline
     def matrix_product(rows, a, offsets, panels, stride, depth, w, first, last, columns, base, targets):
-        """Column panels ``first`` to ``last`` of A W for ``rows`` rows; W has ``columns`` columns in all."""
-        for q in range(first, last):
-            left = columns - q * panel
-            w_q = w + q * panels * depth * panel * size
-            # While a panel is multiplied, the next one is fetched (after the last, the first: for the next step).
-            after = w + ((q + 1) if q + 1 < last else first) * panels * depth * panel * size
-            at = base + q * panel * size
-            if left > 3 * lanes:
-                product_4(rows, a, offsets, panels, stride, depth, w_q, after, at, targets, left)
-            elif left > 2 * lanes:
-                product_3(rows, a, offsets, panels, stride, depth, w_q, after, at, targets, left)
-            elif left > lanes:
-                product_2(rows, a, offsets, panels, stride, depth, w_q, after, at, targets, left)
-            else:
-                product_1(rows, a, offsets, panels, stride, depth, w_q, after, at, targets, left)
+        """Column panels ``first`` to ``last`` of A W for ``rows`` rows; W has ``columns`` columns in all.
+
+        k is cut in strips that leave both operands in the second-level cache (256 KiB of a panel of W).
+        """
+        strip = max(1, NEAR_DEPTH // depth)
+        for k in range(0, panels, strip):
+            count = min(strip, panels - k)
+            for q in range(first, last):
+                left = columns - q * panel
+                width = lanes if left <= lanes else 2 * lanes if left <= 2 * lanes else panel
+                # While a strip of a panel is multiplied, the next one is fetched.
+                w_q = w + (q * panels * panel + k * width) * depth * size
+                after = w_q + panels * depth * panel * size if q + 1 < last else w
+                a_k, at = a + k * stride, base + q * panel * size
+                if left > 2 * lanes:
+                    product_4(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, k)
+                elif left > lanes:
+                    product_2(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, k)
+                else:
+                    product_1(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, k)
 
     return SimpleNamespace(
         ops=ops, stored=stored, vector_bytes=vector_bytes, load_storage=load_storage, store_storage=store_storage,
-        clear=clear, widen_row=widen_row, narrow_row=narrow_row, copy_row=copy_row, matrix_product=matrix_product,
+        clear=clear, widen_row=widen_row, narrow_row=narrow_row, copy_strips=copy_strips, matrix_product=matrix_product,
     )  # fmt: skip
 
 
@@ -477,11 +497,11 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
     gate_bytes = 4 * vector_bytes
     load, store, store_one, zeros = ops.load, ops.store, ops.store_one, ops.zeros
     tanh, total, load_four = ops.tanh, ops.total, ops.load_four
-    store_vectors, zero_four = ops.store_vectors, ops.make_zeros(4)
+    store_vectors, zero_four = ops.store_vectors, ops.zero_four
     load_storage, clear, widen_row, narrow_row = (
         device.load_storage, device.clear, device.widen_row, device.narrow_row,
     )  # fmt: skip
-    copy_row, matrix_product, first_lanes = device.copy_row, device.matrix_product, ops.first_lanes
+    copy_strips, matrix_product, first_lanes = device.copy_strips, device.matrix_product, ops.first_lanes
     hidden_state, cell_grad = inline(cell.hidden_state), inline(cell.cell_grad)
     gate_grads, cell_grad_prev = inline(cell.gate_grads), inline(cell.cell_grad_prev)
 
@@ -496,17 +516,18 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
             at, (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2], before[3] + sums[3]), 4 * lanes
         )
 
-    tile_block = make_block(ops, block.row_choices(4), 4, start_tile, finish_tile, by_table=True)
+    tile_block = make_block(ops, block.row_choices(4), 4, start_tile, finish_tile, by_strip=True)
 
     @inline
-    def weight_tile(job, jobs, depth, rows, columns, weight, table):
-        """Tile ``job`` of ``jobs`` of a (depth, panel) gradient: rows of ``table`` against a panel of dz (or dh)."""
+    def weight_tile(job, jobs, depth, rows, chunk_rows, columns, weight, strips):
+        """Tile ``job`` of ``jobs`` of a (depth, panel) gradient: a strip against a panel of dz (or dh)."""
         begin, end = depth * job // jobs, depth * (job + 1) // jobs
-        tile_block(end - begin, (begin * size, table, 1, 0, rows, columns, columns), (weight + begin * gate_bytes,))
+        strip = strips + begin * chunk_rows * size
+        tile_block(end - begin, (strip, 0, 1, 0, rows, columns, columns), (weight + begin * gate_bytes,))
 
     @kernel(numba.void(*[numba.int64] * len(BackwardArgs._fields)), f"{scalar}{storage}{block}{fast_reciprocal}")
     def lstm_bwd_kernel(
-        dx, dw_x, dw_h, dw_r, db, norms, dh, dc, dm, dz, dh_chunk, m_chunk, stage, table,
+        dx, dw_x, dw_h, dw_r, db, norms, dh, dc, dm, dz, dh_chunk, x_strips, h_strips, m_strips, dx_stage, table,
         dy, dcells, gates, cells, x, y, h_0, c_0, zero, w_h, w_x, w_r, reset,
         steps, batch, inputs, hidden, width, chunk, chunk_rows, reverse, batch_sizes, row_starts, packed,
         x_step, x_rows, y_step, y_rows, dx_step, dx_rows, dy_step, dy_rows, reset_step, reset_rows,
@@ -525,10 +546,6 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
         turn = 0
         h_first = 4 * column_begin
         h_count = min(4 * column_end, h_vectors) - h_first
-        x_table, h_table = table, table + 8 * chunk_rows
-        dx_table, m_table = table + 16 * chunk_rows, table + 24 * chunk_rows
-        h_stage = stage + chunk_rows * inputs * size
-        dx_stage = h_stage + chunk_rows * width * size
 
         chunks = -(-steps // chunk)
         for chunk_index in range(chunks - 1, -1, -1):
@@ -591,7 +608,8 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                         if projected:
                             grad_h = load(dm + r * c_row + at_vector)
                             if dw_r != 0:
-                                store(m_chunk + (n_here + r - n_base) * c_row + at_vector, hidden_state(o, tanh_c))
+                                # dm has served; m_t takes its place until it is copied for dW_hr.
+                                store(dm + r * c_row + at_vector, hidden_state(o, tanh_c))
                         else:
                             grad_h = load(dh + r * c_row + at_vector)
                             if dy != 0:
@@ -626,13 +644,16 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                     end - row_begin, dz + (n_here + row_begin - n_base) * gate_bytes, panel_rows, panels, dz_panel,
                     panel, w_h, column_begin, column_end, width, dh, h_rows + 8 * row_begin,
                 )  # fmt: skip
+                if projected and dw_r != 0 and panel_begin == 0:
+                    for r in range(row_begin, end):
+                        copy_strips(m_strips, dm + r * c_row, hidden, n_here + r - n_base, chunk_rows, False)
                 if reset != 0:
                     for r in range(row_begin, end):
                         if load_byte(flags + load_int(reset_rows + 8 * r)) != 0:
                             clear(dh + r * h_row + h_first * vector_bytes, h_count)
                             clear(dc + r * c_row + panel_begin * vector_bytes, panel_end - panel_begin)
 
-            # The rows of the chunk: where x and h_{t-1} lie, and where dx goes.
+            # The rows of the chunk: copies of x and h_{t-1} for the weight gradients, and where dx goes.
             for s in range(first + member, last, members):
                 t = walk(reverse, steps, s)
                 alive = alive_rows(batch_sizes, batch, t)
@@ -640,31 +661,22 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                 index = user_index(packed, row_starts, batch, t)
                 t_prev = walk(reverse, steps, s - 1)
                 continued = min(alive, alive_rows(batch_sizes, batch, t_prev)) if s > 0 else 0
-                index_prev = user_index(packed, row_starts, batch, t_prev)
+                y_prev = y + user_index(packed, row_starts, batch, t_prev) * y_step
                 for r in range(alive):
                     k = n_here + r - n_base
-                    x_row = x + index * x_step + load_int(x_rows + 8 * r)
-                    h_prev = y + index_prev * y_step + load_int(y_rows + 8 * r)
-                    from_y = r < continued
-                    if not from_y:
-                        h_prev = h_0 + r * h_row
-                    if reset != 0 and load_byte(reset + index * reset_step + load_int(reset_rows + 8 * r)) != 0:
-                        h_prev, from_y = zero, False
-                    dx_row = dx + index * dx_step + load_int(dx_rows + 8 * r)
-                    if stage != 0:
-                        widen_row(stage + k * inputs * size, x_row, inputs)
-                        x_row = stage + k * inputs * size
-                        if from_y:
-                            widen_row(h_stage + k * width * size, h_prev, width)
+                    if dx_stage != 0:
+                        store_int(table + 8 * k, dx_stage + k * inputs * size)
+                    else:
+                        store_int(table + 8 * k, dx + index * dx_step + load_int(dx_rows + 8 * r))
+                    if dw_x != 0:
+                        x_row = x + index * x_step + load_int(x_rows + 8 * r)
+                        copy_strips(x_strips, x_row, inputs, k, chunk_rows, True)
+                        if reset != 0 and load_byte(reset + index * reset_step + load_int(reset_rows + 8 * r)) != 0:
+                            copy_strips(h_strips, zero, width, k, chunk_rows, False)
+                        elif r < continued:
+                            copy_strips(h_strips, y_prev + load_int(y_rows + 8 * r), width, k, chunk_rows, True)
                         else:
-                            copy_row(h_stage + k * width * size, h_prev, width)
-                        h_prev = h_stage + k * width * size
-                        dx_row = dx_stage + k * inputs * size
-                    store_int(x_table + 8 * k, x_row)
-                    store_int(h_table + 8 * k, h_prev)
-                    store_int(dx_table + 8 * k, dx_row)
-                    if projected:
-                        store_int(m_table + 8 * k, m_chunk + k * c_row)
+                            copy_strips(h_strips, h_0 + r * h_row, width, k, chunk_rows, False)
             turn += 1
             arrive_and_wait(counter, members, turn)
 
@@ -675,11 +687,14 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                     p, j = job // jobs, job % jobs
                     columns = dz + p * dz_panel
                     if j < tiles_x:
-                        weight_tile(j, tiles_x, inputs, count, columns, dw_x + p * inputs * gate_bytes, x_table)
+                        weight_tile(
+                            j, tiles_x, inputs, count, chunk_rows, columns, dw_x + p * inputs * gate_bytes, x_strips
+                        )
                     elif j < tiles_x + tiles_h:
                         weight_tile(
-                            j - tiles_x, tiles_h, width, count, columns, dw_h + p * width * gate_bytes, h_table
-                        )
+                            j - tiles_x, tiles_h, width, count, chunk_rows, columns,
+                            dw_h + p * width * gate_bytes, h_strips,
+                        )  # fmt: skip
                     else:
                         for v in range(4):
                             part = zeros()
@@ -695,18 +710,20 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                     ):
                         q, j = job // tiles, job % tiles
                         columns = dh_chunk + q * chunk_rows * gate_bytes
-                        weight_tile(j, tiles, hidden, count, columns, dw_r + q * hidden * gate_bytes, m_table)
+                        weight_tile(
+                            j, tiles, hidden, count, chunk_rows, columns, dw_r + q * hidden * gate_bytes, m_strips
+                        )
             if dx != 0:
                 begin, end = count * member // members, count * (member + 1) // members
                 done = begin
                 while done < end:
-                    n = min(48, end - done)  # rows that share a panel of W_ih while it is near
+                    n = min(JOINED_ROWS, end - done)
                     matrix_product(
                         n, dz + done * gate_bytes, panel_rows, panels, dz_panel, panel, w_x,
-                        0, -(-inputs // panel), inputs, 0, dx_table + 8 * done,
+                        0, -(-inputs // panel), inputs, 0, table + 8 * done,
                     )  # fmt: skip
                     done += n
-                if stage != 0:
+                if dx_stage != 0:
                     for s in range(first, last):
                         t = walk(reverse, steps, s)
                         n_here = row_start(row_starts, batch, t) - n_base

@@ -4,7 +4,7 @@ A panel is what a block of ``numba_gemm.py`` reads for one k: ``4 * lanes`` adja
 
 * gate panels ``[panel][k][gate][lane]``: the four gates of ``lanes`` hidden units side by side, so that a block's four
   vectors are all that the cell of those units needs.  Units beyond H are zero.
-* column panels ``[panel][k][column]``: ``4 * lanes`` columns of any matrix; the last panel is as wide as whole vectors need.
+* column panels ``[panel][k][column]``: ``4 * lanes`` columns of any matrix; the last panel is 1, 2 or 4 vectors wide.
   Its k may run over gates in the order in which gate panels hold them: ``rows`` maps k to a row of the matrix, -1 is zero.
 
 H hidden, K what the product sums over, U panels of ``lanes`` units.
@@ -37,7 +37,8 @@ def gate_order(hidden: int, lanes: int) -> np.ndarray:
 
 def column_panels_size(depth: int, columns: int, lanes: int) -> int:
     """Values in the column panels of a (depth, columns) matrix."""
-    return depth * ceil_div(columns, lanes) * lanes
+    whole, rest = divmod(columns, 4 * lanes)
+    return depth * lanes * (4 * whole + (0, 1, 2, 4, 4)[ceil_div(rest, lanes)])
 
 
 @functools.lru_cache(maxsize=None)
@@ -100,7 +101,8 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
         store_int(started, 1)
         for q in range(begin, end):
             first = q * panel
-            width = min(panel, -(-(columns - first) // lanes) * lanes)
+            left = columns - first
+            width = lanes if left <= lanes else 2 * lanes if left <= 2 * lanes else panel
             for k in range(depth):
                 target, row = packed + (first * depth + k * width) * size, load_int(rows + 8 * k)
                 source = weight + (row * columns + first) * size

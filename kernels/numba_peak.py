@@ -26,10 +26,10 @@ SECONDS = 0.05  # of one run
 @functools.lru_cache(maxsize=None)
 def _peak_kernel(scalar: str, block: tiling.Block):
     ops = simd(scalar, block.lanes)
-    zeros, store_vectors, width = ops.make_zeros(4), ops.store_vectors, 4 * block.lanes
+    zero_four, store_vectors, width = ops.zero_four, ops.store_vectors, 4 * block.lanes
 
     def start(row, e):
-        return zeros()
+        return zero_four()
 
     def finish_peak(row, sums, e):
         store_vectors(e[0] + row * width * ops_size, sums, width)

@@ -258,17 +258,35 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
 
         return vector(), codegen
 
-    def make_zeros(count):
-        """``zeros() -> tuple`` of ``count`` vectors."""
+    def make_load_vectors(number):
+        """``load(address, count, wanted) -> tuple`` of ``number`` adjacent vectors, ``count`` values; zeros if not wanted."""
 
         @intrinsic
-        def zero_vectors(typingctx):
+        def load_vectors(typingctx, address, count, wanted):
             def codegen(context, builder, sig, args):
-                return context.make_tuple(builder, sig.return_type, [ir.Constant(llvm, None)] * count)
+                address, count, wanted = args
+                valid = builder.select(builder.icmp_signed("!=", wanted, I64(0)), count, I64(0))
+                zero, align = ir.Constant(llvm, None), ir.Constant(I32, size)
+                vectors = []
+                for v in range(number):
+                    here = builder.inttoptr(builder.add(address, I64(v * lanes * size)), PTR)
+                    some = mask(builder, builder.sub(valid, I64(v * lanes)))
+                    name = f"llvm.masked.load.{suffix(scalar)}.p0"
+                    vectors.append(llvm_call(builder, name, llvm, [here, align, some, zero]))
+                return context.make_tuple(builder, sig.return_type, vectors)
 
-            return types.UniTuple(vector, count)(), codegen
+            return types.UniTuple(vector, number)(types.int64, types.int64, types.int64), codegen
 
-        return zero_vectors
+        return load_vectors
+
+    @intrinsic
+    def zero_four(typingctx):
+        """Four vectors of zeros, as a tuple."""
+
+        def codegen(context, builder, sig, args):
+            return context.make_tuple(builder, sig.return_type, [ir.Constant(llvm, None)] * 4)
+
+        return types.UniTuple(vector, 4)(), codegen
 
     @intrinsic
     def load_four(typingctx, address):
@@ -557,7 +575,7 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
 
     return SimpleNamespace(
         vector=vector, scalar=scalar, lanes=lanes, size=size, load=load, store=store, store_one=store_one, zeros=zeros,
-        make_zeros=make_zeros, load_four=load_four, store_vectors=store_vectors, total=total,
+        make_load_vectors=make_load_vectors, zero_four=zero_four, load_four=load_four, store_vectors=store_vectors, total=total,
         first_lanes=first_lanes, make_load=make_load, make_store=make_store, tanh=tanh, sigmoid=sigmoid,
         gates=gates, series=series, reciprocal=reciprocal, transpose_tile=transpose_tile, copy_one=copy_one,
     )  # fmt: skip

@@ -42,13 +42,14 @@ class Block:
         return 4 * self.lanes
 
     def row_choices(self, vectors: int) -> tuple[int, ...]:
-        """The numbers of rows that a block of ``vectors`` vectors is compiled for.
+        """The numbers of rows that a block of ``vectors`` vectors (1, 2 or 4) is compiled for.
 
         Narrow blocks take more rows, to have enough independent sums in flight: a fused multiply-add takes 4 cycles and
         two start in each, so 8 sums are the least.
         """
-        most = min(4 * self.rows // vectors, 2 * self.rows)
-        return tuple(r for r in (1, 2, 3, 4, 5, 6, 8, 12) if r <= most)
+        if vectors == 4:
+            return tuple(range(1, self.rows + 1))
+        return tuple(r for r in (1, 2, 4, 6, 12) if r <= 2 * self.rows)  # fewer: each takes its time to compile
 
 
 def block_shape(isa: str, dtype: torch.dtype) -> Block:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import lstmcore
+
 from .cases import BY_NAME, CASES, DTYPES, draw, run
 from .oracle import RowByRow, assert_parity, judge
-from .tolerances import ORDER_OF_SUMS, bound, error
+from .tolerances import ORDER_OF_SUMS, ORDER_OF_SUMS_F32, bound, error
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,3 +70,20 @@ def test_row_by_row_oracle_agrees_with_torch():
     rows = RowByRow(x, h_0, c_0, weights, lengths)
     for got, expected in ((rows.output, output), (rows.h_n, h_n), (rows.c_n, c_n)):
         assert error(got, expected) < ORDER_OF_SUMS
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_inputs_keep_a_float32_state(dtype, backend):
+    """Without the recurrent weights nothing rounds h on the way: fifty steps of c_t are exact to float32."""
+    module = lstmcore.LSTM(3, 17, bidirectional=True, dtype=DTYPES[dtype], backend=backend)
+    oracle = torch.nn.LSTM(3, 17, bidirectional=True, dtype=torch.float64)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name.startswith("weight_hh"):
+                p.zero_()
+    oracle.load_state_dict(module.state_dict())
+    x = torch.randn(50, 4, 3).to(DTYPES[dtype])
+    _, _, cells = module(x, return_cells=True)
+    for t in (0, 13, 49):
+        assert error(cells[t, :, :17].double(), oracle(x[: t + 1].double())[1][1][0]) < ORDER_OF_SUMS_F32
+        assert error(cells[t, :, 17:].double(), oracle(x[t:].double())[1][1][1]) < ORDER_OF_SUMS_F32
