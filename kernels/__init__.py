@@ -9,8 +9,8 @@ four functions; the types they exchange are in :mod:`lstmcore.kernels.contract`.
     None when the backend runs such a layer on this machine; otherwise one sentence saying what is missing and what
     would help.  Cheap: it compiles nothing.
 ``forward(input, h_0, c_0, weights, rows, *, reset, save, cells) -> Forward``
-    The whole layer, input projection included (so that a backend may fuse it).  ``h_0`` and ``c_0`` may each be None, for
-    zeros.  With ``save=False`` (inference)
+    The whole layer, input projection included (so that a backend may fuse it).  ``h_0`` and ``c_0`` may each be None,
+    for zeros.  With ``save=False`` (inference)
     nothing is kept for a backward; with ``save=True`` the result carries whatever ``backward`` will want.
 ``backward(grad_output, grad_h_n, grad_c_n, grad_cells, *, input, h_0, c_0, weights, rows, reset, output, saved, needs,
 norms) -> Gradients``
@@ -32,21 +32,21 @@ Rows.  ``rows`` says which sequences are alive at each step, and how they lie in
 any strides with any lengths, or packed ``(N, ·)`` data.  A backend does no work for padding.  Padded positions of the
 outputs read zero.  Results of a row do not depend on the other rows of the batch, and not on the number of threads.
 
-Resets.  ``reset`` (bool, shaped like input without its last dimension) zeroes h and c of a row *before* step t computes:
-the state that enters that step is zero, and no gradient passes through it.  Direction 1 resets before it computes step t
-too, that is, between step t + 1 and step t.
+Resets.  ``reset`` (bool, shaped like input without its last dimension) zeroes h and c of a row *before* step t
+computes: the state that enters that step is zero, and no gradient passes through it.  Direction 1 resets before it
+computes step t too, that is, between step t + 1 and step t.
 
 Cells.  ``cells=True`` also returns every c_t, in the state dtype; ``grad_cells`` is its gradient.
 
-Norms.  ``norms=True`` makes backward also return, per direction, step and row, the Euclidean norms of the gradients that
-arrive at h_t and at c_t (shape ``(2, D, T, B)``; first h, then c).  Free when off.
+Norms.  ``norms=True`` makes backward also return, per direction, step and row, the Euclidean norms of the gradients
+that arrive at h_t and at c_t (shape ``(2, D, T, B)``; first h, then c).  Free when off.
 
-Dtypes.  float32, float64, bfloat16, float16; all tensors of a call share one.  The cell state and every accumulation are
-float32 for the 16-bit types; ``state_dtype`` in ``contract`` says so.
+Dtypes.  float32, float64, bfloat16, float16; all tensors of a call share one.  The cell state and every accumulation
+are float32 for the 16-bit types; ``state_dtype`` in ``contract`` says so.
 
-Allocation.  A backend allocates all that it returns; its ``saved`` tensors belong to the graph of the caller, which must
-keep them unchanged between forward and backward, and may call backward more than once.  It never writes to its inputs.
-It keeps no reference to a tensor after it returns; scratch memory it may keep and reuse.
+Allocation.  A backend allocates all that it returns; its ``saved`` tensors belong to the graph of the caller, which
+must keep them unchanged between forward and backward, and may call backward more than once.  It never writes to its
+inputs. It keeps no reference to a tensor after it returns; scratch memory it may keep and reuse.
 
 Non-finite values propagate as in the formula; they never hang a kernel.
 """

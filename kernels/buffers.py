@@ -1,8 +1,9 @@
 """Memory that is used again: the saved gates of training, and scratch.
 
-Fresh pages cost more than the arithmetic that fills them (the kernel zeroes each before it hands it out), and a training
-step asks for the same large buffers every time.  ``take`` gives a tensor whose memory comes back here when the last
-reference to it dies, by whatever path: no caller has to give anything back.  At most ``LIMIT`` bytes lie unused.
+Fresh pages cost more than the arithmetic that fills them (the kernel zeroes each before it hands it out), and a
+training step asks for the same large buffers every time.  ``take`` gives a tensor whose memory comes back here when
+the last reference to it dies, by whatever path: no caller has to give anything back.  At most ``LIMIT`` bytes lie
+unused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The arithmetic of the LSTM cell, forward and backward, once.
 
-Pure functions of ``+ - *`` on whatever implements them: tensors (the reference), LLVM vectors (the Numba kernels), Triton
-blocks.  The activations are the caller's, because each backend has its own; everything between them is here.
+Pure functions of ``+ - *`` on whatever implements them: tensors (the reference), LLVM vectors (the Numba kernels),
+Triton blocks.  The activations are the caller's, because each backend has its own; everything between them is here.
 
 Equations: Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, in PyTorch's gate order i, f, g, o.
 All arguments are element-wise and of one shape.

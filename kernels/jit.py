@@ -1,10 +1,11 @@
 """How the Numba kernels are compiled, and where the machine code is kept.
 
-``inline`` and ``outline`` mark device functions, ``kernel`` an entry point with a fixed signature.  A kernel's machine code is cached on
-disk in one file per kernel, signature, processor and source state.  Numba's own cache stamps a function with the one file
-that it stands in, and fails at import where no directory is writable; here the stamp covers every source of this package
-and the versions of Numba and llvmlite, writing is atomic (concurrent processes at worst compile twice), and a cache that is
-read-only, missing or damaged means compiling in memory, never an error.
+``inline`` and ``outline`` mark device functions, ``kernel`` an entry point with a fixed signature.  A kernel's
+machine code is cached on disk in one file per kernel, signature, processor and source state.  Numba's own cache
+stamps a function with the one file that it stands in, and fails at import where no directory is writable; here the
+stamp covers every source of this package and the versions of Numba and llvmlite, writing is atomic (concurrent
+processes at worst compile twice), and a cache that is read-only, missing or damaged means compiling in memory, never
+an error.
 
 The place is Numba's ``NUMBA_CACHE_DIR`` where that is set, else ``~/.cache/lstmcore`` (``XDG_CACHE_HOME`` is honoured).
 """
@@ -100,7 +101,7 @@ def cache_directory() -> Path:
         return Path(tempfile.gettempdir()) / f"lstmcore-{os.getuid()}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def source_stamp() -> str:
     """A hash of every source of this package, and of the compilers' versions."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())

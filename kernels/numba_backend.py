@@ -1,8 +1,8 @@
 """The Numba backend of the contract: host code, from tensors to launches and back.
 
-Everything that needs memory or a decision is here; the arithmetic is in ``numba_lstm.py``.  A call asks ``tiling.plan`` how to
-share the work, packs the weights, lays out scratch (``buffers.py``), and runs one launch a direction on the thread pool; with
-two directions and more than one thread the launches run side by side.
+Everything that needs memory or a decision is here; the arithmetic is in ``numba_lstm.py``.  A call asks
+``tiling.plan`` how to share the work, packs the weights, lays out scratch (``buffers.py``), and runs one launch a
+direction on the thread pool; with two directions and more than one thread the launches run side by side.
 
 T time, B batch, N alive rows, I input, H hidden, P projection (or H), D directions, H' and P' padded to whole vectors.
 """
@@ -24,8 +24,6 @@ from .numba_pack import column_panels_size, gate_order, packers, share
 from .tiling import ceil_div
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-BACKWARD_BYTES = 1 << 20  # of a chunk's dz where hidden sizes are small; never fewer than 512 rows, for dW is read and
-BACKWARD_ROWS = 512  # written once a chunk
 
 
 def supports(layer: Layer) -> str | None:
@@ -37,7 +35,7 @@ def supports(layer: Layer) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _variant(dtype: torch.dtype) -> SimpleNamespace:
     """What depends on the dtype alone: names, block shape, packers, compiled kernels."""
     isa = tiling.cpu_isa()
@@ -273,7 +271,15 @@ def _pack_gates(problem: _Problem, packed: int, weight: Tensor) -> None:
     weight = weight.detach().to(problem.variant.compute).contiguous()
     rows, depth = weight.shape
     sizes = (rows // 4, depth)
-    share(problem.variant.pack.pack_gates, problem.available, problem.panels, weight.numel(), packed, weight.data_ptr(), *sizes)
+    share(
+        problem.variant.pack.pack_gates,
+        problem.available,
+        problem.panels,
+        weight.numel(),
+        packed,
+        weight.data_ptr(),
+        *sizes,
+    )
 
 
 def _pack_columns(problem: _Problem, packed: int, weight: Tensor, rows: np.ndarray) -> None:
@@ -301,7 +307,11 @@ def _cells_out(problem: _Problem, kept: list[Tensor], like: Tensor) -> Tensor:
         values = internal.view(problem.total, problem.padded_hidden)[:, :hidden]
         target = cells[..., direction * hidden : (direction + 1) * hidden]
         if problem.flat_index is None:
-            target.copy_(values.view(*problem.rows.shape, hidden) if problem.rows.packed else values.unflatten(0, problem.rows.shape))
+            target.copy_(
+                values.view(*problem.rows.shape, hidden)
+                if problem.rows.packed
+                else values.unflatten(0, problem.rows.shape)
+            )
         else:
             target[problem.flat_index // problem.batch, problem.flat_index % problem.batch] = values
     return cells
@@ -332,7 +342,7 @@ def backward(
     problem = _Problem(x, weights, rows, reset)
     variant, compute, size, block = problem.variant, problem.variant.compute, problem.variant.size, problem.block
     batch, hidden, width, inputs = problem.batch, problem.hidden, problem.width, problem.inputs
-    count, steps, total = problem.directions, problem.steps, problem.total
+    count, steps = problem.directions, problem.steps
     gates, kept = saved[:count], saved[count:]
     kernel = variant.backward()
 
@@ -345,8 +355,7 @@ def backward(
     with threads.reserve(problem.threads) as available:
         problem.available = available
         plan = tiling.plan(steps, batch, hidden, width, inputs, block, size, max(1, available // count), backward=True)
-        chunk_rows = max(batch, min(max(BACKWARD_BYTES // (4 * problem.padded_hidden * size), BACKWARD_ROWS), steps * batch))
-        chunk = min(chunk_rows // batch, steps)
+        chunk = plan.chunk
         chunk_rows = chunk * batch
         index = problem.index
         x_step, x_rows = problem.geometry(x)
@@ -386,11 +395,11 @@ def backward(
                 chunk_rows * hidden * problem.projected * needs.weights,
                 chunk_rows * inputs * variant.staged,
             ]
-            owner, addresses = buffers.carve(
-                *(n * size for n in (*zeroed, *weight_sizes, *scratch)), chunk_rows * 8
-            )
+            owner, addresses = buffers.carve(*(n * size for n in (*zeroed, *weight_sizes, *scratch)), chunk_rows * 8)
             dw_x, dw_h, db, dw_r, zero, dh, dc, w_h, w_x, w_r, dm, dz, dh_chunk, *strips, dx_stage, table = addresses
-            owner[: (dh or dc) - owner.data_ptr()].zero_()
+            # NumPy's fill: torch's would wake its thread pool, whose threads then spin on the cores of this launch
+            # (and would hang in a forked child).
+            owner.numpy()[: (dh or dc) - owner.data_ptr()].fill(0)
             dh_state = _at(owner, dh, compute, batch, problem.padded_width)
             dc_state = _at(owner, dc, compute, batch, problem.padded_hidden)
             problem.load_state(dh_state, grad_h_n, direction)

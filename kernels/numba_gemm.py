@@ -4,21 +4,23 @@ A block holds ``rows x vectors`` accumulators in registers while it walks k::
 
     acc[r, v] = start(r)[v] + sum_k A[r, k] W[k, v]          then  finish(r, acc[r, :])
 
-Each k costs ``vectors`` loads of W, ``rows`` broadcasts of A and ``rows * vectors`` fused multiply-adds, which is what keeps
-the multipliers busy: with 24 accumulators on 32 registers, 12 cycles of arithmetic against 10 loads.  ``start`` and
-``finish`` are Numba functions (the bias, what memory holds, the LSTM cell, a store); they are inlined around the loop, so a
-cell works on sums that never left their registers.
+Each k costs ``vectors`` loads of W, ``rows`` broadcasts of A and ``rows * vectors`` fused multiply-adds, which is
+what keeps the multipliers busy: with 24 accumulators on 32 registers, 12 cycles of arithmetic against 10 loads.
+``start`` and
+``finish`` are Numba functions (the bias, what memory holds, the LSTM cell, a store); they are inlined around the
+loop, so a cell works on sums that never left their registers.
 
-The code is emitted as LLVM IR by a Numba intrinsic, once per number of rows: register blocking left to an optimiser spills.
-The number of rows is chosen at run time among those compiled; sums run over k in one order whatever it is, so a row's
-result does not depend on the block that it fell into.
+The code is emitted as LLVM IR by a Numba intrinsic, once per number of rows: register blocking left to an optimiser
+spills. The number of rows is chosen at run time among those compiled; sums run over k in one order whatever it is, so
+a row's result does not depend on the block that it fell into.
 
 W is packed by ``numba_pack.py`` so that one k is ``vectors * lanes`` adjacent values.  A is walked in one of two ways:
 
 * ``by_rows``: A[r, k] at ``a + offset[r] + k * size``; k may be split in panels that lie ``stride`` bytes apart.
-* ``by_strip``: A[r, k] at ``a + (k * rows + r) * size``; the transposed product of the weight gradients, whose k is the (step,
-  row) index.  Its operand is copied into strips as wide as the block first: columns of a matrix, read where they lie, are
-  a page apart and fall into one set of the first-level cache (at H = 1024 that took a third of the speed).
+* ``by_strip``: A[r, k] at ``a + (k * rows + r) * size``; the transposed product of the weight gradients, whose k is
+  the (step, row) index.  Its operand is copied into strips as wide as the block first: columns of a matrix, read
+  where they lie, are a page apart and fall into one set of the first-level cache (at H = 1024 that took a third of
+  the speed).
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from numba.core.typing import signature
 from .numba_simd import I32, I64, PTR, fma, llvm_call, splat
 
 SEGMENT = 7  # values of a segment
-NEAR = 1024  # bytes of W that are fetched ahead into the first-level cache; without it 6 rows reach 0.75 of the peak, not 1
+# Bytes of W that are fetched ahead into the first-level cache.  Without it 6 rows reach 0.7 of the peak, not 1, when W
+# comes from the second-level cache.
+NEAR = 1024
 
 
 def make_block(
@@ -49,14 +53,14 @@ def make_block(
 ):
     """An intrinsic ``block(count, segments, extra)`` for ``count`` in ``rows`` rows of ``vectors`` vectors.
 
-    ``segments``: a tuple of int64 of seven times the number of sums to add up: ``a, offsets, panels, stride, depth, w, ahead``
-    (``by_strip``: ``offsets`` and ``stride`` are not used; ``panels`` is 1).  ``ahead`` is memory that will
+    ``segments``: a tuple of int64 of seven times the number of sums to add up: ``a, offsets, panels, stride, depth,
+    w, ahead`` (``by_strip``: ``offsets`` and ``stride`` are not used; ``panels`` is 1).  ``ahead`` is memory that will
     be wanted soon: a cache line of it a k is fetched into the second-level cache.  ``extra``: a tuple of int64
-    for ``start(row, extra) -> tuple of vectors`` and ``finish(row, accumulators, extra)``.  ``rolled``: finish is a loop over
-    rows, which reads the sums back from the stack; for a long ``finish``, whose constants and temporaries would otherwise
-    push the sums of the other rows out of their registers anyway, one at a time.
+    for ``start(row, extra) -> tuple of vectors`` and ``finish(row, accumulators, extra)``.  ``rolled``: finish is a
+    loop over rows, which reads the sums back from the stack; for a long ``finish``, whose constants and temporaries
+    otherwise push the sums of the other rows out of their registers anyway, one at a time.
     """
-    name = f"block_{finish.__name__}_{simd.scalar}x{simd.lanes}x{vectors}{'_table' if by_strip else ''}"
+    name = f"block_{finish.__name__}_{simd.scalar}x{simd.lanes}x{vectors}{'_strip' if by_strip else ''}"
 
     @intrinsic
     def block(typingctx, count, segments, extra):
@@ -96,7 +100,9 @@ def make_block(
         accumulators = [[builder.alloca(vector.llvm) for _ in range(vectors)] for _ in range(n)]
         tuple_type = types.UniTuple(vector, vectors)
         for r in range(n):
-            first = call_inline(context, builder, start, signature(tuple_type, types.int64, extra_type), [I64(r), extra])
+            first = call_inline(
+                context, builder, start, signature(tuple_type, types.int64, extra_type), [I64(r), extra]
+            )
             for v in range(vectors):
                 builder.store(builder.extract_value(first, v), accumulators[r][v])
 
@@ -112,7 +118,9 @@ def make_block(
                 builder.store(value, builder.gep(memory, [I64(i)], source_etype=vector.llvm))
             with _Loop(builder, I64(n), 1, "row") as r:
                 first = builder.mul(r, I64(vectors))
-                at = [builder.gep(memory, [builder.add(first, I64(v))], source_etype=vector.llvm) for v in range(vectors)]
+                at = [
+                    builder.gep(memory, [builder.add(first, I64(v))], source_etype=vector.llvm) for v in range(vectors)
+                ]
                 values = [builder.load(address, typ=vector.llvm) for address in at]
                 result = context.make_tuple(builder, tuple_type, values)
                 call_inline(context, builder, finish, finish_sig, [r, result, extra])
@@ -175,7 +183,9 @@ def _multiply(builder, simd, n, a_addresses, w_address, accumulators):
     """One k: acc[r, v] += A[r] W[v]."""
     vector = simd.vector.llvm
     w = [
-        builder.load(builder.inttoptr(builder.add(w_address, I64(v * simd.lanes * simd.size)), PTR), typ=vector, align=simd.size)
+        builder.load(
+            builder.inttoptr(builder.add(w_address, I64(v * simd.lanes * simd.size)), PTR), typ=vector, align=simd.size
+        )
         for v in range(len(accumulators[0]))
     ]
     for line in range(0, len(w) * simd.lanes * simd.size, 64):

@@ -1,22 +1,22 @@
 """The time loop, forward and backward: the code that each thread of a launch runs.
 
-One launch is one direction of one layer (two directions are two launches side by side).  T steps, B rows sorted so that row
-r is alive where r < batch_sizes[t], I input, H hidden, P what the recurrence carries (the projection, or H), U panels of
-``lanes`` hidden units, padded sizes H' = U * lanes and P' likewise.  N counts (step, row) pairs; n = row_starts[t] + r.
-All addresses, strides and offsets are in bytes.
+One launch is one direction of one layer (two directions are two launches side by side).  T steps, B rows sorted so
+that row r is alive where r < batch_sizes[t], I input, H hidden, P what the recurrence carries (the projection, or H),
+U panels of ``lanes`` hidden units, padded sizes H' = U * lanes and P' likewise.  N counts (step, row) pairs;
+n = row_starts[t] + r.  All addresses, strides and offsets are in bytes.
 
 Memory, beside the tensors of the caller:
 
 * ``h`` (2, B, P'): h_{t-1} and h_t, by turns, in the compute dtype; both start as h_0, so a row that comes to life late
   (direction 1) finds it.  ``c`` (B, H'): the cell state, updated in place.  Resets zero their rows.
-* ``z`` (rows of a chunk, U, 4, lanes): the projected input; the cell's sums start from it.  Training in the compute dtype
-  projects straight into ``gates``, which the cell then overwrites: the same lines, hot.
+* ``z`` (rows of a chunk, U, 4, lanes): the projected input; the cell's sums start from it.  Training in the compute
+  dtype projects straight into ``gates``, which the cell then overwrites: the same lines, hot.
 * ``gates`` (N, U, 4, lanes), in the caller's dtype, and ``cells`` (N, H'): saved for backward.
 * ``dz`` (U, rows of a chunk, 4, lanes): panel by panel, so that weight gradients read it straight through.
 
-Sharing.  A member of a launch owns a range of rows and a range of panels; ``numba_sync`` keeps members together: once a step
-where panels are shared out (h_t has to be whole before step t + 1), else not at all in forward and twice a chunk in
-backward.  Who owns what never changes a sum, so the bits do not depend on it.
+Sharing.  A member of a launch owns a range of rows and a range of panels; ``numba_sync`` keeps members together: once
+a step where panels are shared out (h_t has to be whole before step t + 1), else not at all in forward and twice a
+chunk in backward.  Who owns what never changes a sum, so the bits do not depend on it.
 
 What decided this form (AVX-512, float32, one core: multipliers' peak 137 GF/s):
 
@@ -40,7 +40,6 @@ from .numba_gemm import make_block
 from .numba_simd import SIZE, load_byte, load_int, simd, store_int
 from .numba_sync import arrive_and_wait
 from .tiling import Block
-
 
 NEAR_DEPTH = 1024  # k of a strip of a matrix product
 JOINED_ROWS = 192  # rows that share a strip of W_ih while it is near
@@ -208,7 +207,7 @@ def block_size(rows, most):
     return -(-rows // (-(-rows // most)))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: bool) -> SimpleNamespace:
     """What both kernels share, for computing in ``scalar`` on tensors of ``storage``."""
     ops = simd(scalar, block.lanes, fast_reciprocal)
@@ -249,8 +248,8 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
             else:
                 store_scalar(at, load_scalar(source + begin * size, width), width)
 
-    # A matrix product whose rows go to ``base + load(offsets + 8 row) + column``: (base, offsets, columns left, add to what
-    # is there).
+    # A matrix product whose rows go to ``base + load(offsets + 8 row) + column``: (base, offsets, columns left, add
+    # to what is there).
     def make_matrix(vectors):
         def start(row, e):
             return start_vectors(e[0] + load_int(e[1] + 8 * row), e[2], e[3])
@@ -276,7 +275,9 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
                 if vectors == 4:
                     n = block_size(rows - done, choices[-1])
                 rows_block(
-                    n, (a, offsets + 8 * done, panels, stride, depth, w, ahead), (base, targets + 8 * done, columns, add)
+                    n,
+                    (a, offsets + 8 * done, panels, stride, depth, w, ahead),
+                    (base, targets + 8 * done, columns, add),
                 )
                 done += n
                 ahead += quarter
@@ -314,7 +315,7 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bool):
     """The compiled forward kernel, for computing in ``scalar`` on tensors of ``storage``."""
     device = device_functions(scalar, storage, block, fast_reciprocal)
@@ -327,8 +328,8 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
     narrow_row, matrix_product = device.narrow_row, device.matrix_product
     cell_state, hidden_state = inline(cell.cell_state), inline(cell.hidden_state)
 
-    # e: start, its row stride; c, its row stride; h, its row stride; y, its row offsets; units left; gates, cells, their
-    # row strides.  What is 0 is not written.
+    # e: start, its row stride; c, its row stride; h, its row stride; y, its row offsets; units left; gates, cells,
+    # their row strides.  What is 0 is not written.
     def start_cell(row, e):
         return load_four(e[0] + row * e[1])
 
@@ -435,23 +436,24 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
                 for p in range(panel_begin, panel_end):
                     unit = p * lanes
                     done = row_begin
-                    # While a panel is multiplied, the next one is fetched (after the last, the first: for the next step).
+                    # While a panel is multiplied, the next one is fetched (after the last, the first: for the next
+                    # step).
                     ahead = w_h + (p + 1 if p + 1 < panel_end else panel_begin) * width * gate_bytes
                     while done < end:
                         n = block_size(end - done, most)
                         cell_block(
                             n,
                             (
-                                x + index * x_step, x_rows + 8 * done, 1, 0, depth, w_x + p * inputs * gate_bytes, ahead,
-                                h_in, h_rows + 8 * done, 1, 0, width, w_h + p * width * gate_bytes, ahead,
+                                x + index * x_step, x_rows + 8 * done, 1, 0, depth, w_x + p * inputs * gate_bytes,
+                                ahead, h_in, h_rows + 8 * done, 1, 0, width, w_h + p * width * gate_bytes, ahead,
                             ),
                             (
                                 start + p * gate_bytes + (done - row_begin) * start_row, start_row,
                                 c + done * c_row + p * vector_bytes, c_row,
                                 h_to + done * h_to_row + p * vector_bytes, h_to_row,
                                 0 if projected else y_here + unit * stored, y_rows + 8 * done, hidden - unit,
-                                0 if gates == 0 else gates + (first_n + done) * gates_row + unit * 4 * stored, gates_row,
-                                0 if cells == 0 else cells + (first_n + done) * c_row + p * vector_bytes,
+                                0 if gates == 0 else gates + (first_n + done) * gates_row + unit * 4 * stored,
+                                gates_row, 0 if cells == 0 else cells + (first_n + done) * c_row + p * vector_bytes,
                             ),
                         )  # fmt: skip
                         done += n
@@ -488,7 +490,7 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
     return lstm_fwd_kernel
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bool):
     """The compiled backward kernel, for computing in ``scalar`` on tensors of ``storage``."""
     device = device_functions(scalar, storage, block, fast_reciprocal)
@@ -498,9 +500,7 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
     load, store, store_one, zeros = ops.load, ops.store, ops.store_one, ops.zeros
     tanh, total, load_four = ops.tanh, ops.total, ops.load_four
     store_vectors, zero_four = ops.store_vectors, ops.zero_four
-    load_storage, clear, widen_row, narrow_row = (
-        device.load_storage, device.clear, device.widen_row, device.narrow_row,
-    )  # fmt: skip
+    load_storage, clear, narrow_row = device.load_storage, device.clear, device.narrow_row
     copy_strips, matrix_product, first_lanes = device.copy_strips, device.matrix_product, ops.first_lanes
     hidden_state, cell_grad = inline(cell.hidden_state), inline(cell.cell_grad)
     gate_grads, cell_grad_prev = inline(cell.gate_grads), inline(cell.cell_grad_prev)
@@ -602,7 +602,10 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                         unit, at_vector = p * lanes, p * vector_bytes
                         at = gates + (n_here + r) * gates_row + unit * 4 * stored
                         i, f = load_storage(at, lanes), load_storage(at + lanes * stored, lanes)
-                        g, o = load_storage(at + 2 * lanes * stored, lanes), load_storage(at + 3 * lanes * stored, lanes)
+                        g, o = (
+                            load_storage(at + 2 * lanes * stored, lanes),
+                            load_storage(at + 3 * lanes * stored, lanes),
+                        )
                         tanh_c = tanh(load(cells + (n_here + r) * c_row + at_vector))
                         c_prev = load(c_prev_row + at_vector)
                         if projected:

@@ -5,7 +5,8 @@ A panel is what a block of ``numba_gemm.py`` reads for one k: ``4 * lanes`` adja
 * gate panels ``[panel][k][gate][lane]``: the four gates of ``lanes`` hidden units side by side, so that a block's four
   vectors are all that the cell of those units needs.  Units beyond H are zero.
 * column panels ``[panel][k][column]``: ``4 * lanes`` columns of any matrix; the last panel is 1, 2 or 4 vectors wide.
-  Its k may run over gates in the order in which gate panels hold them: ``rows`` maps k to a row of the matrix, -1 is zero.
+  Its k may run over gates in the order in which gate panels hold them: ``rows`` maps k to a row of the matrix, -1 is
+  zero.
 
 H hidden, K what the product sums over, U panels of ``lanes`` units.
 """
@@ -22,7 +23,6 @@ from . import threads
 from .jit import inline, kernel
 from .numba_simd import load_int, simd, store_int
 from .tiling import Block, ceil_div
-
 
 WORTH_A_THREAD = 1 << 18  # values: some 100 microseconds of packing
 
@@ -41,12 +41,12 @@ def column_panels_size(depth: int, columns: int, lanes: int) -> int:
     return depth * lanes * (4 * whole + (0, 1, 2, 4, 4)[ceil_div(rest, lanes)])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def packers(scalar: str, block: Block) -> SimpleNamespace:
     """The compiled functions for contiguous matrices of ``scalar``, given by address.
 
-    Each packs panels ``begin`` to ``end``.  Gate panels are transposes, made tile by tile in registers: element by element
-    they took five times as long, as much as 50 time steps of a batch of one at H = 1024.
+    Each packs panels ``begin`` to ``end``.  Gate panels are transposes, made tile by tile in registers: element by
+    element they took five times as long, as much as 50 time steps of a batch of one at H = 1024.
     """
     ops = simd(scalar, block.lanes)
     lanes, panel, size = block.lanes, block.panel, ops.size

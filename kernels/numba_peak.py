@@ -1,7 +1,7 @@
 """The multipliers' peak of this machine: what every share of the peak is a share of.
 
-A block of the kernels' own shape runs over operands that stay in the first-level cache, on as many threads as asked for at
-once; the best of several runs counts.  Nothing in the library runs faster, so a share is never flattered.
+A block of the kernels' own shape runs over operands that stay in the first-level cache, on as many threads as asked
+for at once; the best of several runs counts.  Nothing in the library runs faster, so a share is never flattered.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEPTH = 96  # 24 KiB of weights, 2.3 KiB of rows
 SECONDS = 0.05  # of one run
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _peak_kernel(scalar: str, block: tiling.Block):
     ops = simd(scalar, block.lanes)
     zero_four, store_vectors, width = ops.zero_four, ops.store_vectors, 4 * block.lanes
@@ -47,7 +47,8 @@ def _peak_kernel(scalar: str, block: tiling.Block):
 
 
 def fma_peak(dtype: torch.dtype, threads_wanted: int) -> float:
-    """GF/s (1e9 multiplications and additions a second) of ``threads_wanted`` cores computing in ``dtype``'s compute type.
+    """GF/s (1e9 multiplications and additions a second) of ``threads_wanted`` cores computing in ``dtype``'s compute
+    type.
 
     bfloat16 and float16 compute in float32 (see ``contract.state_dtype``), so theirs is float32's.
     """

@@ -1,14 +1,14 @@
 """A vector type for Numba: LLVM vectors with load, store, arithmetic, tanh and sigmoid.
 
-``simd(scalar, lanes)`` gives the operations on vectors of ``lanes`` values of ``scalar`` ("float32" or "float64").  They are
-Numba intrinsics that emit LLVM's own vector instructions, so what the source says is what the machine runs: nothing is
-left to the loop vectoriser (which made the cell eight times slower when it was asked to).  Lanes need not match the
-machine: LLVM splits a wide vector, at the price of registers; ``tiling.py`` chooses.
+``simd(scalar, lanes)`` gives the operations on vectors of ``lanes`` values of ``scalar`` ("float32" or "float64").
+They are Numba intrinsics that emit LLVM's own vector instructions, so what the source says is what the machine runs:
+nothing is left to the loop vectoriser (which made the cell eight times slower when it was asked to).  Lanes need not
+match the machine: LLVM splits a wide vector, at the price of registers; ``tiling.py`` chooses.
 
 Addresses are int64 bytes, as ``Tensor.data_ptr()`` gives them; no alignment beyond the scalar's is assumed.
 
-Arithmetic carries LLVM's ``contract`` flag: ``a * b + c`` may become one fused multiply-add.  Nothing else is relaxed, so
-NaN and Inf behave as in the formula.
+Arithmetic carries LLVM's ``contract`` flag: ``a * b + c`` may become one fused multiply-add.  Nothing else is
+relaxed, so NaN and Inf behave as in the formula.
 
 Activations.  Both rest on 2^t of t = x / ln 2 (sigmoid: -x, tanh: 2x)::
 
@@ -18,8 +18,9 @@ Activations.  Both rest on 2^t of t = x / ln 2 (sigmoid: -x, tanh: 2x)::
 The second form of m keeps tanh accurate near zero, where 1 - 2 / (2^t + 1) would cancel.  q is the Chebyshev fit of
 (2^f - 1) / f on |f| <= 1/2: degree 5 (error 1.2e-8) for float32, degree 10 (1e-17) for float64; ``mpmath.chebyfit``
 reproduces the coefficients.  Both are within 2 units in the last place where the result is not denormal and |x| < 10.
-With AVX-512 the float32 reciprocal is the 14-bit estimate and one Newton step: a 512-bit division takes 16 cycles on Intel's
-cores, five of them would double the cell.  16 instructions a sigmoid, 19 a tanh; forms on base e took 22 and 24.
+With AVX-512 the float32 reciprocal is the 14-bit estimate and one Newton step: a 512-bit division takes 16 cycles on
+Intel's cores, five of them would double the cell.  16 instructions a sigmoid, 19 a tanh; forms on base e took 22 and
+24.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ SIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 CONTRACT = ("contract",)
 
 
-# magic: 1.5 * 2^mantissa bits, which rounds what is added to it to an integer.  1 / ln 2 in two parts (float32 does without
-# the second).  Beyond its limit sigmoid is 0 (a denormal, exactly) and tanh is 1 to the last bit.
+# magic: 1.5 * 2^mantissa bits, which rounds what is added to it to an integer.  1 / ln 2 in two parts (float32 does
+# without the second).  Beyond its limit sigmoid is 0 (a denormal, exactly) and tanh is 1 to the last bit.
 EXP2 = {
     "float32": SimpleNamespace(
         magic=12582912.0, inverse_ln2=1.4426950408889634, inverse_ln2_low=0.0, sigmoid_limit=87.0, tanh_limit=9.1,
-        series=(0.00015453222611639, 0.00133909322808601, 0.00961808244534843, 0.05550356984941641, 0.24022650760801401, 0.69314718805317025),
+        series=(0.00015453222611639, 0.00133909322808601, 0.00961808244534843, 0.05550356984941641,
+        0.24022650760801401, 0.69314718805317025),
     ),
     "float64": SimpleNamespace(
         magic=6755399441055744.0, inverse_ln2=1.4426950408889634, inverse_ln2_low=2.0355273740931032e-17,
@@ -81,7 +83,9 @@ def splat(builder, value, lanes):
     """A vector with ``value`` in all lanes."""
     vector = ir.VectorType(value.type, lanes)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+    return builder.shuffle_vector(
+        first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    )
 
 
 def llvm_call(builder, name, result, args):
@@ -169,7 +173,9 @@ def widen(builder, bits, storage, lanes):
     if storage == "bfloat16":
         wide = builder.zext(bits, ir.VectorType(I32, lanes))
         return builder.bitcast(builder.shl(wide, splat(builder, I32(16), lanes)), ir.VectorType(ir.FloatType(), lanes))
-    return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), lanes)), ir.VectorType(ir.FloatType(), lanes))
+    return builder.fpext(
+        builder.bitcast(bits, ir.VectorType(ir.HalfType(), lanes)), ir.VectorType(ir.FloatType(), lanes)
+    )
 
 
 def narrow(builder, value, storage, lanes):
@@ -213,12 +219,13 @@ def _estimate(builder, vector):
     return llvm_call(builder, "llvm.x86.avx512.rcp14.ps.512", vector.type, [vector, zero, everywhere])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamespace:
     """The operations on vectors of ``lanes`` x ``scalar``; ``fast_reciprocal`` needs AVX-512 and 16 lanes of float32.
 
-    ``load(address)``, ``store(address, v)``: all lanes.  ``make_load(storage)``, ``make_store(storage)``: loads and stores of
-    the first ``count`` lanes from and to memory of dtype ``storage``; other lanes load as zero and are not written.
+    ``load(address)``, ``store(address, v)``: all lanes.  ``make_load(storage)``, ``make_store(storage)``: loads and
+    stores of the first ``count`` lanes from and to memory of dtype ``storage``; other lanes load as zero and are not
+    written.
     ``zeros()``, ``total(v)`` (sum over lanes in a fixed order), ``tanh(v)``, ``sigmoid(v)``.
     """
     vector = Vector(scalar, lanes)
@@ -259,7 +266,7 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
         return vector(), codegen
 
     def make_load_vectors(number):
-        """``load(address, count, wanted) -> tuple`` of ``number`` adjacent vectors, ``count`` values; zeros if not wanted."""
+        """``load(address, count, wanted) -> tuple`` of ``number`` adjacent vectors, ``count`` values; else zeros."""
 
         @intrinsic
         def load_vectors(typingctx, address, count, wanted):
@@ -323,7 +330,9 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
         def codegen(context, builder, sig, args):
             target, target_row, source, source_row = args
             rows = [
-                builder.load(builder.inttoptr(builder.add(source, builder.mul(source_row, I64(i))), PTR), typ=llvm, align=size)
+                builder.load(
+                    builder.inttoptr(builder.add(source, builder.mul(source_row, I64(i))), PTR), typ=llvm, align=size
+                )
                 for i in range(lanes)
             ]
             step = 1
@@ -410,7 +419,6 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
         return load_first
 
     def emit_store(builder, storage, address, value, count):
-        memory = stored(storage)
         pointer = builder.inttoptr(address, PTR)
         if storage != scalar:
             value = narrow(builder, value, storage, lanes)
@@ -575,7 +583,7 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
 
     return SimpleNamespace(
         vector=vector, scalar=scalar, lanes=lanes, size=size, load=load, store=store, store_one=store_one, zeros=zeros,
-        make_load_vectors=make_load_vectors, zero_four=zero_four, load_four=load_four, store_vectors=store_vectors, total=total,
-        first_lanes=first_lanes, make_load=make_load, make_store=make_store, tanh=tanh, sigmoid=sigmoid,
+        make_load_vectors=make_load_vectors, zero_four=zero_four, load_four=load_four, store_vectors=store_vectors,
+        total=total, first_lanes=first_lanes, make_load=make_load, make_store=make_store, tanh=tanh, sigmoid=sigmoid,
         gates=gates, series=series, reciprocal=reciprocal, transpose_tile=transpose_tile, copy_one=copy_one,
     )  # fmt: skip

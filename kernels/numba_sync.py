@@ -1,8 +1,8 @@
 """How the threads of a launch wait for one another: one counter, atomically raised.
 
-A thread that arrives adds one and waits until all have: the counter only grows, so there is nothing to reset.  It spins,
-because a hand-off has to take less than a time step (a few hundred nanoseconds); after a while it yields the processor each
-time round, so that a thread that lost its core to another process is let in, and the launch goes on.
+A thread that arrives adds one and waits until all have: the counter only grows, so there is nothing to reset.  It
+spins, because a hand-off has to take less than a time step (a few hundred nanoseconds); after a while it yields the
+processor each time round, so that a thread that lost its core to another process is let in, and the launch goes on.
 """
 
 from __future__ import annotations

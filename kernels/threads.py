@@ -1,8 +1,9 @@
 """The thread pool that runs the kernels.
 
-Numba's own parallel layers do not serve: its workqueue aborts the process when two threads enter it, its OpenMP layer dies
-in a forked child, and it loads a second OpenMP runtime beside torch's.  Here a launch is a list of calls of a ``nogil``
-kernel, one a thread, the first on the caller's own; the others run on daemon threads that sleep on a queue between launches.
+Numba's own parallel layers do not serve: its workqueue aborts the process when two threads enter it, its OpenMP layer
+dies in a forked child, and it loads a second OpenMP runtime beside torch's.  Here a launch is a list of calls of a
+``nogil`` kernel, one a thread, the first on the caller's own; the others run on daemon threads that sleep on a queue
+between launches.
 
 Members of a launch wait for one another inside the kernel (``numba_sync.py``), so all of them have to run at once.  One
 launch owns the whole pool; a caller that finds it taken is told so by :func:`reserve` and runs alone, which is also the

@@ -1,7 +1,7 @@
 """From shape, dtype and machine to block sizes: pure functions, testable anywhere.
 
-Everything here is arithmetic on small integers; nothing allocates, compiles or reads a tensor.  Figures that a choice rests
-on stand beside it.
+Everything here is arithmetic on small integers; nothing allocates, compiles or reads a tensor.  Figures that a choice
+rests on stand beside it.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# Share of the multipliers' peak that a block of so many rows reaches with its weights in the second-level cache, measured
-# on AVX-512 (6 rows = 1); what bounds the small ones is the reading of weights.
+# Share of the multipliers' peak that a block of so many rows reaches with its weights in the second-level cache,
+# measured on AVX-512 (6 rows = 1); what bounds the small ones is the reading of weights.
 RATE = (0.25, 0.45, 0.6, 0.8, 0.93, 1.0)
 PEAK = 64.0  # multiply-adds a nanosecond, one core, float32; the scale of the model, not a promise
 CACHE = 1.25e6  # bytes of weights that stay in a core's second-level cache beside everything else
@@ -112,9 +112,10 @@ def plan(
 ) -> Plan:
     """The plan for one direction; ``depth`` is P or H (what the recurrence sums over), ``inputs`` is I.
 
-    Threads take batch rows where there are enough to fill a block each and the weights fit every thread's cache: no thread
-    waits for another within a chunk.  Otherwise they take hidden units, each keeps its own weights close, and a hand-off
-    joins them each step.  The results do not depend on the choice, and the chunk does not depend on ``threads``.
+    Threads take batch rows where there are enough to fill a block each and the weights fit every thread's cache: no
+    thread waits for another within a chunk.  Otherwise they take hidden units, each keeps its own weights close, and
+    a hand-off joins them each step.  The results do not depend on the choice, and the chunk does not depend on
+    ``threads``.
     """
     panels = ceil_div(hidden, block.lanes)
     best = (float("inf"), 1, 1)
@@ -130,7 +131,11 @@ def plan(
             best = min(best, (time, members, unit_groups))
     _, members, unit_groups = best
     row_bytes = 4 * panels * block.lanes * size
-    chunk = max(1, min(steps, MEMORY // (row_bytes * batch), 4096 // batch), ceil_div(min(steps * batch, 48), batch))
+    if backward:  # weight gradients are read and written once a chunk; more rows where that traffic counts
+        chunk_rows = 256 if 4 * panels * block.lanes * (depth + inputs) * size <= CACHE else 512
+    else:
+        chunk_rows = min(max(MEMORY // row_bytes, 48), 4096)
+    chunk = max(1, min(steps, chunk_rows // batch))
     rows = ceil_div(batch, members // unit_groups)
     near = 4 * ceil_div(panels, unit_groups) * block.lanes * (depth + inputs) * size <= CACHE
     fused = inputs <= 16 or (rows >= block.rows - 1 and near)

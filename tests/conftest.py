@@ -22,6 +22,10 @@ def pytest_configure() -> None:
     _watchdog_output.append(os.fdopen(os.dup(2), "w"))  # the real stderr: capturing is suspended here
 
 
+def pytest_unconfigure() -> None:
+    _watchdog_output.pop().close()
+
+
 @pytest.fixture(autouse=True)
 def _watchdog():
     """A test that hangs ends the run with the tracebacks of all threads, instead of hanging it."""
