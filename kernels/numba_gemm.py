@@ -48,6 +48,7 @@ def make_block(
     start: Callable,
     finish: Callable,
     *,
+    key: str,
     by_strip: bool = False,
     rolled: bool = False,
 ):
@@ -55,12 +56,13 @@ def make_block(
 
     ``segments``: a tuple of int64 of seven times the number of sums to add up: ``a, offsets, panels, stride, depth,
     w, ahead`` (``by_strip``: ``offsets`` and ``stride`` are not used; ``panels`` is 1).  ``ahead`` is memory that will
-    be wanted soon: a cache line of it a k is fetched into the second-level cache.  ``extra``: a tuple of int64
-    for ``start(row, extra) -> tuple of vectors`` and ``finish(row, accumulators, extra)``.  ``rolled``: finish is a
-    loop over rows, which reads the sums back from the stack; for a long ``finish``, whose constants and temporaries
-    otherwise push the sums of the other rows out of their registers anyway, one at a time.
+    be wanted soon: a cache line of it a k is fetched into the second-level cache.  ``key`` names whatever ``start`` and
+    ``finish`` close over: blocks of the same function name and key are taken to be the same code.  ``extra``: a tuple
+    of int64 for ``start(row, extra) -> tuple of vectors`` and ``finish(row, accumulators, extra)``.  ``rolled``:
+    finish is a loop over rows, which reads the sums back from the stack; for a long ``finish``, whose constants and
+    temporaries otherwise push the sums of the other rows out of their registers anyway, one at a time.
     """
-    name = f"block_{finish.__name__}_{simd.scalar}x{simd.lanes}x{vectors}{'_strip' if by_strip else ''}"
+    name = f"lstmcore_{finish.__name__}_{key}_{vectors}"
 
     @intrinsic
     def block(typingctx, count, segments, extra):
@@ -85,10 +87,12 @@ def make_block(
 
     def _emit(context, outer, n, sums, extra_type):
         arity = SEGMENT * sums + extra_type.count
-        function = ir.Function(
-            outer.module, ir.FunctionType(ir.VoidType(), [I64] * arity), outer.module.get_unique_name(f"{name}_{n}")
-        )
-        function.linkage = "internal"
+        symbol = f"{name}_{n}"
+        known = outer.module.globals.get(symbol)
+        if known is not None:
+            return known
+        function = ir.Function(outer.module, ir.FunctionType(ir.VoidType(), [I64] * arity), symbol)
+        function.linkage = "linkonce_odr"  # one copy, however many libraries of device functions bring it along
         function.attributes.add("noinline")
         builder = ir.IRBuilder(function.append_basic_block("entry"))
         segments, extra_values = function.args[: SEGMENT * sums], function.args[SEGMENT * sums :]

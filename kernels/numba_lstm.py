@@ -37,7 +37,7 @@ import numba
 from . import cell
 from .jit import inline, kernel, outline
 from .numba_gemm import make_block
-from .numba_simd import SIZE, load_byte, load_int, simd, store_int
+from .numba_simd import SIZE, fetch, load_byte, load_int, simd, store_int
 from .numba_sync import arrive_and_wait
 from .tiling import Block
 
@@ -211,6 +211,7 @@ def block_size(rows, most):
 def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: bool) -> SimpleNamespace:
     """What both kernels share, for computing in ``scalar`` on tensors of ``storage``."""
     ops = simd(scalar, block.lanes, fast_reciprocal)
+    key = f"{scalar}_{storage}_{block.lanes}x{block.rows}{'_fast' if fast_reciprocal else ''}"
     lanes, panel, most, size, stored = block.lanes, block.panel, block.rows, ops.size, SIZE[storage]
     vector_bytes = lanes * size
     store, zeros, store_vectors = ops.store, ops.zeros, ops.store_vectors
@@ -260,7 +261,7 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
             store_vectors(e[0] + load_int(e[1] + 8 * row), sums, e[2])
 
         choices = block.row_choices(vectors)
-        rows_block = make_block(ops, choices, vectors, start, finish_matrix)
+        rows_block = make_block(ops, choices, vectors, start, finish_matrix, key=key)
 
         @outline
         def product(rows, a, offsets, panels, stride, depth, w, after, base, targets, columns, add):
@@ -310,7 +311,7 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
                     product_1(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, k)
 
     return SimpleNamespace(
-        ops=ops, stored=stored, vector_bytes=vector_bytes, load_storage=load_storage, store_storage=store_storage,
+        ops=ops, key=key, stored=stored, vector_bytes=vector_bytes, load_storage=load_storage, store_storage=store_storage,
         clear=clear, widen_row=widen_row, narrow_row=narrow_row, copy_strips=copy_strips, matrix_product=matrix_product,
     )  # fmt: skip
 
@@ -319,6 +320,7 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
 def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bool):
     """The compiled forward kernel, for computing in ``scalar`` on tensors of ``storage``."""
     device = device_functions(scalar, storage, block, fast_reciprocal)
+    key = device.key
     ops, stored, vector_bytes = device.ops, device.stored, device.vector_bytes
     lanes, size, most = block.lanes, ops.size, block.rows
     gate_bytes = 4 * vector_bytes  # of one row in one panel
@@ -358,10 +360,10 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
         store_vectors(e[1] + load_int(e[2] + 8 * row), sums, 4 * lanes)
 
     choices = block.row_choices(4)
-    cell_block = make_block(ops, choices, 4, start_cell, finish_cell, rolled=True)
-    projection_block = make_block(ops, choices, 4, start_bias, finish_projection)
+    cell_block = make_block(ops, choices, 4, start_cell, finish_cell, key=key, rolled=True)
+    projection_block = make_block(ops, choices, 4, start_bias, finish_projection, key=key)
 
-    @kernel(numba.void(*[numba.int64] * len(ForwardArgs._fields)), f"{scalar}{storage}{block}{fast_reciprocal}")
+    @kernel(numba.void(*[numba.int64] * len(ForwardArgs._fields)), key)
     def lstm_fwd_kernel(
         y, gates, cells, h, c, m, z, x_stage, table, x, w_x, w_h, w_r, bias, reset,
         steps, batch, inputs, hidden, width, chunk, chunk_rows, fused, reverse, batch_sizes, row_starts, packed,
@@ -494,10 +496,11 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
 def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bool):
     """The compiled backward kernel, for computing in ``scalar`` on tensors of ``storage``."""
     device = device_functions(scalar, storage, block, fast_reciprocal)
+    key = device.key
     ops, stored, vector_bytes = device.ops, device.stored, device.vector_bytes
     lanes, panel, size, most = block.lanes, block.panel, ops.size, block.rows
     gate_bytes = 4 * vector_bytes
-    load, store, store_one, zeros = ops.load, ops.store, ops.store_one, ops.zeros
+    load, store, store_one = ops.load, ops.store, ops.store_one
     tanh, total, load_four = ops.tanh, ops.total, ops.load_four
     store_vectors, zero_four = ops.store_vectors, ops.zero_four
     load_storage, clear, narrow_row = device.load_storage, device.clear, device.narrow_row
@@ -516,7 +519,7 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
             at, (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2], before[3] + sums[3]), 4 * lanes
         )
 
-    tile_block = make_block(ops, block.row_choices(4), 4, start_tile, finish_tile, by_strip=True)
+    tile_block = make_block(ops, block.row_choices(4), 4, start_tile, finish_tile, key=key, by_strip=True)
 
     @inline
     def weight_tile(job, jobs, depth, rows, chunk_rows, columns, weight, strips):
@@ -525,7 +528,7 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
         strip = strips + begin * chunk_rows * size
         tile_block(end - begin, (strip, 0, 1, 0, rows, columns, columns), (weight + begin * gate_bytes,))
 
-    @kernel(numba.void(*[numba.int64] * len(BackwardArgs._fields)), f"{scalar}{storage}{block}{fast_reciprocal}")
+    @kernel(numba.void(*[numba.int64] * len(BackwardArgs._fields)), key)
     def lstm_bwd_kernel(
         dx, dw_x, dw_h, dw_r, db, norms, dh, dc, dm, dz, dh_chunk, x_strips, h_strips, m_strips, dx_stage, table,
         dy, dcells, gates, cells, x, y, h_0, c_0, zero, w_h, w_x, w_r, reset,
@@ -566,6 +569,7 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                 continued = min(alive, alive_rows(batch_sizes, batch, t_prev)) if s > 0 else 0
                 n_prev = row_start(row_starts, batch, t_prev) if s > 0 else 0
                 dy_here = dy + index * dy_step
+                dy_back = (index - user_index(packed, row_starts, batch, t_prev)) * dy_step
 
                 if projected:
                     # dh_t is whole only with the user's part; it is wanted panel by panel for dW_hr.
@@ -601,6 +605,12 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                     for p in range(panel_begin, panel_end):
                         unit, at_vector = p * lanes, p * vector_bytes
                         at = gates + (n_here + r) * gates_row + unit * 4 * stored
+                        # The step before is fetched now: walking backwards, no prefetcher of the processor's own does,
+                        # and at H = 16 reading the gates took longer than the arithmetic.
+                        for line in range(0, 4 * lanes * stored, 64):
+                            fetch(gates + (n_prev + r) * gates_row + unit * 4 * stored + line)
+                        if dy != 0:
+                            fetch(dy_row - dy_back + unit * stored)
                         i, f = load_storage(at, lanes), load_storage(at + lanes * stored, lanes)
                         g, o = (
                             load_storage(at + 2 * lanes * stored, lanes),
@@ -699,12 +709,13 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                             dw_h + p * width * gate_bytes, h_strips,
                         )  # fmt: skip
                     else:
-                        for v in range(4):
-                            part = zeros()
-                            for k in range(count):
-                                part = part + load(columns + k * gate_bytes + v * vector_bytes)
-                            at = db + p * gate_bytes + v * vector_bytes
-                            store(at, load(at) + part)
+                        i, f, g, o = zero_four()
+                        for k in range(count):
+                            row = load_four(columns + k * gate_bytes)
+                            i, f, g, o = i + row[0], f + row[1], g + row[2], o + row[3]
+                        at = db + p * gate_bytes
+                        row = load_four(at)
+                        store_vectors(at, (i + row[0], f + row[1], g + row[2], o + row[3]), 4 * lanes)
                 if projected:
                     tiles = -(-hidden // most)
                     columns_panels = -(-width // panel)

@@ -35,7 +35,7 @@ def _peak_kernel(scalar: str, block: tiling.Block):
         store_vectors(e[0] + row * width * ops_size, sums, width)
 
     ops_size, rows = ops.size, block.rows
-    full_block = make_block(ops, (rows,), 4, start, finish_peak)
+    full_block = make_block(ops, (rows,), 4, start, finish_peak, key=f"{scalar}_{block.lanes}")
 
     @kernel(numba.void(*[numba.int64] * 7), f"{scalar}{block}")
     def peak_kernel(out, a, offsets, w, depth, repeats, started):

@@ -158,6 +158,18 @@ def load_byte(typingctx, address):
 
 
 @intrinsic
+def fetch(typingctx, address):
+    """Asks for the cache line at ``address``, which need not be mapped."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], PTR)
+        llvm_call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(3), I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def store_int(typingctx, address, value):
     """Writes the int64 ``value`` to ``address``."""
 
