@@ -110,6 +110,11 @@ def source_stamp() -> str:
     return digest.hexdigest()
 
 
+def _trusted(status: os.stat_result) -> bool:
+    """Whether only this user, or root, can have written a file: its content will be executed."""
+    return not hasattr(os, "getuid") or status.st_uid in (os.getuid(), 0)
+
+
 class DiskCache(_Cache):
     """One file per compiled signature: a SHA-256 of the rest, then Numba's serialised compile result."""
 
@@ -139,8 +144,11 @@ class DiskCache(_Cache):
         target_context.refresh()
         if not self._enabled:
             return None
+        path = self._path(signature, target_context.codegen())
         try:
-            content = self._path(signature, target_context.codegen()).read_bytes()
+            if not _trusted(path.stat()):
+                return None
+            content = path.read_bytes()
         except OSError:
             return None  # not there, or not readable: compile
         digest, payload = content[:32], content[32:]
@@ -154,9 +162,15 @@ class DiskCache(_Cache):
         payload = dumps(result._reduce())
         path = self._path(signature, result.codegen)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-                file.write(hashlib.sha256(payload).digest() + payload)
-            os.replace(file.name, path)
+                written = Path(file.name)
+                try:
+                    file.write(hashlib.sha256(payload).digest() + payload)
+                    file.close()
+                    os.replace(written, path)
+                except OSError:
+                    written.unlink(missing_ok=True)
+                    raise
         except OSError:
             return  # read-only or full: the kernel stays in memory

@@ -42,7 +42,7 @@ def _variant(dtype: torch.dtype) -> SimpleNamespace:
     compute = state_dtype(dtype)
     block = tiling.block_shape(isa, compute)
     scalar, storage = DTYPES[compute], DTYPES[dtype]
-    key = (scalar, storage, block, isa == "avx512" and scalar == "float32")
+    key = (scalar, storage, block, isa == "avx512")
     return SimpleNamespace(
         compute=compute, size=compute.itemsize, block=block, pack=packers(scalar, block), staged=scalar != storage,
         forward=functools.partial(forward_kernel, *key), backward=functools.partial(backward_kernel, *key),
@@ -55,6 +55,12 @@ def prewarm(layer: Layer, *, training: bool) -> None:
     variant.forward()
     if training:
         variant.backward()
+
+
+@functools.lru_cache(maxsize=1024)
+def _multiples(count: int, stride: int) -> np.ndarray:
+    """0, stride, 2 stride, ...; not to be written."""
+    return np.arange(count, dtype=np.int64) * stride
 
 
 class _Problem:
@@ -81,19 +87,19 @@ class _Problem:
             self.row_starts = np.zeros(self.steps + 1, np.int64)
             np.cumsum(self.batch_sizes, out=self.row_starts[1:])
         self.order = None if rows.order is None else rows.order.numpy()
-        self.index = np.arange(self.batch, dtype=np.int64)
+        self.index = _multiples(self.batch, 1)
         self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
         work = self.total * 4 * self.hidden * (self.inputs + self.width)
         self.threads = tiling.useful_threads(work * self.directions, threads.count())
         self.available = 1  # of those, while they are reserved
 
-    def geometry(self, tensor: Tensor, width_dim: bool = True) -> tuple[int, np.ndarray]:
+    def geometry(self, tensor: Tensor) -> tuple[int, np.ndarray]:
         """(bytes from step to step, byte offset of each sorted row) of a user's tensor of these rows."""
         size, strides = tensor.itemsize, tensor.stride()
-        if self.rows.packed:
-            return strides[0] * size, self.index * (strides[0] * size)
-        index = self.index if self.order is None else self.order
-        return strides[0] * size, index * (strides[1] * size)
+        stride = strides[0 if self.rows.packed else 1] * size
+        if self.rows.packed or self.order is None:
+            return strides[0] * size, _multiples(self.batch, stride)
+        return strides[0] * size, self.order * stride
 
     def shape(self) -> dict[str, int]:
         """The arguments that both kernels share."""
@@ -200,7 +206,7 @@ def forward(
         x_step, x_rows = problem.geometry(x)
         y_step, y_rows = problem.geometry(output)
         reset_step, reset_rows = problem.geometry(problem.reset) if reset is not None else (0, problem.index)
-        h_rows, m_rows = problem.index * (problem.padded_width * size), problem.index * (problem.padded_hidden * size)
+        h_rows, m_rows = _multiples(batch, problem.padded_width * size), _multiples(batch, problem.padded_hidden * size)
         shared = problem.shape() | {
             "x": x.data_ptr(), "chunk": chunk, "chunk_rows": chunk_rows, "fused": int(fused),
             "reset": 0 if problem.reset is None else problem.reset.data_ptr(),
@@ -237,7 +243,7 @@ def forward(
                 both = parameters.bias_ih.detach().to(compute) + parameters.bias_hh.detach().to(compute)
                 _pack_gates(problem, bias, both[:, None])
             if problem.projected:
-                _pack_columns(problem, w_r, parameters.weight_hr.detach().T, np.arange(hidden))
+                _pack_columns(problem, w_r, parameters.weight_hr.detach().T, _multiples(hidden, 1))
             owners.append(owner)
             states.append((h_state, c_state))
             base = shared | {
@@ -363,8 +369,8 @@ def backward(
         dx_step, dx_rows = problem.geometry(grad_input[0]) if needs.input else (0, index)
         dy_step, dy_rows = problem.geometry(grad_output) if grad_output is not None else (0, index)
         reset_step, reset_rows = problem.geometry(problem.reset) if reset is not None else (0, index)
-        h_rows, m_rows = index * (problem.padded_width * size), index * (problem.padded_hidden * size)
-        panel_rows = np.arange(max(batch, JOINED_ROWS), dtype=np.int64) * (block.panel * size)
+        h_rows, m_rows = _multiples(batch, problem.padded_width * size), _multiples(batch, problem.padded_hidden * size)
+        panel_rows = _multiples(max(batch, JOINED_ROWS), block.panel * size)
         shared = problem.shape() | {
             "x": x.data_ptr(), "chunk": chunk, "chunk_rows": chunk_rows,
             "reset": 0 if problem.reset is None else problem.reset.data_ptr(),
@@ -413,7 +419,7 @@ def backward(
             if needs.input:
                 _pack_columns(problem, w_x, parameters.weight_ih, order)
             if problem.projected:
-                _pack_columns(problem, w_r, parameters.weight_hr, np.arange(width))
+                _pack_columns(problem, w_r, parameters.weight_hr, _multiples(width, 1))
             results.append(((dw_x, dw_h, db, dw_r), dh_state, dc_state, owner, h_initial, c_initial))
             dy = 0
             if grad_output is not None:

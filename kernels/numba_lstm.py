@@ -311,7 +311,8 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
                     product_1(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, k)
 
     return SimpleNamespace(
-        ops=ops, key=key, stored=stored, vector_bytes=vector_bytes, load_storage=load_storage, store_storage=store_storage,
+        ops=ops, key=key, stored=stored, vector_bytes=vector_bytes, load_storage=load_storage,
+        store_storage=store_storage,
         clear=clear, widen_row=widen_row, narrow_row=narrow_row, copy_strips=copy_strips, matrix_product=matrix_product,
     )  # fmt: skip
 

@@ -18,9 +18,9 @@ Activations.  Both rest on 2^t of t = x / ln 2 (sigmoid: -x, tanh: 2x)::
 The second form of m keeps tanh accurate near zero, where 1 - 2 / (2^t + 1) would cancel.  q is the Chebyshev fit of
 (2^f - 1) / f on |f| <= 1/2: degree 5 (error 1.2e-8) for float32, degree 10 (1e-17) for float64; ``mpmath.chebyfit``
 reproduces the coefficients.  Both are within 2 units in the last place where the result is not denormal and |x| < 10.
-With AVX-512 the float32 reciprocal is the 14-bit estimate and one Newton step: a 512-bit division takes 16 cycles on
-Intel's cores, five of them would double the cell.  16 instructions a sigmoid, 19 a tanh; forms on base e took 22 and
-24.
+With AVX-512 the reciprocal is the 14-bit estimate and one Newton step (float64: two): a 512-bit division takes 16
+cycles on Intel's cores, five of them would double the cell.  16 instructions a sigmoid, 19 a tanh; forms on base e
+took 22 and 24.
 """
 
 from __future__ import annotations
@@ -225,15 +225,16 @@ def split(builder, vector, parts):
 
 
 def _estimate(builder, vector):
-    """AVX-512's 14-bit estimate of 1 / x, on 16 lanes of float32."""
-    everywhere = ir.Constant(I16, 0xFFFF)
-    zero = ir.Constant(vector.type, None)
-    return llvm_call(builder, "llvm.x86.avx512.rcp14.ps.512", vector.type, [vector, zero, everywhere])
+    """AVX-512's 14-bit estimate of 1 / x, on a whole register."""
+    count = vector.type.count
+    everywhere = ir.Constant(ir.IntType(count), (1 << count) - 1)
+    name = f"llvm.x86.avx512.rcp14.{'ps' if count == 16 else 'pd'}.512"
+    return llvm_call(builder, name, vector.type, [vector, ir.Constant(vector.type, None), everywhere])
 
 
 @functools.cache
 def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamespace:
-    """The operations on vectors of ``lanes`` x ``scalar``; ``fast_reciprocal`` needs AVX-512 and 16 lanes of float32.
+    """The operations on vectors of ``lanes`` x ``scalar``; ``fast_reciprocal`` needs AVX-512 and its lanes.
 
     ``load(address)``, ``store(address, v)``: all lanes.  ``make_load(storage)``, ``make_store(storage)``: loads and
     stores of the first ``count`` lanes from and to memory of dtype ``storage``; other lanes load as zero and are not
@@ -507,10 +508,12 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
             one = splat(builder, ir.Constant(llvm.element, 1.0), lanes)
             if not fast_reciprocal:
                 return builder.fdiv(one, args[0])
-            parts = split(builder, args[0], lanes // 16)
+            parts = split(builder, args[0], lanes * size // 64)
             estimate = join(builder, [_estimate(builder, part) for part in parts])
-            error = fma(builder, builder.fneg(args[0]), estimate, one)
-            return fma(builder, estimate, error, estimate)
+            for _ in range(1 if scalar == "float32" else 2):
+                error = fma(builder, builder.fneg(args[0]), estimate, one)
+                estimate = fma(builder, estimate, error, estimate)
+            return estimate
 
         return vector(vector), codegen
 

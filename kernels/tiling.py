@@ -74,8 +74,9 @@ CACHE = 1.25e6  # bytes of weights that stay in a core's second-level cache besi
 FAR = 12.0  # bytes a nanosecond that a core draws from beyond it
 HANDOFF = 400.0  # nanoseconds of a barrier among threads, with the fetching of the other threads' h
 MEMORY = 512 * 1024  # bytes of a chunk's gates
-# Inputs up to this are projected inside the recurrence: the traffic of z would cost more than full blocks gain.  (At
-# H = I = 64 both ways tie; at H = I = 128, B = 32 the projection ahead wins by 121 to 93 GF/s: its weights stay nearer.)
+# Inputs up to this are projected inside the recurrence: the traffic of z costs more than full blocks gain.  (At
+# H = I = 64 both ways tie; at H = I = 128, B = 32 the projection ahead wins by 121 to 93 GF/s: its weights stay
+# nearer.)
 FUSED = 64
 
 
@@ -102,6 +103,7 @@ def step_time(rows: int, units: int, depth: int, size: int) -> float:
     return arithmetic if weights <= CACHE else max(arithmetic, weights / FAR)
 
 
+@functools.lru_cache(maxsize=4096)
 def plan(
     steps: int,
     batch: int,

@@ -101,6 +101,10 @@ def info(arguments: argparse.Namespace) -> int:
 
 def prewarm(arguments: argparse.Namespace) -> int:
     """Compiles what a shape needs and keeps it in the cache, so that no first call waits."""
+    if not 0 <= arguments.proj_size < arguments.hidden_size:
+        message = f"proj_size has to be smaller than hidden_size and not negative: got {arguments.proj_size}"
+        print(f"{message} with hidden_size {arguments.hidden_size}", file=sys.stderr)
+        return 2
     directions = 2 if arguments.bidirectional else 1
     inputs = [arguments.input_size]
     if arguments.num_layers > 1:

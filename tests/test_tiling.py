@@ -1,0 +1,84 @@
+"""The block shapes and plans: pure functions, checked for what every caller relies on."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lstmcore.kernels import tiling
+
+
+@pytest.mark.parametrize("isa", tiling.REGISTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_fits_its_registers(isa, dtype):
+    width, registers = tiling.REGISTERS[isa]
+    block = tiling.block_shape(isa, dtype)
+    assert block.lanes * dtype.itemsize == width
+    assert block.panel == 4 * block.lanes
+    # The sums, and what a step needs beside them: a broadcast, and weights that 16 registers read from memory.
+    assert 4 * block.rows + 1 + (4 if registers == 32 else 0) <= registers
+    for vectors in (1, 2, 4):
+        choices = block.row_choices(vectors)
+        assert choices[0] == 1, "any number of rows has to be made up of blocks"
+        assert max(choices) * vectors <= 4 * block.rows
+        assert list(choices) == sorted(set(choices))
+
+
+def test_this_machine_has_a_known_instruction_set():
+    assert tiling.cpu_isa() in tiling.REGISTERS
+
+
+@settings(deadline=None)
+@given(
+    steps=st.integers(1, 2000),
+    batch=st.integers(1, 300),
+    hidden=st.integers(1, 2100),
+    inputs=st.integers(1, 2100),
+    threads=st.integers(1, 64),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    backward=st.booleans(),
+)
+def test_a_plan_can_be_carried_out(steps, batch, hidden, inputs, threads, dtype, backward):
+    block = tiling.block_shape("avx512", dtype)
+    plan = tiling.plan(steps, batch, hidden, hidden, inputs, block, dtype.itemsize, threads, backward)
+    assert 1 <= plan.members <= threads
+    assert plan.row_groups <= batch
+    assert plan.unit_groups <= tiling.ceil_div(hidden, block.panel if backward else block.lanes)
+    assert 1 <= plan.chunk <= steps
+    alone = tiling.plan(steps, batch, hidden, hidden, inputs, block, dtype.itemsize, 1, backward)
+    assert alone.members == 1
+    assert (alone.chunk, alone.fused) == (plan.chunk, plan.fused), "what decides the bits may not depend on threads"
+
+
+def test_large_batches_share_rows_and_large_weights_share_units():
+    block = tiling.block_shape("avx512", torch.float32)
+    rows = tiling.plan(1000, 64, 64, 64, 64, block, 4, 2)
+    assert (rows.row_groups, rows.unit_groups) == (2, 1)
+    units = tiling.plan(1000, 1, 512, 512, 512, block, 4, 2)
+    assert (units.row_groups, units.unit_groups) == (1, 2)
+
+
+@given(lengths=st.lists(st.integers(0, 50), min_size=1, max_size=40), groups=st.integers(1, 6))
+def test_balanced_rows_share_the_work(lengths, groups):
+    lengths = sorted(lengths, reverse=True)
+    groups = min(groups, len(lengths))
+    steps = max(max(lengths), 1)
+    sizes = np.array([sum(length > t for length in lengths) for t in range(steps)])
+    borders = tiling.balanced_rows(sizes, len(lengths), groups)
+    assert borders[0] == 0
+    assert borders[-1] == len(lengths)
+    assert borders == sorted(borders)
+    shares = [sum(lengths[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+    assert sum(shares) == sum(lengths)
+    # A border lies where a share is met for the first time: no share exceeds its due by more than a row.
+    assert all(share <= sum(lengths) / groups + max(lengths) + 1 for share in shares)
+
+
+def test_balanced_rows_of_a_dense_batch():
+    assert tiling.balanced_rows(None, 10, 3) == [0, 3, 6, 10]
+
+
+def test_small_calls_stay_on_one_thread():
+    assert tiling.useful_threads(1000, 8) == 1
+    assert tiling.useful_threads(10**9, 8) == 8
