@@ -18,13 +18,23 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Weights(NamedTuple):
-    """The parameters of one direction of one layer; as gradients, None stands for one that was not asked for."""
+    """The parameters of one direction of one layer."""
 
-    weight_ih: Tensor | None  # (4H, I)
-    weight_hh: Tensor | None  # (4H, P)
+    weight_ih: Tensor  # (4H, I)
+    weight_hh: Tensor  # (4H, P)
     bias_ih: Tensor | None = None  # (4H,)
     bias_hh: Tensor | None = None  # (4H,)
     weight_hr: Tensor | None = None  # (P, H)
+
+
+class WeightGradients(NamedTuple):
+    """The gradients of :class:`Weights`, field by field; None where not asked for, or where there is no such weight."""
+
+    weight_ih: Tensor | None = None
+    weight_hh: Tensor | None = None
+    bias_ih: Tensor | None = None
+    bias_hh: Tensor | None = None
+    weight_hr: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -120,5 +130,5 @@ class Gradients(NamedTuple):
     input: Tensor | None
     h_0: Tensor | None  # (D, B, P)
     c_0: Tensor | None  # (D, B, H)
-    weights: tuple[Weights, ...]  # one a direction; all entries None where not asked for
+    weights: tuple[WeightGradients, ...]  # one a direction
     norms: Tensor | None  # (2, D, T, B), state dtype

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import buffers, threads, tiling
-from .contract import Forward, Gradients, Layer, Needs, Rows, Weights, state_dtype
+from .contract import Forward, Gradients, Layer, Needs, Rows, WeightGradients, Weights, state_dtype
 from .numba_lstm import JOINED_ROWS, BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
 from .numba_pack import column_panels_size, gate_order, packers, share
 from .tiling import ceil_div
@@ -162,7 +162,8 @@ def _launch(kernel, launches: list[list], count: int) -> None:
     """Runs ``launches`` (one a direction, each a list of its members' arguments), side by side where threads allow."""
     sync = np.zeros(16 * len(launches) + sum(map(len, launches)), np.int64)  # counters on lines of their own
     started = sync[16 * len(launches) :]
-    base, calls = sync.ctypes.data, []
+    calls: list = []
+    base = sync.ctypes.data
     for direction, members in enumerate(launches):
         for arguments in members:
             at = base + 8 * (16 * len(launches) + len(calls))
@@ -205,7 +206,7 @@ def forward(
         chunk_rows = chunk * batch
         x_step, x_rows = problem.geometry(x)
         y_step, y_rows = problem.geometry(output)
-        reset_step, reset_rows = problem.geometry(problem.reset) if reset is not None else (0, problem.index)
+        reset_step, reset_rows = problem.geometry(problem.reset) if problem.reset is not None else (0, problem.index)
         h_rows, m_rows = _multiples(batch, problem.padded_width * size), _multiples(batch, problem.padded_hidden * size)
         shared = problem.shape() | {
             "x": x.data_ptr(), "chunk": chunk, "chunk_rows": chunk_rows, "fused": int(fused),
@@ -237,12 +238,12 @@ def forward(
             problem.load_state(c_state, c_0, direction)
             _pack_gates(problem, w_x, parameters.weight_ih)
             _pack_gates(problem, w_h, parameters.weight_hh)
-            if parameters.bias_ih is None:
+            if parameters.bias_ih is None or parameters.bias_hh is None:
                 _at(owner, bias, compute, gate_size).zero_()
             else:
                 both = parameters.bias_ih.detach().to(compute) + parameters.bias_hh.detach().to(compute)
                 _pack_gates(problem, bias, both[:, None])
-            if problem.projected:
+            if parameters.weight_hr is not None:
                 _pack_columns(problem, w_r, parameters.weight_hr.detach().T, _multiples(hidden, 1))
             owners.append(owner)
             states.append((h_state, c_state))
@@ -368,7 +369,7 @@ def backward(
         y_step, y_rows = problem.geometry(y)
         dx_step, dx_rows = problem.geometry(grad_input[0]) if needs.input else (0, index)
         dy_step, dy_rows = problem.geometry(grad_output) if grad_output is not None else (0, index)
-        reset_step, reset_rows = problem.geometry(problem.reset) if reset is not None else (0, index)
+        reset_step, reset_rows = problem.geometry(problem.reset) if problem.reset is not None else (0, index)
         h_rows, m_rows = _multiples(batch, problem.padded_width * size), _multiples(batch, problem.padded_hidden * size)
         panel_rows = _multiples(max(batch, JOINED_ROWS), block.panel * size)
         shared = problem.shape() | {
@@ -418,7 +419,7 @@ def backward(
             _pack_columns(problem, w_h, parameters.weight_hh, order)
             if needs.input:
                 _pack_columns(problem, w_x, parameters.weight_ih, order)
-            if problem.projected:
+            if parameters.weight_hr is not None:
                 _pack_columns(problem, w_r, parameters.weight_hr, _multiples(width, 1))
             results.append(((dw_x, dw_h, db, dw_r), dh_state, dc_state, owner, h_initial, c_initial))
             dy = 0
@@ -440,7 +441,7 @@ def backward(
         _launch(kernel, launches, available)
 
         gradients = [
-            _weight_gradients(problem, parameters, *packed) if needs.weights else Weights(None, None)
+            _weight_gradients(problem, parameters, *packed) if needs.weights else WeightGradients()
             for parameters, (packed, *_) in zip(weights, results, strict=True)
         ]
 
@@ -459,14 +460,16 @@ def backward(
     return Gradients(grad_input[0] if needs.input else None, grad_h, grad_c, tuple(gradients), magnitude)
 
 
-def _weight_gradients(problem: _Problem, parameters: Weights, dw_x: int, dw_h: int, db: int, dw_r: int) -> Weights:
+def _weight_gradients(
+    problem: _Problem, parameters: Weights, dw_x: int, dw_h: int, db: int, dw_r: int
+) -> WeightGradients:
     """The weight gradients of one direction, in the shapes and the dtype of the weights."""
     pack, bias, weight_hr = problem.variant.pack, None, None
     if parameters.bias_ih is not None:
         bias = _unpack(problem, parameters.bias_ih[:, None], pack.unpack_gates, problem.panels, db)[:, 0]
     if parameters.weight_hr is not None:
         weight_hr = _unpack(problem, parameters.weight_hr.T, pack.unpack_columns, problem.columns, dw_r).T
-    return Weights(
+    return WeightGradients(
         _unpack(problem, parameters.weight_ih, pack.unpack_gates, problem.panels, dw_x),
         _unpack(problem, parameters.weight_hh, pack.unpack_gates, problem.panels, dw_h),
         bias,

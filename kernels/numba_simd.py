@@ -594,7 +594,7 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
                 zero_below(o, z_o, -sigmoid_limit),
             )  # fmt: skip
     else:
-        gates = None
+        gates = None  # type: ignore[assignment]
 
     return SimpleNamespace(
         vector=vector, scalar=scalar, lanes=lanes, size=size, load=load, store=store, store_one=store_one, zeros=zeros,

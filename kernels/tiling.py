@@ -72,7 +72,7 @@ RATE = (0.25, 0.45, 0.6, 0.8, 0.93, 1.0)
 PEAK = 64.0  # multiply-adds a nanosecond, one core, float32; the scale of the model, not a promise
 CACHE = 1.25e6  # bytes of weights that stay in a core's second-level cache beside everything else
 FAR = 12.0  # bytes a nanosecond that a core draws from beyond it
-HANDOFF = 400.0  # nanoseconds of a barrier among threads, with the fetching of the other threads' h
+HANDOFF = 1000.0  # nanoseconds of a barrier among threads, with the fetching of the other threads' h
 MEMORY = 512 * 1024  # bytes of a chunk's gates
 # Inputs up to this are projected inside the recurrence: the traffic of z costs more than full blocks gain.  (At
 # H = I = 64 both ways tie; at H = I = 128, B = 32 the projection ahead wins by 121 to 93 GF/s: its weights stay
@@ -96,8 +96,10 @@ class Plan:
 
 def step_time(rows: int, units: int, depth: int, size: int) -> float:
     """Modelled nanoseconds of one thread's share of a step: ``rows`` x 4 ``units`` sums of ``depth`` terms."""
-    full, rest = divmod(rows, len(RATE))
-    blocks = full / RATE[-1] * len(RATE) + (rest / RATE[rest - 1] if rest else 0.0)
+    count = ceil_div(rows, len(RATE))  # blocks, as even as can be
+    smaller, larger = rows // count, rows % count
+    blocks = (count - larger) * smaller / RATE[smaller - 1]
+    blocks += larger * (smaller + 1) / RATE[smaller] if larger else 0.0
     arithmetic = blocks * 4 * units * depth / (PEAK * 4 / size)
     weights = 4 * units * depth * size
     return arithmetic if weights <= CACHE else max(arithmetic, weights / FAR)
@@ -152,12 +154,6 @@ WORTH_A_THREAD = 1_000_000
 def useful_threads(multiply_adds: int, threads: int) -> int:
     """How many threads a call of ``multiply_adds`` is worth."""
     return threads if multiply_adds >= WORTH_A_THREAD else 1
-
-
-def even_blocks(rows: int, most: int) -> tuple[int, int]:
-    """(number of blocks, rows of the smaller ones): as few blocks as can be, as even as can be."""
-    count = ceil_div(rows, most)
-    return count, rows // count
 
 
 def balanced_rows(batch_sizes, batch: int, groups: int) -> list[int]:

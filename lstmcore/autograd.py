@@ -29,7 +29,7 @@ def layer(
     cells: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(output, h_n, c_n, cells) of one layer; with a graph only when autograd will want one."""
-    sized = rows.total and input.shape[-1] and weights[0].weight_hh.numel()  # type: ignore[union-attr]
+    sized = rows.total and input.shape[-1] and weights[0].weight_hh.numel()
     if backend == "reference" or not sized:  # kernels want every size to be 1 at least
         return reference.forward(input, h_0, c_0, weights, rows, reset=reset, cells=cells)[:4]
     kernels = backends.load(backend)
@@ -120,4 +120,4 @@ def _through_reference(
 
 
 def _unflatten(flat: Sequence[Tensor | None]) -> tuple[Weights, ...]:
-    return tuple(Weights(*flat[start : start + _FIELDS]) for start in range(0, len(flat), _FIELDS))
+    return tuple(Weights(*flat[start : start + _FIELDS]) for start in range(0, len(flat), _FIELDS))  # type: ignore[arg-type]

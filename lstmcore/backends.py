@@ -52,14 +52,15 @@ def load(name: str) -> Any:
 @functools.cache
 def _bfloat16_hardware() -> bool:
     """Whether this CPU multiplies bfloat16 (AVX512-BF16 or AMX), which ATen's LSTM then does."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # type: ignore[no-any-return]
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def faster_than_torch(layer: Layer) -> bool:
     """Whether the Numba kernels beat ATen for this class of layer: what the benchmark's results say, as a rule.
 
     * Short sequences: a call of ours costs about 0.2 ms more (0.5 ms in training) before its first step than one of
-      oneDNN, which covers dense float32 and bfloat16; both are level at 64 to 200 steps.
+      oneDNN, which covers dense float32 and bfloat16; both are level at 64 to 200 steps, and sooner where a step is
+      long.
     * What oneDNN does not cover (packed, projections, float64, float16) ATen runs step by step, at some 50
       microseconds a step.
     * bfloat16 on a CPU that multiplies it: oneDNN uses that, our kernels compute in float32; ours win while the cell
@@ -70,7 +71,8 @@ def faster_than_torch(layer: Layer) -> bool:
         return layer.steps >= 24
     if layer.dtype == torch.bfloat16 and _bfloat16_hardware() and layer.batch * layer.hidden_size > 128:
         return False
-    return layer.steps >= (192 if layer.training else 128)
+    long_steps = layer.hidden_size >= 512 and layer.batch >= 8 and layer.steps * layer.batch >= 400
+    return long_steps or layer.steps >= (192 if layer.training else 128)
 
 
 def _why_not(name: str, layers: tuple[Layer, ...], extended: bool, opaque: bool) -> str | None:

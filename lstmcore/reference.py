@@ -39,7 +39,7 @@ def forward(
 
     16-bit types compute in float32 and round where the kernels do: h_t, because the next step and the caller read it.
     """
-    gates, width = weights[0].weight_hh.shape  # type: ignore[union-attr]  # (4H, P)
+    gates, width = weights[0].weight_hh.shape  # (4H, P)
     if h_0 is None:
         h_0 = input.new_zeros(len(weights), rows.batch, width)
     if c_0 is None:

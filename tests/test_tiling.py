@@ -1,11 +1,12 @@
 """The block shapes and plans: pure functions, checked for what every caller relies on."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lstmcore.kernels import tiling
 
 
@@ -69,7 +70,7 @@ def test_balanced_rows_share_the_work(lengths, groups):
     assert borders[0] == 0
     assert borders[-1] == len(lengths)
     assert borders == sorted(borders)
-    shares = [sum(lengths[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+    shares = [sum(lengths[a:b]) for a, b in itertools.pairwise(borders)]
     assert sum(shares) == sum(lengths)
     # A border lies where a share is met for the first time: no share exceeds its due by more than a row.
     assert all(share <= sum(lengths) / groups + max(lengths) + 1 for share in shares)
