@@ -18,12 +18,22 @@ Sharing.  A member of a launch owns a range of rows and a range of panels; ``num
 a step where panels are shared out (h_t has to be whole before step t + 1), else not at all in forward and twice a
 chunk in backward.  Who owns what never changes a sum, so the bits do not depend on it.
 
-What decided this form (AVX-512, float32, one core: multipliers' peak 137 GF/s):
+What decided this form, and what was tried (AVX-512 with 2 MiB of second-level cache, float32, two cores; GF/s of
+multiplications and additions, of a peak of 220 to 270):
 
-* The cell runs on accumulators that are still in registers: at H = 16 stores and loads of z cost a fifth of the time.
-* Projection inside the recurrence (``fused``) saves that traffic again where blocks are full and weights stay near;
-  otherwise rows of several steps are joined so that small batches fill blocks.
-* Weight gradients are summed per chunk in registers, then added: two-level sums, which also halve the rounding error.
+* The cell runs as a loop over the rows of a block, the three sigmoids and the tanh of a row side by side: 30 ns for 16
+  units of a row, where the same arithmetic unrolled over the block's rows took 45 to 55 (constants and sums spilled,
+  and one row's chain of dependent instructions at a time).  Two rows side by side brought another 8 %: not worth the
+  code.
+* Projection inside the recurrence (``fused``) pays for small inputs only: at H = I = 128, B = 32, 93 against 121.
+* Weight gradients from copied strips, and matrix products in strips of 1024 k: training at H = 1024, B = 32 went from
+  113 to 144.  They are summed per chunk in registers, then added: two-level sums also keep the error at torch's level.
+* Fetching the next panel of weights while one is multiplied: inference at H = 1024, B = 32 from 83 to 139.
+* Sharing units instead of rows: within 3 % of each other where both can work (H >= 256), better by a fifth where the
+  weights of one core's share fit its cache and all of them do not (H = 512, B = 8: 128 against 100), worse below.
+* No operation of torch's between launches that would wake torch's own thread pool: its threads spin for milliseconds on
+  the cores that a lockstep needs (backward at H = 128, B = 1: 10.9 ms, without it 6.1).
+* Not done: AMX for bfloat16.  A block of 16 rows on its tiles ran at 370 GF/s a core from Numba, three times this one.
 """
 
 from __future__ import annotations
