@@ -28,7 +28,8 @@ multiplications and additions, of a peak of 220 to 270):
 * Projection inside the recurrence (``fused``) pays for small inputs only: at H = I = 128, B = 32, 93 against 121.
 * Weight gradients from copied strips, and matrix products in strips of 1024 k: training at H = 1024, B = 32 went from
   113 to 144.  They are summed per chunk in registers, then added: two-level sums also keep the error at torch's level.
-* Fetching the next panel of weights while one is multiplied: inference at H = 1024, B = 32 from 83 to 139.
+* The next panel of weights is fetched while one is multiplied, for weights beyond the second-level cache (not measured
+  apart from the packing in tiles that came with it).
 * Sharing units instead of rows: within 3 % of each other where both can work (H >= 256), better by a fifth where the
   weights of one core's share fit its cache and all of them do not (H = 512, B = 8: 128 against 100), worse below.
 * No operation of torch's between launches that would wake torch's own thread pool: its threads spin for milliseconds on
@@ -254,10 +255,12 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
             begin = count * j // strips
             width = count * (j + 1) // strips - begin
             at = target + (begin * rows + k * width) * size
-            if from_storage:
-                store_scalar(at, load_storage(source + begin * stored, width), width)
-            else:
-                store_scalar(at, load_scalar(source + begin * size, width), width)
+            for i in range(0, width, lanes):  # once, but where a vector is narrower than a block is high
+                if from_storage:
+                    value = load_storage(source + (begin + i) * stored, width - i)
+                else:
+                    value = load_scalar(source + (begin + i) * size, width - i)
+                store_scalar(at + i * size, value, width - i)
 
     # A matrix product whose rows go to ``base + load(offsets + 8 row) + column``: (base, offsets, columns left, add
     # to what is there).
