@@ -7,7 +7,8 @@ stamp covers every source of this package and the versions of Numba and llvmlite
 processes at worst compile twice), and a cache that is read-only, missing or damaged means compiling in memory, never
 an error.
 
-The place is Numba's ``NUMBA_CACHE_DIR`` where that is set, else ``~/.cache/lstmcore`` (``XDG_CACHE_HOME`` is honoured).
+The place is Numba's ``NUMBA_CACHE_DIR`` where that is set, else ``~/.cache/lstmcore-kernels`` (``XDG_CACHE_HOME`` is
+honoured).
 """
 
 from __future__ import annotations
@@ -90,13 +91,16 @@ def kernel(signature: Any, key: str) -> Callable[[Callable], Callable]:
 
 
 def cache_directory() -> Path:
-    """The directory of the machine code (it may not exist yet)."""
+    """The directory of the machine code (it may not exist yet).
+
+    It is not called ``lstmcore``: beside a script, or in a current directory, that name would hide the package.
+    """
     chosen = numba.config.CACHE_DIR
     if chosen:
-        return Path(chosen) / "lstmcore"
+        return Path(chosen) / "lstmcore-kernels"
     base = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "lstmcore"
+        return (Path(base) if base else Path.home() / ".cache") / "lstmcore-kernels"
     except RuntimeError:  # no home directory: a place of this user's own
         return Path(tempfile.gettempdir()) / f"lstmcore-{os.getuid()}"
 
