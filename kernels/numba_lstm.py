@@ -26,7 +26,7 @@ multiplications and additions, of a peak of 220 to 270):
   and one row's chain of dependent instructions at a time).  Two rows side by side brought another 8 %: not worth the
   code.
 * Projection inside the recurrence (``fused``) pays for small inputs only: at H = I = 128, B = 32, 93 against 121.
-* Weight gradients from copied strips, and matrix products in strips of 1024 k: training at H = 1024, B = 32 went from
+* Weight gradients from copied strips, and matrix products in strips of k: training at H = 1024, B = 32 went from
   113 to 144.  They are summed per chunk in registers, then added: two-level sums also keep the error at torch's level.
 * The next panel of weights is fetched while one is multiplied, for weights beyond the second-level cache (not measured
   apart from the packing in tiles that came with it).
@@ -52,7 +52,7 @@ from .numba_simd import SIZE, fetch, load_byte, load_int, simd, store_int
 from .numba_sync import arrive_and_wait
 from .tiling import Block
 
-NEAR_DEPTH = 1024  # k of a strip of a matrix product
+NEAR_DEPTH = 512  # k of a strip of a matrix product
 JOINED_ROWS = 192  # rows that share a strip of W_ih while it is near
 
 
@@ -225,7 +225,7 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
     key = f"{scalar}_{storage}_{block.lanes}x{block.rows}{'_fast' if fast_reciprocal else ''}"
     lanes, panel, most, size, stored = block.lanes, block.panel, block.rows, ops.size, SIZE[storage]
     vector_bytes = lanes * size
-    store, zeros, store_vectors = ops.store, ops.zeros, ops.store_vectors
+    store, zeros, add_vectors = ops.store, ops.zeros, ops.add_vectors
     load_storage, store_storage = ops.make_load(storage), ops.make_store(storage)
     load_scalar, store_scalar = ops.make_load(scalar), ops.make_store(scalar)
 
@@ -265,13 +265,13 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
     # A matrix product whose rows go to ``base + load(offsets + 8 row) + column``: (base, offsets, columns left, add
     # to what is there).
     def make_matrix(vectors):
-        def start(row, e):
-            return start_vectors(e[0] + load_int(e[1] + 8 * row), e[2], e[3])
+        none = ops.make_zeros(vectors)
 
-        start_vectors = ops.make_load_vectors(vectors)
+        def start(row, e):
+            return none()
 
         def finish_matrix(row, sums, e):
-            store_vectors(e[0] + load_int(e[1] + 8 * row), sums, e[2])
+            add_vectors(e[0] + load_int(e[1] + 8 * row), sums, e[2], e[3])
 
         choices = block.row_choices(vectors)
         rows_block = make_block(ops, choices, vectors, start, finish_matrix, key=key)
@@ -300,11 +300,12 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
 
     product_1, product_2, product_4 = (make_matrix(v) for v in (1, 2, 4))
 
-    @inline
+    @outline
     def matrix_product(rows, a, offsets, panels, stride, depth, w, first, last, columns, base, targets):
         """Column panels ``first`` to ``last`` of A W for ``rows`` rows; W has ``columns`` columns in all.
 
-        k is cut in strips that leave both operands in the second-level cache (256 KiB of a panel of W).
+        k is cut in strips that leave both operands in the second-level cache.  The sums of the strips are added up,
+        which keeps the error of long sums (4H terms of dx) near that of torch's blocked products.
         """
         strip = max(1, NEAR_DEPTH // depth)
         for k in range(0, panels, strip):

@@ -278,35 +278,19 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
 
         return vector(), codegen
 
-    def make_load_vectors(number):
-        """``load(address, count, wanted) -> tuple`` of ``number`` adjacent vectors, ``count`` values; else zeros."""
+    def make_zeros(number):
+        """``zeros() -> tuple`` of ``number`` vectors."""
 
         @intrinsic
-        def load_vectors(typingctx, address, count, wanted):
+        def zero_vectors(typingctx):
             def codegen(context, builder, sig, args):
-                address, count, wanted = args
-                valid = builder.select(builder.icmp_signed("!=", wanted, I64(0)), count, I64(0))
-                zero, align = ir.Constant(llvm, None), ir.Constant(I32, size)
-                vectors = []
-                for v in range(number):
-                    here = builder.inttoptr(builder.add(address, I64(v * lanes * size)), PTR)
-                    some = mask(builder, builder.sub(valid, I64(v * lanes)))
-                    name = f"llvm.masked.load.{suffix(scalar)}.p0"
-                    vectors.append(llvm_call(builder, name, llvm, [here, align, some, zero]))
-                return context.make_tuple(builder, sig.return_type, vectors)
+                return context.make_tuple(builder, sig.return_type, [ir.Constant(llvm, None)] * number)
 
-            return types.UniTuple(vector, number)(types.int64, types.int64, types.int64), codegen
+            return types.UniTuple(vector, number)(), codegen
 
-        return load_vectors
+        return zero_vectors
 
-    @intrinsic
-    def zero_four(typingctx):
-        """Four vectors of zeros, as a tuple."""
-
-        def codegen(context, builder, sig, args):
-            return context.make_tuple(builder, sig.return_type, [ir.Constant(llvm, None)] * 4)
-
-        return types.UniTuple(vector, 4)(), codegen
+    zero_four = make_zeros(4)
 
     @intrinsic
     def load_four(typingctx, address):
@@ -318,6 +302,25 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
             return context.make_tuple(builder, sig.return_type, vectors)
 
         return types.UniTuple(vector, 4)(types.int64), codegen
+
+    @intrinsic
+    def add_vectors(typingctx, address, values, count, wanted):
+        """Adds ``count`` values of a tuple of vectors to adjacent memory; if not ``wanted``, writes them instead."""
+
+        def codegen(context, builder, sig, args):
+            address, values, count, wanted = args
+            valid = builder.select(builder.icmp_signed("!=", wanted, I64(0)), count, I64(0))
+            zero, align = ir.Constant(llvm, None), ir.Constant(I32, size)
+            for v in range(sig.args[1].count):
+                here = builder.add(address, I64(v * lanes * size))
+                some = mask(builder, builder.sub(valid, I64(v * lanes)))
+                pointer = builder.inttoptr(here, PTR)
+                before = llvm_call(builder, f"llvm.masked.load.{suffix(scalar)}.p0", llvm, [pointer, align, some, zero])
+                total = builder.fadd(before, builder.extract_value(values, v))
+                emit_store(builder, scalar, here, total, builder.sub(count, I64(v * lanes)))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, values, types.int64, types.int64), codegen
 
     @intrinsic
     def store_vectors(typingctx, address, values, count):
@@ -598,7 +601,8 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
 
     return SimpleNamespace(
         vector=vector, scalar=scalar, lanes=lanes, size=size, load=load, store=store, store_one=store_one, zeros=zeros,
-        make_load_vectors=make_load_vectors, zero_four=zero_four, load_four=load_four, store_vectors=store_vectors,
+        make_zeros=make_zeros, add_vectors=add_vectors, zero_four=zero_four, load_four=load_four,
+        store_vectors=store_vectors,
         total=total, first_lanes=first_lanes, make_load=make_load, make_store=make_store, tanh=tanh, sigmoid=sigmoid,
         gates=gates, series=series, reciprocal=reciprocal, transpose_tile=transpose_tile, copy_one=copy_one,
     )  # fmt: skip
