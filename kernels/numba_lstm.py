@@ -394,7 +394,8 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
         gates_row = panels * 4 * lanes * stored
         projected = m != 0
         turn = 0
-        z_base = 0
+        # Members may be in different chunks: in scratch, a row keeps its place from step to step, alive or not.
+        z_base = z if z != 0 else gates
         x_table = table + 16 * chunk_rows * member
         z_table = x_table + 8 * chunk_rows
         stage = x_stage + member * chunk_rows * inputs * size
@@ -411,10 +412,6 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
 
                 if s % chunk == 0 and fused == 0:
                     last = min(s + chunk, steps)
-                    earliest = min(t, walk(reverse, steps, last - 1))
-                    z_base = z if z != 0 else gates
-                    if z != 0:
-                        z_base -= row_start(row_starts, batch, earliest) * z_row
                     count = 0
                     for later in range(s, last):
                         t_later = walk(reverse, steps, later)
@@ -426,7 +423,8 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
                                 widen_row(stage + count * inputs * size, source, inputs)
                                 source = stage + count * inputs * size
                             store_int(x_table + 8 * count, source)
-                            store_int(z_table + 8 * count, z_base + (n_later + r) * z_row)
+                            slot = (later - s) * batch if z != 0 else n_later
+                            store_int(z_table + 8 * count, z_base + (slot + r) * z_row)
                             count += 1
                     for p in range(panel_begin, panel_end):
                         done = 0
@@ -445,7 +443,8 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
                 if fused != 0:
                     start, start_row, depth = bias, 0, inputs
                 else:
-                    start, start_row, depth = (z_base + (first_n + row_begin) * z_row), z_row, 0
+                    slot = s % chunk * batch if z != 0 else first_n
+                    start, start_row, depth = z_base + (slot + row_begin) * z_row, z_row, 0
                 h_in = h + (s & 1) * batch * h_row
                 h_out = h + (1 - (s & 1)) * batch * h_row
                 h_to, h_to_row = (m, c_row) if projected else (h_out, h_row)

@@ -69,3 +69,20 @@ def test_a_packed_row_is_the_row_alone():
         assert torch.equal(output[: len(row), r], alone)
         assert torch.equal(h_n[:, r], h)
         assert torch.equal(c_n[:, r], c)
+
+
+@pytest.mark.parametrize(("dtype", "grad"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
+def test_ragged_rows_on_several_threads(dtype, grad, threads):
+    """Enough work to be shared out, over several chunks of time: members that share scratch must not meet in it."""
+    module = lstmcore.LSTM(48, 64, dtype=dtype, backend="numba")
+    lengths = torch.randint(1, 400, (24,)).sort(descending=True).values
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(400, 24, 48, dtype=dtype), lengths)
+
+    def run(count):
+        threads(count)
+        with torch.set_grad_enabled(grad):
+            return module(packed)[0].data
+
+    expected = run(1)
+    for _ in range(5):
+        assert torch.equal(run(2), expected)
