@@ -74,9 +74,9 @@ def test_a_packed_row_is_the_row_alone():
 @pytest.mark.parametrize(("dtype", "grad"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
 def test_ragged_rows_on_several_threads(dtype, grad, threads):
     """Enough work to be shared out, over several chunks of time: members that share scratch must not meet in it."""
-    module = lstmcore.LSTM(48, 64, dtype=dtype, backend="numba")
+    module = lstmcore.LSTM(80, 64, dtype=dtype, backend="numba")  # inputs beyond those projected in the recurrence
     lengths = torch.randint(1, 400, (24,)).sort(descending=True).values
-    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(400, 24, 48, dtype=dtype), lengths)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(400, 24, 80, dtype=dtype), lengths)
 
     def run(count):
         threads(count)
