@@ -1,6 +1,6 @@
 """How the Numba kernels are compiled, and where the machine code is kept.
 
-``inline`` and ``outline`` mark device functions, ``kernel`` an entry point with a fixed signature.  A kernel's
+``inline`` marks a device function, ``kernel`` an entry point with a fixed signature.  A kernel's
 machine code is cached on disk in one file per kernel, signature, processor and source state.  Numba's own cache
 stamps a function with the one file that it stands in, and fails at import where no directory is writable; here the
 stamp covers every source of this package and the versions of Numba and llvmlite, writing is atomic (concurrent
@@ -65,13 +65,12 @@ def _device(function: Callable, **options: bool) -> Callable:
 
 
 def inline(function: Callable) -> Callable:
-    """A device function that is always inlined."""
+    """A device function that is always inlined.
+
+    Nothing else would be safe: Numba names functions by a counter of the process, so kernels cached by different
+    processes may bring different functions of one name, and the first to be loaded would serve all.
+    """
     return _device(function, forceinline=True)
-
-
-def outline(function: Callable) -> Callable:
-    """A device function that stays one: it is called from several places, and copies would cost compile time."""
-    return _device(function)
 
 
 def kernel(signature: Any, key: str) -> Callable[[Callable], Callable]:

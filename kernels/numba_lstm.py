@@ -46,7 +46,7 @@ from typing import NamedTuple
 import numba
 
 from . import cell
-from .jit import inline, kernel, outline
+from .jit import inline, kernel
 from .numba_gemm import make_block
 from .numba_simd import SIZE, fetch, load_byte, load_int, simd, store_int
 from .numba_sync import arrive_and_wait
@@ -276,7 +276,7 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
         choices = block.row_choices(vectors)
         rows_block = make_block(ops, choices, vectors, start, finish_matrix, key=key)
 
-        @outline
+        @inline
         def product(rows, a, offsets, panels, stride, depth, w, after, base, targets, columns, add):
             done = 0
             quarter = panels * depth * 64  # bytes that a block fetches ahead
@@ -300,7 +300,7 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
 
     product_1, product_2, product_4 = (make_matrix(v) for v in (1, 2, 4))
 
-    @outline
+    @inline
     def matrix_product(rows, a, offsets, panels, stride, depth, w, first, last, columns, base, targets):
         """Column panels ``first`` to ``last`` of A W for ``rows`` rows; W has ``columns`` columns in all.
 
