@@ -81,8 +81,8 @@ def kernel(signature: Any, key: str) -> Callable[[Callable], Callable]:
     """
 
     def decorate(function: Callable) -> Callable:
-        # The key goes into the symbol too: Numba tells functions of one name apart by a counter that starts anew in each
-        # process, and two kernels loaded from the cache must not meet under one symbol.
+        # The key goes into the symbol too: Numba tells functions of one name apart by a counter that starts anew in
+        # each process, and two kernels loaded from the cache must not meet under one symbol.
         suffix = re.sub(r"\W+", "_", key)
         function.__name__ = f"{function.__name__}_{suffix}"
         function.__qualname__ = f"{function.__qualname__}_{suffix}"
