@@ -39,7 +39,7 @@ class _NoEntry:
 def _device(function: Callable, **options: bool) -> Callable:
     """A function that only kernels call: its code is linked into theirs, and never made executable by itself.
 
-    (Numba would generate machine code for each, which took half of the time that a kernel takes to compile.)
+    (Numba would generate machine code for each.)
     """
     dispatcher = numba.njit(no_cpython_wrapper=True, **options, **OPTIONS)(function)
 
