@@ -17,19 +17,25 @@ faulthandler.dump_traceback_later(100, exit=True)  # says where it hangs
 import torch
 import lstmcore
 
-def work(seed=0, H=33, T=12, B=9, dtype=torch.float32, **options):
-    # outputs and gradients of one training step, as one flat tensor
+def build(seed=0, H=33, T=12, B=9, dtype=torch.float32, **options):
+    # a module and an input for it
     g = torch.Generator().manual_seed(seed)
     module = lstmcore.LSTM(7, H, **options, dtype=dtype, backend="numba")
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn(p.shape, generator=g) * 0.2)
-    x = torch.randn(T, B, 7, generator=g).to(dtype).requires_grad_()
+    return module, torch.randn(T, B, 7, generator=g).to(dtype).requires_grad_()
+
+def step(module, x):
+    # outputs and gradients of one training step, as one flat tensor
     with torch.enable_grad():  # also inside a hook of a backward
         output, (h_n, c_n) = module(x)
         loss = output.square().sum() + c_n.sum()
     grads = torch.autograd.grad(loss, [x, *module.parameters()])
     return torch.cat([t.detach().flatten() for t in (output, h_n, c_n, *grads)])
+
+def work(**options):
+    return step(*build(**options))
 
 def child(function):
     # function() in a forked child; its exit status, or an error when it takes too long
@@ -161,12 +167,16 @@ def test_forked_child_after_use_in_the_parent(n_threads):
 
 @needs_fork
 def test_fork_while_other_threads_compute():
-    """Whatever a lock of the parent's pool said at the fork, the child has its own."""
+    """Whatever a lock of the parent's pool said at the fork, the child has its own.
+
+    The threads' modules are built beforehand: torch initialises parameters under the lock of its default generator and
+    without the GIL, so a child forked just then inherits that lock taken and waits for ever in its own initialisation.
+    """
     in_process("""
-        expected, stop = work(), threading.Event()
+        expected, other, stop = work(), build(seed=1, H=64, T=40), threading.Event()
         def run():
             while not stop.is_set():
-                work(seed=1, H=64, T=40)
+                step(*other)
         threads = [threading.Thread(target=run) for _ in range(2)]
         for t in threads: t.start()
         try:
