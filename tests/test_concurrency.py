@@ -34,8 +34,8 @@ def step(module, x):
     grads = torch.autograd.grad(loss, [x, *module.parameters()])
     return torch.cat([t.detach().flatten() for t in (output, h_n, c_n, *grads)])
 
-def work(**options):
-    return step(*build(**options))
+def work(seed=0, **options):
+    return step(*build(seed, **options))
 
 def child(function):
     # function() in a forked child; its exit status, or an error when it takes too long
