@@ -301,28 +301,42 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
     product_1, product_2, product_4 = (make_matrix(v) for v in (1, 2, 4))
 
     @inline
-    def matrix_product(rows, a, offsets, panels, stride, depth, w, first, last, columns, base, targets):
+    def job(i, first, last, strip):
+        """The i-th part of a matrix product: (first panel of k, column panel)."""
+        return i // (last - first) * strip, first + i % (last - first)
+
+    @inline
+    def packed_at(k, q, panels, columns):
+        """Where panel k of column panel q begins in a packed W, in values a row of k."""
+        left = columns - q * panel
+        return q * panels * panel + k * (lanes if left <= lanes else 2 * lanes if left <= 2 * lanes else panel)
+
+    @inline
+    def matrix_product(rows, a, offsets, panels, stride, depth, w, first, last, columns, base, targets, back):
         """Column panels ``first`` to ``last`` of A W for ``rows`` rows; W has ``columns`` columns in all.
 
         k is cut in strips that leave both operands in the second-level cache.  The sums of the strips are added up,
-        which keeps the error of long sums (4H terms of dx) near that of torch's blocked products.
+        which keeps the error of long sums (4H terms of dx) near that of torch's blocked products.  ``back``: W is
+        walked from its end; calls with the same W alternate, to begin with the weights that are still near.
         """
         strip = max(1, NEAR_DEPTH // depth)
-        for k in range(0, panels, strip):
+        strips = -(-panels // strip)
+        jobs = strips * (last - first)
+        for i in range(jobs):
+            k, q = job(jobs - 1 - i if back != 0 else i, first, last, strip)
             count = min(strip, panels - k)
-            for q in range(first, last):
-                left = columns - q * panel
-                width = lanes if left <= lanes else 2 * lanes if left <= 2 * lanes else panel
-                # While a strip of a panel is multiplied, the next one is fetched.
-                w_q = w + (q * panels * panel + k * width) * depth * size
-                after = w_q + panels * depth * panel * size if q + 1 < last else w
-                a_k, at = a + k * stride, base + q * panel * size
-                if left > 2 * lanes:
-                    product_4(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, k)
-                elif left > lanes:
-                    product_2(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, k)
-                else:
-                    product_1(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, k)
+            left = columns - q * panel
+            w_q = w + packed_at(k, q, panels, columns) * depth * size
+            # While a strip of a panel is multiplied, the next one is fetched.
+            k_next, q_next = job(max(jobs - 2 - i, 0) if back != 0 else min(i + 1, jobs - 1), first, last, strip)
+            after = w + packed_at(k_next, q_next, panels, columns) * depth * size
+            a_k, at, add = a + k * stride, base + q * panel * size, 0 if i < last - first else 1
+            if left > 2 * lanes:
+                product_4(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, add)
+            elif left > lanes:
+                product_2(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, add)
+            else:
+                product_1(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, add)
 
     return SimpleNamespace(
         ops=ops, key=key, stored=stored, vector_bytes=vector_bytes, load_storage=load_storage,
@@ -449,12 +463,14 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
                 h_out = h + (1 - (s & 1)) * batch * h_row
                 h_to, h_to_row = (m, c_row) if projected else (h_out, h_row)
                 y_here = y + index * y_step
-                for p in range(panel_begin, panel_end):
+                # Every other step walks the panels backwards: it begins with the weights that are still near.
+                forth = 1 if s & 1 == 0 else -1
+                p = panel_begin if forth > 0 else panel_end - 1
+                while panel_begin <= p < panel_end:
                     unit = p * lanes
                     done = row_begin
-                    # While a panel is multiplied, the next one is fetched (after the last, the first: for the next
-                    # step).
-                    ahead = w_h + (p + 1 if p + 1 < panel_end else panel_begin) * width * gate_bytes
+                    # While a panel is multiplied, the next one is fetched.
+                    ahead = w_h + min(max(p + forth, panel_begin), panel_end - 1) * width * gate_bytes
                     while done < end:
                         n = block_size(end - done, most)
                         cell_block(
@@ -474,6 +490,7 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
                         )  # fmt: skip
                         done += n
                         ahead += width * 64
+                    p += forth
 
                 if projected:
                     if lockstep != 0:
@@ -481,7 +498,7 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
                         arrive_and_wait(counter, members, turn)
                     matrix_product(
                         end - row_begin, m, m_rows + 8 * row_begin, 1, 0, hidden, w_r,
-                        column_begin, column_end, width, h_out, h_rows + 8 * row_begin,
+                        column_begin, column_end, width, h_out, h_rows + 8 * row_begin, s & 1,
                     )  # fmt: skip
                     for r in range(row_begin, end):
                         narrow_row(
@@ -608,7 +625,7 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                         arrive_and_wait(counter, members, turn)
                     matrix_product(
                         end - row_begin, dh, h_rows + 8 * row_begin, 1, 0, width, w_r,
-                        -(-panel_begin // 4), -(-panel_end // 4), hidden, dm, m_rows + 8 * row_begin,
+                        -(-panel_begin // 4), -(-panel_end // 4), hidden, dm, m_rows + 8 * row_begin, s & 1,
                     )  # fmt: skip
 
                 for r in range(row_begin, end):
@@ -669,7 +686,7 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                     arrive_and_wait(counter, members, turn)
                 matrix_product(
                     end - row_begin, dz + (n_here + row_begin - n_base) * gate_bytes, panel_rows, panels, dz_panel,
-                    panel, w_h, column_begin, column_end, width, dh, h_rows + 8 * row_begin,
+                    panel, w_h, column_begin, column_end, width, dh, h_rows + 8 * row_begin, s & 1,
                 )  # fmt: skip
                 if projected and dw_r != 0 and panel_begin == 0:
                     for r in range(row_begin, end):
@@ -748,7 +765,7 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                     n = min(JOINED_ROWS, end - done)
                     matrix_product(
                         n, dz + done * gate_bytes, panel_rows, panels, dz_panel, panel, w_x,
-                        0, -(-inputs // panel), inputs, 0, table + 8 * done,
+                        0, -(-inputs // panel), inputs, 0, table + 8 * done, 0,
                     )  # fmt: skip
                     done += n
                 if dx_stage != 0:
