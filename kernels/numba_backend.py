@@ -10,6 +10,7 @@ T time, B batch, N alive rows, I input, H hidden, P projection (or H), D directi
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -132,9 +133,27 @@ class _Problem:
         t, r = (torch.arange(self.batch) < self.rows.batch_sizes[:, None]).nonzero(as_tuple=True)
         return t * self.batch + (r if self.rows.order is None else self.rows.order[r])
 
-    def sharing(self, plan: tiling.Plan, by_columns: bool):
-        """The ranges of each member: rows, panels, column panels."""
-        rows = tiling.balanced_rows(self.batch_sizes, self.batch, plan.row_groups)
+    def alive(self, first: int, last: int) -> np.ndarray | None:
+        """Rows alive at each step among rows ``first`` to ``last``: (T,), or None where all are."""
+        return None if self.batch_sizes is None else np.clip(self.batch_sizes - first, 0, last - first)
+
+    def parts(self) -> list[tuple[int, int, np.ndarray | None]]:
+        """The parts of the batch in backward: (first row, last row, rows of the part before each step or None)."""
+        count = tiling.parts(self.batch, self.hidden, self.width, self.inputs, self.block, self.variant.size)
+        borders = tiling.balanced_rows(self.batch_sizes, self.batch, count)
+        result = []
+        for first, last in itertools.pairwise(borders):
+            starts, alive = None, self.alive(first, last)
+            if alive is not None:
+                starts = np.zeros(self.steps + 1, np.int64)
+                np.cumsum(alive, out=starts[1:])
+            if last > first:
+                result.append((first, last, starts))
+        return result
+
+    def sharing(self, plan: tiling.Plan, first: int, last: int, *, by_columns: bool):
+        """The ranges of each member: rows (of ``first`` to ``last``), panels, column panels."""
+        rows = [first + r for r in tiling.balanced_rows(self.alive(first, last), last - first, plan.row_groups)]
         groups = plan.unit_groups
         columns = [self.columns * g // groups for g in range(groups + 1)]
         if by_columns:
@@ -159,20 +178,19 @@ def _at(owner: Tensor, address: int, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _launch(kernel, launches: list[list], count: int) -> None:
-    """Runs ``launches`` (one a direction, each a list of its members' arguments), side by side where threads allow."""
+    """Runs ``launches``, each a list of its members' arguments: as many side by side as ``count`` threads allow."""
     sync = np.zeros(16 * len(launches) + sum(map(len, launches)), np.int64)  # counters on lines of their own
     started = sync[16 * len(launches) :]
     calls: list = []
     base = sync.ctypes.data
-    for direction, members in enumerate(launches):
-        for arguments in members:
+    for index, launch in enumerate(launches):
+        for arguments in launch:
             at = base + 8 * (16 * len(launches) + len(calls))
-            calls.append(arguments._replace(counter=base + 128 * direction, started=at))
-    if len(calls) <= count:
-        threads.run(kernel, calls, started)
-    else:  # one thread for several directions
-        for at, call in enumerate(calls):
-            threads.run(kernel, [call], started[at : at + 1])
+            calls.append(arguments._replace(counter=base + 128 * index, started=at))
+    members = len(launches[0])
+    together = members * max(1, count // members)  # calls; a launch is never cut: its members wait for one another
+    for at in range(0, len(calls), together):
+        threads.run(kernel, calls[at : at + together], started[at : at + together])
 
 
 def forward(
@@ -254,7 +272,7 @@ def forward(
                 "h": h, "c": c, "m": m, "z": z, "x_stage": stage, "table": table,
                 "w_x": w_x, "w_h": w_h, "w_r": w_r, "bias": bias, "reverse": direction, "counter": 0, "started": 0,
             }  # fmt: skip
-            launches.append([ForwardArgs(**base, **share) for share in problem.sharing(plan, by_columns=False)])
+            launches.append([ForwardArgs(**base, **share) for share in problem.sharing(plan, 0, batch, by_columns=False)])
         _launch(kernel, launches, available)
 
     for direction, (h_state, c_state) in enumerate(states):
@@ -361,9 +379,11 @@ def backward(
 
     with threads.reserve(problem.threads) as available:
         problem.available = available
-        plan = tiling.plan(steps, batch, hidden, width, inputs, block, size, max(1, available // count), backward=True)
-        chunk = plan.chunk
-        chunk_rows = chunk * batch
+        parts = problem.parts()
+        share_of = max(1, available // (count * len(parts)))
+        most = max(last - first for first, last, _ in parts)
+        plan = tiling.plan(steps, most, hidden, width, inputs, block, size, share_of, backward=True)
+        chunk_rows = plan.chunk * most
         index = problem.index
         x_step, x_rows = problem.geometry(x)
         y_step, y_rows = problem.geometry(y)
@@ -373,42 +393,42 @@ def backward(
         h_rows, m_rows = _multiples(batch, problem.padded_width * size), _multiples(batch, problem.padded_hidden * size)
         panel_rows = _multiples(max(batch, JOINED_ROWS), block.panel * size)
         shared = problem.shape() | {
-            "x": x.data_ptr(), "chunk": chunk, "chunk_rows": chunk_rows,
+            "x": x.data_ptr(), "chunk": plan.chunk, "chunk_rows": chunk_rows,
             "reset": 0 if problem.reset is None else problem.reset.data_ptr(),
             "x_step": x_step, "x_rows": x_rows.ctypes.data, "y_step": y_step, "y_rows": y_rows.ctypes.data,
             "dx_step": dx_step, "dx_rows": dx_rows.ctypes.data, "dy_step": dy_step, "dy_rows": dy_rows.ctypes.data,
             "reset_step": reset_step, "reset_rows": reset_rows.ctypes.data,
             "h_rows": h_rows.ctypes.data, "m_rows": m_rows.ctypes.data, "panel_rows": panel_rows.ctypes.data,
+            "counter": 0, "started": 0,
         }  # fmt: skip
         gate_size = 4 * problem.padded_hidden
         column_size = problem.columns * hidden * block.panel * problem.projected
-        gradient_sizes = [n * needs.weights for n in (gate_size * inputs, gate_size * width, gate_size, column_size)]
-        state_sizes = [batch * problem.padded_width, batch * problem.padded_hidden]
-        zero_size = max(problem.padded_hidden, problem.padded_width)
-        weight_sizes = [
+        whole_sizes = [
+            max(problem.padded_hidden, problem.padded_width),
+            batch * problem.padded_width,
+            batch * problem.padded_hidden,
+            batch * problem.padded_hidden * problem.projected,
             column_panels_size(gate_size, width, block.lanes),
             column_panels_size(gate_size, inputs, block.lanes) * needs.input,
             column_panels_size(width, hidden, block.lanes) * problem.projected,
         ]
+        gradient_sizes = [n * needs.weights for n in (gate_size * inputs, gate_size * width, gate_size, column_size)]
+        part_sizes = [
+            chunk_rows * gate_size,
+            problem.columns * chunk_rows * block.panel * problem.projected,
+            chunk_rows * inputs * needs.weights,
+            chunk_rows * width * needs.weights,
+            chunk_rows * hidden * problem.projected * needs.weights,
+            chunk_rows * inputs * variant.staged,
+        ]
         results, launches = [], []
         for direction, parameters in enumerate(weights):
-            zeroed = [*gradient_sizes, zero_size, *state_sizes]
-            scratch = [
-                batch * problem.padded_hidden * problem.projected,
-                chunk_rows * gate_size,
-                problem.columns * chunk_rows * block.panel * problem.projected,
-                chunk_rows * inputs * needs.weights,
-                chunk_rows * width * needs.weights,
-                chunk_rows * hidden * problem.projected * needs.weights,
-                chunk_rows * inputs * variant.staged,
-            ]
-            owner, addresses = buffers.carve(*(n * size for n in (*zeroed, *weight_sizes, *scratch)), chunk_rows * 8)
-            dw_x, dw_h, db, dw_r, zero, dh, dc, w_h, w_x, w_r, dm, dz, dh_chunk, *strips, dx_stage, table = addresses
-            # NumPy's fill: torch's would wake its thread pool, whose threads then spin on the cores of this launch
-            # (and would hang in a forked child).
-            owner.numpy()[: (dh or dc) - owner.data_ptr()].fill(0)
+            owner, (zero, dh, dc, dm, w_h, w_x, w_r) = buffers.carve(*(n * size for n in whole_sizes))
             dh_state = _at(owner, dh, compute, batch, problem.padded_width)
             dc_state = _at(owner, dc, compute, batch, problem.padded_hidden)
+            # NumPy's fill: torch's would wake its thread pool, whose threads then spin on the cores of this launch
+            # (and would hang in a forked child).
+            owner.numpy()[: dh - owner.data_ptr()].fill(0)
             problem.load_state(dh_state, grad_h_n, direction)
             problem.load_state(dc_state, grad_c_n, direction)
             h_initial = buffers.take(batch * problem.padded_width, compute).view(batch, -1)
@@ -421,27 +441,39 @@ def backward(
                 _pack_columns(problem, w_x, parameters.weight_ih, order)
             if parameters.weight_hr is not None:
                 _pack_columns(problem, w_r, parameters.weight_hr, _multiples(width, 1))
-            results.append(((dw_x, dw_h, db, dw_r), dh_state, dc_state, owner, h_initial, c_initial))
             dy = 0
             if grad_output is not None:
                 dy = grad_output.data_ptr() + direction * width * grad_output.itemsize
-            base = shared | {
+            whole = shared | {
                 "dx": grad_input[direction].data_ptr() if needs.input else 0,
-                "dw_x": dw_x or (zero if needs.weights else 0), "dw_h": dw_h, "dw_r": dw_r, "db": db,
                 "norms": squares[direction].data_ptr() if norms else 0,
-                "dh": dh, "dc": dc, "dm": dm, "dz": dz, "dh_chunk": dh_chunk, "x_strips": strips[0],
-                "h_strips": strips[1], "m_strips": strips[2], "dx_stage": dx_stage, "table": table, "dy": dy,
+                "dh": dh, "dc": dc, "dm": dm, "dy": dy,
                 "dcells": grad_cells_in[direction].data_ptr() if grad_cells_in else 0,
                 "gates": gates[direction].data_ptr(), "cells": kept[direction].data_ptr(),
                 "y": y.data_ptr() + direction * width * y.itemsize,
                 "h_0": h_initial.data_ptr(), "c_0": c_initial.data_ptr(), "zero": zero,
-                "w_h": w_h, "w_x": w_x, "w_r": w_r, "reverse": direction, "counter": 0, "started": 0,
+                "w_h": w_h, "w_x": w_x, "w_r": w_r, "reverse": direction,
             }  # fmt: skip
-            launches.append([BackwardArgs(**base, **share) for share in problem.sharing(plan, by_columns=True)])
+            packed = []
+            for first, last, starts in parts:
+                part_owner, addresses = buffers.carve(
+                    *(n * size for n in (*gradient_sizes, *part_sizes)), chunk_rows * 8
+                )
+                dw_x, dw_h, db, dw_r, dz, dh_chunk, x_strips, h_strips, m_strips, dx_stage, table = addresses
+                packed.append((part_owner, (dw_x, dw_h, db, dw_r)))
+                base = whole | {
+                    "dw_x": dw_x, "dw_h": dw_h, "dw_r": dw_r, "db": db, "dz": dz, "dh_chunk": dh_chunk,
+                    "x_strips": x_strips, "h_strips": h_strips, "m_strips": m_strips, "dx_stage": dx_stage,
+                    "table": table, "part_begin": first, "part_end": last,
+                    "part_starts": 0 if starts is None else starts.ctypes.data,
+                }  # fmt: skip
+                members = problem.sharing(plan, first, last, by_columns=True)
+                launches.append([BackwardArgs(**base, **member) for member in members])
+            results.append((packed, dh_state, dc_state, owner, h_initial, c_initial))
         _launch(kernel, launches, available)
 
         gradients = [
-            _weight_gradients(problem, parameters, *packed) if needs.weights else WeightGradients()
+            _weight_gradients(problem, parameters, packed, sum(gradient_sizes)) if needs.weights else WeightGradients()
             for parameters, (packed, *_) in zip(weights, results, strict=True)
         ]
 
@@ -460,11 +492,15 @@ def backward(
     return Gradients(grad_input[0] if needs.input else None, grad_h, grad_c, tuple(gradients), magnitude)
 
 
-def _weight_gradients(
-    problem: _Problem, parameters: Weights, dw_x: int, dw_h: int, db: int, dw_r: int
-) -> WeightGradients:
-    """The weight gradients of one direction, in the shapes and the dtype of the weights."""
+def _weight_gradients(problem: _Problem, parameters: Weights, parts: list, values: int) -> WeightGradients:
+    """The weight gradients of one direction, in the shapes and the dtype of the weights.
+
+    ``parts``: for each part of the batch (owner, addresses of dw_x, dw_h, db, dw_r), ``values`` values in all.
+    """
     pack, bias, weight_hr = problem.variant.pack, None, None
+    (_, (dw_x, dw_h, db, dw_r)), *others = parts
+    for _, (other, *_) in others:  # the four lie one behind another, without gaps
+        share(pack.add_to, problem.available, values // problem.block.lanes, values, dw_x, other)
     if parameters.bias_ih is not None:
         bias = _unpack(problem, parameters.bias_ih[:, None], pack.unpack_gates, problem.panels, db)[:, 0]
     if parameters.weight_hr is not None:

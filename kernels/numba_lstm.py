@@ -118,10 +118,10 @@ class BackwardArgs(NamedTuple):
 
     # outputs
     dx: int  # (rows, I); 0: not wanted
-    dw_x: int  # gate panels, zeros; 0: weights not wanted
+    dw_x: int  # gate panels, of this part; 0: weights not wanted
     dw_h: int
-    dw_r: int  # (column panels of P, H, panel), zeros; 0 without projection
-    db: int  # (U, 4, lanes), zeros
+    dw_r: int  # (column panels of P, H, panel); 0 without projection
+    db: int  # (U, 4, lanes)
     norms: int  # (2, T, B, U) sums of squares, zeros; 0: not wanted
     # state and scratch
     dh: int  # (B, P'): in: dL/dh_n, out: dL/dh_0
@@ -160,6 +160,9 @@ class BackwardArgs(NamedTuple):
     batch_sizes: int
     row_starts: int
     packed: int
+    part_begin: int  # rows of this part
+    part_end: int
+    part_starts: int  # (T + 1,) int64: k of row ``part_begin`` at step t, counted from the first step; 0: t * rows
     # strides and offsets
     x_step: int
     x_rows: int
@@ -545,26 +548,26 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
 
     def finish_tile(row, sums, e):
         at = e[0] + row * gate_bytes
-        before = load_four(at)
-        store_vectors(
-            at, (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2], before[3] + sums[3]), 4 * lanes
-        )
+        if e[1] != 0:
+            before = load_four(at)
+            sums = (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2], before[3] + sums[3])
+        store_vectors(at, sums, 4 * lanes)
 
     tile_block = make_block(ops, block.row_choices(4), 4, start_tile, finish_tile, key=key, by_strip=True)
 
     @inline
-    def weight_tile(job, jobs, depth, rows, chunk_rows, columns, weight, strips):
+    def weight_tile(job, jobs, depth, rows, chunk_rows, columns, weight, strips, add):
         """Tile ``job`` of ``jobs`` of a (depth, panel) gradient: a strip against a panel of dz (or dh)."""
         begin, end = depth * job // jobs, depth * (job + 1) // jobs
         strip = strips + begin * chunk_rows * size
-        tile_block(end - begin, (strip, 0, 1, 0, rows, columns, columns), (weight + begin * gate_bytes,))
+        tile_block(end - begin, (strip, 0, 1, 0, rows, columns, columns), (weight + begin * gate_bytes, add))
 
     @kernel(numba.void(*[numba.int64] * len(BackwardArgs._fields)), key)
     def lstm_bwd_kernel(
         dx, dw_x, dw_h, dw_r, db, norms, dh, dc, dm, dz, dh_chunk, x_strips, h_strips, m_strips, dx_stage, table,
         dy, dcells, gates, cells, x, y, h_0, c_0, zero, w_h, w_x, w_r, reset,
         steps, batch, inputs, hidden, width, chunk, chunk_rows, reverse, batch_sizes, row_starts, packed,
-        x_step, x_rows, y_step, y_rows, dx_step, dx_rows, dy_step, dy_rows, reset_step, reset_rows,
+        part_begin, part_end, part_starts, x_step, x_rows, y_step, y_rows, dx_step, dx_rows, dy_step, dy_rows, reset_step, reset_rows,
         h_rows, m_rows, panel_rows,
         row_begin, row_end, panel_begin, panel_end, column_begin, column_end,
         lockstep, member, members, counter, started,
@@ -581,19 +584,22 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
         h_first = 4 * column_begin
         h_count = min(4 * column_end, h_vectors) - h_first
 
+        part = part_end - part_begin
         chunks = -(-steps // chunk)
         for chunk_index in range(chunks - 1, -1, -1):
+            add = 1 if chunk_index < chunks - 1 else 0  # to the weight gradients of the chunks before
             first, last = chunk_index * chunk, min((chunk_index + 1) * chunk, steps)
             earliest = min(walk(reverse, steps, first), walk(reverse, steps, last - 1))
             latest = max(walk(reverse, steps, first), walk(reverse, steps, last - 1))
-            n_base = row_start(row_starts, batch, earliest)
-            count = row_start(row_starts, batch, latest) + alive_rows(batch_sizes, batch, latest) - n_base
+            k_base = row_start(part_starts, part, earliest)
+            count = row_start(part_starts, part, latest + 1) - k_base
 
             for s in range(last - 1, first - 1, -1):
                 t = walk(reverse, steps, s)
                 alive = alive_rows(batch_sizes, batch, t)
                 end = min(row_end, alive)
                 n_here = row_start(row_starts, batch, t)
+                k_here = row_start(part_starts, part, t) - k_base - part_begin
                 index = user_index(packed, row_starts, batch, t)
                 flags = reset + index * reset_step
                 t_prev = walk(reverse, steps, s - 1)
@@ -617,7 +623,7 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                             store(at, value)
                             if dw_r != 0:
                                 store(
-                                    dh_chunk + (v // 4 * chunk_rows + n_here + r - n_base) * gate_bytes
+                                    dh_chunk + (v // 4 * chunk_rows + k_here + r) * gate_bytes
                                     + v % 4 * vector_bytes, value,
                                 )  # fmt: skip
                     if lockstep != 0:
@@ -670,7 +676,7 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                             grad_c = first_lanes(grad_c, left)
                             f = first_lanes(f, left)
                         store(dc + r * c_row + at_vector, cell_grad_prev(grad_c, f))
-                        at = dz + p * dz_panel + (n_here + r - n_base) * gate_bytes
+                        at = dz + p * dz_panel + (k_here + r) * gate_bytes
                         store(at, dz_i)
                         store(at + vector_bytes, dz_f)
                         store(at + 2 * vector_bytes, dz_g)
@@ -685,12 +691,12 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                     turn += 1
                     arrive_and_wait(counter, members, turn)
                 matrix_product(
-                    end - row_begin, dz + (n_here + row_begin - n_base) * gate_bytes, panel_rows, panels, dz_panel,
+                    end - row_begin, dz + (k_here + row_begin) * gate_bytes, panel_rows, panels, dz_panel,
                     panel, w_h, column_begin, column_end, width, dh, h_rows + 8 * row_begin, s & 1,
                 )  # fmt: skip
                 if projected and dw_r != 0 and panel_begin == 0:
                     for r in range(row_begin, end):
-                        copy_strips(m_strips, dm + r * c_row, hidden, n_here + r - n_base, chunk_rows, False)
+                        copy_strips(m_strips, dm + r * c_row, hidden, k_here + r, chunk_rows, False)
                 if reset != 0:
                     for r in range(row_begin, end):
                         if load_byte(flags + load_int(reset_rows + 8 * r)) != 0:
@@ -701,13 +707,13 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
             for s in range(first + member, last, members):
                 t = walk(reverse, steps, s)
                 alive = alive_rows(batch_sizes, batch, t)
-                n_here = row_start(row_starts, batch, t)
+                k_here = row_start(part_starts, part, t) - k_base - part_begin
                 index = user_index(packed, row_starts, batch, t)
                 t_prev = walk(reverse, steps, s - 1)
                 continued = min(alive, alive_rows(batch_sizes, batch, t_prev)) if s > 0 else 0
                 y_prev = y + user_index(packed, row_starts, batch, t_prev) * y_step
-                for r in range(alive):
-                    k = n_here + r - n_base
+                for r in range(part_begin, min(part_end, alive)):
+                    k = k_here + r
                     if dx_stage != 0:
                         store_int(table + 8 * k, dx_stage + k * inputs * size)
                     else:
@@ -732,12 +738,13 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                     columns = dz + p * dz_panel
                     if j < tiles_x:
                         weight_tile(
-                            j, tiles_x, inputs, count, chunk_rows, columns, dw_x + p * inputs * gate_bytes, x_strips
-                        )
+                            j, tiles_x, inputs, count, chunk_rows, columns,
+                            dw_x + p * inputs * gate_bytes, x_strips, add,
+                        )  # fmt: skip
                     elif j < tiles_x + tiles_h:
                         weight_tile(
                             j - tiles_x, tiles_h, width, count, chunk_rows, columns,
-                            dw_h + p * width * gate_bytes, h_strips,
+                            dw_h + p * width * gate_bytes, h_strips, add,
                         )  # fmt: skip
                     else:
                         i, f, g, o = zero_four()
@@ -745,8 +752,10 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                             row = load_four(columns + k * gate_bytes)
                             i, f, g, o = i + row[0], f + row[1], g + row[2], o + row[3]
                         at = db + p * gate_bytes
-                        row = load_four(at)
-                        store_vectors(at, (i + row[0], f + row[1], g + row[2], o + row[3]), 4 * lanes)
+                        if add != 0:
+                            row = load_four(at)
+                            i, f, g, o = i + row[0], f + row[1], g + row[2], o + row[3]
+                        store_vectors(at, (i, f, g, o), 4 * lanes)
                 if projected:
                     tiles = -(-hidden // most)
                     columns_panels = -(-width // panel)
@@ -756,8 +765,9 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                         q, j = job // tiles, job % tiles
                         columns = dh_chunk + q * chunk_rows * gate_bytes
                         weight_tile(
-                            j, tiles, hidden, count, chunk_rows, columns, dw_r + q * hidden * gate_bytes, m_strips
-                        )
+                            j, tiles, hidden, count, chunk_rows, columns,
+                            dw_r + q * hidden * gate_bytes, m_strips, add,
+                        )  # fmt: skip
             if dx != 0:
                 begin, end = count * member // members, count * (member + 1) // members
                 done = begin
@@ -771,10 +781,11 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                 if dx_stage != 0:
                     for s in range(first, last):
                         t = walk(reverse, steps, s)
-                        n_here = row_start(row_starts, batch, t) - n_base
+                        k_here = row_start(part_starts, part, t) - k_base
+                        k_next = row_start(part_starts, part, t + 1) - k_base
                         dx_here = dx + user_index(packed, row_starts, batch, t) * dx_step
-                        for k in range(max(begin, n_here), min(end, n_here + alive_rows(batch_sizes, batch, t))):
-                            target = dx_here + load_int(dx_rows + 8 * (k - n_here))
+                        for k in range(max(begin, k_here), min(end, k_next)):
+                            target = dx_here + load_int(dx_rows + 8 * (part_begin + k - k_here))
                             narrow_row(target, dx_stage + k * inputs * size, inputs)
             turn += 1
             arrive_and_wait(counter, members, turn)

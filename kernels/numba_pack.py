@@ -51,7 +51,7 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
     ops = simd(scalar, block.lanes)
     lanes, panel, size = block.lanes, block.panel, ops.size
     vector_bytes, panel_bytes = lanes * ops.size, block.panel * ops.size
-    store, zeros, transpose_tile, copy_one = ops.store, ops.zeros, ops.transpose_tile, ops.copy_one
+    load, store, zeros, transpose_tile, copy_one = ops.load, ops.store, ops.zeros, ops.transpose_tile, ops.copy_one
     load_first, store_first = ops.make_load(scalar), ops.make_store(scalar)
 
     @inline
@@ -123,8 +123,14 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
                     left = columns - q * panel - j
                     store_first(target + j * size, load_first(source + j * size, left), left)
 
+    @kernel(numba.void(*[numba.int64] * 5), f"{scalar}{lanes}")
+    def add_to(target, source, begin, end, started):  # vectors ``begin`` to ``end`` of both
+        store_int(started, 1)
+        for at in range(begin * vector_bytes, end * vector_bytes, vector_bytes):
+            store(target + at, load(target + at) + load(source + at))
+
     return SimpleNamespace(
-        pack_gates=pack_gates, unpack_gates=unpack_gates, pack_columns=pack_columns, unpack_columns=unpack_columns
+        add_to=add_to, pack_gates=pack_gates, unpack_gates=unpack_gates, pack_columns=pack_columns, unpack_columns=unpack_columns
     )
 
 
