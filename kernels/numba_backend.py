@@ -139,7 +139,9 @@ class _Problem:
 
     def parts(self) -> list[tuple[int, int, np.ndarray | None]]:
         """The parts of the batch in backward: (first row, last row, rows of the part before each step or None)."""
-        count = tiling.parts(self.batch, self.hidden, self.width, self.inputs, self.block, self.variant.size)
+        count = tiling.parts(
+            self.batch, self.hidden, self.width, self.inputs, self.block, self.variant.size, self.directions
+        )
         borders = tiling.balanced_rows(self.batch_sizes, self.batch, count)
         result = []
         for first, last in itertools.pairwise(borders):

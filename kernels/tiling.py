@@ -150,16 +150,17 @@ def plan(
 PART_ROWS = 4  # fewest rows of a part of the batch
 
 
-def parts(batch: int, hidden: int, depth: int, inputs: int, block: Block, size: int) -> int:
+def parts(batch: int, hidden: int, depth: int, inputs: int, block: Block, size: int, directions: int) -> int:
     """Into how many parts of the batch a backward is cut, each with weight gradients of its own, added up at the end.
 
     A thread then multiplies what it has just written, and waits for nobody until all is done.  With one set of weight
     gradients every thread reads the rows of all, and waits twice a chunk: two threads lost to two processes with half
-    the batch each by 1.57 at H = 16, 1.24 at H = 64, 1.1 at H = 128 (B = 32).  The number decides the bits, so it may
-    not depend on the number of threads; a part may still be shared among several.
+    the batch each by 1.57 at H = 16, 1.24 at H = 64, 1.1 at H = 128 (B = 32).  Two directions are two parts by
+    themselves (cut in four, H = 64, B = 8 took 1.1 times as long).  The number decides the bits, so it may not depend
+    on the number of threads; a part may still be shared among several.
     """
     weights = 4 * ceil_div(hidden, block.lanes) * block.lanes * max(depth, inputs) * size
-    return 2 if batch >= 2 * PART_ROWS and weights <= CACHE else 1
+    return 2 if directions == 1 and batch >= 2 * PART_ROWS and weights <= CACHE else 1
 
 
 # Below this many multiply-adds a call is over before a second thread has woken (about 30 microseconds).

@@ -60,6 +60,15 @@ def test_large_batches_share_rows_and_large_weights_share_units():
     assert (units.row_groups, units.unit_groups) == (1, 2)
 
 
+def test_parts_are_for_batches_that_fill_blocks_and_weights_that_stay_near():
+    block = tiling.block_shape("avx512", torch.float32)
+    assert tiling.parts(32, 64, 64, 64, block, 4, 1) == 2
+    assert tiling.parts(2 * tiling.PART_ROWS - 1, 64, 64, 64, block, 4, 1) == 1
+    assert tiling.parts(32, 1024, 1024, 64, block, 4, 1) == 1
+    assert tiling.parts(32, 64, 64, 1 << 14, block, 4, 1) == 1
+    assert tiling.parts(32, 64, 64, 64, block, 4, 2) == 1
+
+
 @given(lengths=st.lists(st.integers(0, 50), min_size=1, max_size=40), groups=st.integers(1, 6))
 def test_balanced_rows_share_the_work(lengths, groups):
     lengths = sorted(lengths, reverse=True)
