@@ -1,6 +1,7 @@
 """The time loop, forward and backward: the code that each thread of a launch runs.
 
-One launch is one direction of one layer (two directions are two launches side by side).  T steps, B rows sorted so
+One launch is one direction of one layer, in backward one part of its batch (``tiling.parts``); launches run side by
+side where threads allow.  T steps, B rows sorted so
 that row r is alive where r < batch_sizes[t], I input, H hidden, P what the recurrence carries (the projection, or H),
 U panels of ``lanes`` hidden units, padded sizes H' = U * lanes and P' likewise.  N counts (step, row) pairs;
 n = row_starts[t] + r.  All addresses, strides and offsets are in bytes.
@@ -8,15 +9,18 @@ n = row_starts[t] + r.  All addresses, strides and offsets are in bytes.
 Memory, beside the tensors of the caller:
 
 * ``h`` (2, B, P'): h_{t-1} and h_t, by turns, in the compute dtype; both start as h_0, so a row that comes to life late
-  (direction 1) finds it.  ``c`` (B, H'): the cell state, updated in place.  Resets zero their rows.
+  (direction 1) finds it.  ``c`` (B, H'): the cell state, updated in place.  Resets zero their rows.  The rows of
+  different row groups lie pages apart; each member is given ``h``, ``c`` and the like as if all lay as its own do.
 * ``z`` (rows of a chunk, U, 4, lanes): the projected input; the cell's sums start from it.  Training in the compute
   dtype projects straight into ``gates``, which the cell then overwrites: the same lines, hot.
 * ``gates`` (N, U, 4, lanes), in the caller's dtype, and ``cells`` (N, H'): saved for backward.
-* ``dz`` (U, rows of a chunk, 4, lanes): panel by panel, so that weight gradients read it straight through.
+* ``dz`` (U, rows of a chunk, 4, lanes): panel by panel, so that weight gradients read it straight through.  Row k of
+  a chunk of a part counts the (step, row) pairs of that part.
 
 Sharing.  A member of a launch owns a range of rows and a range of panels; ``numba_sync`` keeps members together: once
 a step where panels are shared out (h_t has to be whole before step t + 1), else not at all in forward and twice a
-chunk in backward.  Who owns what never changes a sum, so the bits do not depend on it.
+chunk in backward (where a part has one member: never).  Who owns what never changes a sum, so the bits do not depend
+on it.
 
 What decided this form, and what was tried (AVX-512 with 2 MiB of second-level cache, float32, two cores; GF/s of
 multiplications and additions, of a peak of 220 to 270):
@@ -28,8 +32,16 @@ multiplications and additions, of a peak of 220 to 270):
 * Projection inside the recurrence (``fused``) pays for small inputs only: at H = I = 128, B = 32, 93 against 121.
 * Weight gradients from copied strips, and matrix products in strips of k: training at H = 1024, B = 32 went from
   113 to 144.  They are summed per chunk in registers, then added: two-level sums also keep the error at torch's level.
-* The next panel of weights is fetched while one is multiplied, for weights beyond the second-level cache (not measured
-  apart from the packing in tiles that came with it).
+* The next panel of weights is fetched while one is multiplied, a line of it a k: without that, inference at H = 1024
+  takes 1.05 to 1.13 times as long, with two or four lines a k 1.02 to 1.18 times; a distance of 2 to 8 KiB in the same
+  panel instead of the next panel, 1.1 times.
+* Every other step walks the weights backwards, to begin with those still near: B = 1 at H = 512 and 1024 gains 1.09 to
+  1.18, B = 8 1.02 to 1.05.
+* No gain, within the noise of 3 %: blocks of 8 or 12 rows x 2 vectors for dh and dx, which halve the traffic from the
+  second-level cache; strips of 128, 192 or 256 k; chunks of 128, 384 or 512 rows in backward; chunks of 192 to 384
+  rows in forward (slower at H = 512); waking the threads before the packing (slower).
+* What is left at H = 1024 is the third-level cache: with all panels of weights at one address, one thread gains 1.29
+  at B = 32, 1.6 at B = 8 and 2 at B = 1.
 * Sharing units instead of rows: within 3 % of each other where both can work (H >= 256), better by a fifth where the
   weights of one core's share fit its cache and all of them do not (H = 512, B = 8: 128 against 100), worse below.
 * No operation of torch's between launches that would wake torch's own thread pool: its threads spin for milliseconds on
@@ -98,6 +110,7 @@ class ForwardArgs(NamedTuple):
     reset_step: int
     reset_rows: int
     h_rows: int  # (B,) offsets of rows of h
+    h_half: int  # from h_{t-1} to h_t
     m_rows: int
     # sharing
     row_begin: int
@@ -399,7 +412,7 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
     def lstm_fwd_kernel(
         y, gates, cells, h, c, m, z, x_stage, table, x, w_x, w_h, w_r, bias, reset,
         steps, batch, inputs, hidden, width, chunk, chunk_rows, fused, reverse, batch_sizes, row_starts, packed,
-        x_step, x_rows, y_step, y_rows, reset_step, reset_rows, h_rows, m_rows,
+        x_step, x_rows, y_step, y_rows, reset_step, reset_rows, h_rows, h_half, m_rows,
         row_begin, row_end, panel_begin, panel_end, column_begin, column_end,
         lockstep, member, members, counter, started,
     ):  # fmt: skip
@@ -462,8 +475,8 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
                 else:
                     slot = s % chunk * batch if z != 0 else first_n
                     start, start_row, depth = z_base + (slot + row_begin) * z_row, z_row, 0
-                h_in = h + (s & 1) * batch * h_row
-                h_out = h + (1 - (s & 1)) * batch * h_row
+                h_in = h + (s & 1) * h_half
+                h_out = h + (1 - (s & 1)) * h_half
                 h_to, h_to_row = (m, c_row) if projected else (h_out, h_row)
                 y_here = y + index * y_step
                 # Every other step walks the panels backwards: it begins with the weights that are still near.
@@ -514,7 +527,7 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
             if reset != 0 and s + 1 < steps:
                 t_next = walk(reverse, steps, s + 1)
                 flags = reset + user_index(packed, row_starts, batch, t_next) * reset_step
-                h_next = h + ((s + 1) & 1) * batch * h_row
+                h_next = h + ((s + 1) & 1) * h_half
                 for r in range(row_begin, min(row_end, alive_rows(batch_sizes, batch, t_next))):
                     if load_byte(flags + load_int(reset_rows + 8 * r)) != 0:
                         clear(h_next + r * h_row + h_first * vector_bytes, h_count)
@@ -567,7 +580,8 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
         dx, dw_x, dw_h, dw_r, db, norms, dh, dc, dm, dz, dh_chunk, x_strips, h_strips, m_strips, dx_stage, table,
         dy, dcells, gates, cells, x, y, h_0, c_0, zero, w_h, w_x, w_r, reset,
         steps, batch, inputs, hidden, width, chunk, chunk_rows, reverse, batch_sizes, row_starts, packed,
-        part_begin, part_end, part_starts, x_step, x_rows, y_step, y_rows, dx_step, dx_rows, dy_step, dy_rows, reset_step, reset_rows,
+        part_begin, part_end, part_starts,
+        x_step, x_rows, y_step, y_rows, dx_step, dx_rows, dy_step, dy_rows, reset_step, reset_rows,
         h_rows, m_rows, panel_rows,
         row_begin, row_end, panel_begin, panel_end, column_begin, column_end,
         lockstep, member, members, counter, started,

@@ -130,7 +130,11 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
             store(target + at, load(target + at) + load(source + at))
 
     return SimpleNamespace(
-        add_to=add_to, pack_gates=pack_gates, unpack_gates=unpack_gates, pack_columns=pack_columns, unpack_columns=unpack_columns
+        add_to=add_to,
+        pack_gates=pack_gates,
+        unpack_gates=unpack_gates,
+        pack_columns=pack_columns,
+        unpack_columns=unpack_columns,
     )
 
 

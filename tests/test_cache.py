@@ -172,3 +172,32 @@ def test_import_never_touches_the_cache(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "cache").exists()
+
+
+DTYPES_PROGRAM = """
+import sys, torch, lstmcore
+for name in sys.argv[1:]:
+    dtype = getattr(torch, name)
+    torch.manual_seed(0)
+    module = lstmcore.LSTM(5, 19, dtype=dtype, backend="numba")
+    x = torch.randn(6, 4, 5, dtype=dtype)
+    outputs = []
+    for backend in ("numba", "reference"):
+        module.backend = backend
+        output, (_, c_n) = module(x)
+        grads = torch.autograd.grad(output.square().sum() + c_n.sum(), module.parameters())
+        outputs.append(torch.cat([t.detach().flatten() for t in (output, *grads)]))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_kernels_cached_by_different_processes_do_not_meet(tmp_path):
+    """Each dtype is compiled by a process of its own; a third loads both, and neither runs the other's functions."""
+    for names in (["float32"], ["float64"], ["float32", "float64"], ["float64", "float32"]):
+        subprocess.run(
+            [sys.executable, "-c", DTYPES_PROGRAM, *names],
+            env=environment(NUMBA_CACHE_DIR=str(tmp_path)),
+            cwd=tmp_path,
+            check=True,
+            timeout=LIMIT,
+        )
