@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from bench.cases import CASES, Case
-from bench.providers import build, draw
+from bench.providers import OURS, algorithm, build, draw
 
 WARM_UP_STEPS = 4
 _STATUS = Path("/proc/self/status")
@@ -41,10 +41,16 @@ def _peak_kib() -> int:
 
 def _measure(case: Case, provider: str, backend: str) -> float:
     """MiB that one training step adds to this process."""
+    if provider == OURS:  # by name: what "auto" picks depends on the number of steps
+        backend = algorithm(provider, case, "training", backend)
     build(provider, draw(case, steps=min(WARM_UP_STEPS, case.steps)), backend).training()
     runner = build(provider, draw(case), backend)
+    if provider == OURS:
+        from lstmcore.kernels import buffers
+
+        buffers.clear()  # what the first step left for the next one must not hide what this one allocates
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what was freed while drawing the data must not hide what the step allocates
+        libc.malloc_trim(0)  # nor what was freed while drawing the data
     if _CLEAR_REFS.exists():
         _CLEAR_REFS.write_text("5")  # the highest size starts over from the present one
         before = _status_kib("VmRSS")

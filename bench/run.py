@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Times lstmcore.LSTM against torch.nn.LSTM, alternating, on cases whose outputs and gradients were "
-        "just checked. The full run takes most of an hour and updates bench/results/; --quick takes minutes and writes "
-        "to out/. Ctrl-C keeps what has been measured.",
+        "just checked. The full run takes about half an hour and updates bench/results/; --quick takes minutes and "
+        "writes to out/. Ctrl-C keeps what has been measured.",
     )
     parser.add_argument(
         "command",
