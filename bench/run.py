@@ -206,7 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     cases = select(options.group, options.case, options.quick)
     if not cases:
-        print(f"no case matches --group {options.group} --case {options.case}; see --list", file=sys.stderr)
+        chosen = {"--group": options.group, "--case": options.case, "--quick": options.quick}
+        given = " ".join(f"{name} {value}" for name, value in chosen.items() if value).replace(" True", "")
+        print(f"no case matches {given}; see --list", file=sys.stderr)
         return 2
     if options.list:
         table.show_cases(screen(), cases)

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from hypothesis import settings
+from lstmcore.kernels import threads as kernel_threads
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True)
@@ -55,8 +56,17 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def threads():
-    """Sets torch's number of threads for the duration of a test."""
+def threads(monkeypatch):
+    """Sets the number of threads, torch's and the kernels', for the duration of a test.
+
+    More than there are cores, too: the kernels would not use them, but how they share work among so many has to be
+    right wherever there are the cores.
+    """
+
+    def set_threads(n: int) -> None:
+        torch.set_num_threads(n)
+        monkeypatch.setattr(kernel_threads, "_cores", lambda: n)
+
     before = torch.get_num_threads()
-    yield torch.set_num_threads
+    yield set_threads
     torch.set_num_threads(before)

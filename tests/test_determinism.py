@@ -1,7 +1,10 @@
 """The same inputs give the same bits: run to run, for any number of threads, whatever else is in the batch."""
 
+import dataclasses
+
 import pytest
 import torch
+from lstmcore.kernels import tiling
 
 import lstmcore
 
@@ -33,6 +36,29 @@ def test_run_to_run_and_any_number_of_threads(case, dtype, threads):
     for n in (2, 3, 4):
         threads(n)
         assert_bitwise(run(case, data, DTYPES[dtype], "numba"), expected)
+
+
+@pytest.mark.parametrize("groups", [(1, 2), (2, 1), (2, 2), (3, 2)], ids=lambda g: f"{g[0]}x{g[1]}")
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_any_way_of_sharing(case, groups, threads, monkeypatch):
+    """Rows and units shared out in other ways than this machine's plan does: groups in each part and direction."""
+    data = draw(case, torch.float32)
+    threads(1)
+    expected = run(case, data, torch.float32, "numba")
+    planned, used = tiling.plan, set()
+
+    def plan(steps, batch, hidden, depth, inputs, block, size, available, backward=False):
+        most = tiling.ceil_div(hidden, block.panel if backward else block.lanes)
+        row_groups, unit_groups = min(groups[0], batch), min(groups[1], most)
+        assert row_groups * unit_groups <= available
+        used.add((row_groups, unit_groups))
+        alone = planned(steps, batch, hidden, depth, inputs, block, size, 1, backward)
+        return dataclasses.replace(alone, row_groups=row_groups, unit_groups=unit_groups)
+
+    monkeypatch.setattr(tiling, "plan", plan)
+    threads(2 * groups[0] * groups[1])  # for each part, or each direction
+    assert_bitwise(run(case, data, torch.float32, "numba"), expected)
+    assert used, "nothing was shared out"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
