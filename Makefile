@@ -1,11 +1,15 @@
 # make bench · make test · make lint: each sets itself up in .venv; only Python >= 3.10 and make have to be there.
+# make gpu uses $(PYTHON) as it is: PyTorch with CUDA is there already, and a network may not be.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # torch first and by exact version: a plain pin takes the small build, a range may pull gigabytes of CUDA libraries
 TORCH := $(shell grep -o '^torch==[^ ;]*' constraints.txt)
 
-.PHONY: bench bench-full test lint check clean
+# what torch 2.11 ships; make kernels compiles with it and with the newest, which is in constraints.txt
+OLD_TRITON := 3.6.0
+
+.PHONY: bench bench-full test gpu kernels lint check clean
 
 bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by both
 	$(BIN)/python -m bench --quick
@@ -16,6 +20,17 @@ bench-full: $(VENV)/.ready  ## every case of the benchmark
 
 test: $(VENV)/.ready  ## the tests
 	$(BIN)/pytest tests
+
+gpu:  ## tests, experiments and the quick benchmark on a CUDA GPU, within ten minutes; ARGS="--stage bench", ...
+	$(PYTHON) -m bench.gpu $(ARGS)
+
+kernels: $(VENV)/.ready build/triton-$(OLD_TRITON)/.ready  ## compile every GPU kernel without a GPU, and report
+	$(BIN)/python -m bench.kernel_report --csv out/kernels/newest.csv
+	PYTHONPATH=build/triton-$(OLD_TRITON) $(BIN)/python -m bench.kernel_report --csv out/kernels/$(OLD_TRITON).csv
+
+build/triton-$(OLD_TRITON)/.ready:
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) triton==$(OLD_TRITON)
+	touch $@
 
 # mypy finds modules by their paths, so it gets a tree in which kernels/ lies where it is installed
 lint: $(VENV)/.ready  ## style and types

@@ -5,7 +5,7 @@ Legend: T steps, B batch, I input, H hidden, P projection (H where there is none
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -37,6 +37,7 @@ class Case:
     mean_length: float = 1.0  # below one: packed input, whose lengths spread evenly around this share of ``steps``
     modes: tuple[str, ...] = MODES
     device: str = "cpu"
+    strict: bool = False  # float32 products in float32, where a GPU would otherwise round their operands to TF32
     quick: bool = False
     memory: bool = False  # the full run also measures the peak memory of a training step
 
@@ -51,6 +52,11 @@ class Case:
     @property
     def ragged(self) -> bool:
         return self.mean_length < 1.0
+
+    @property
+    def tf32(self) -> bool:
+        """Whether products may round their operands to TF32: torch's default for recurrent layers on a GPU."""
+        return self.device == "cuda" and self.dtype == "float32" and not self.strict
 
     def lengths(self) -> list[int]:
         """The length of each row; the longest is ``steps``, and a ragged batch is not sorted."""
@@ -189,11 +195,16 @@ GROUPS = {
 UNIONS: dict[str, tuple[str, ...]] = {"dense, all": ("dense", "dense-i1")}
 
 
-def select(group: str | None = None, pattern: str | None = None, quick: bool = False) -> list[Case]:
+def select(
+    group: str | None = None,
+    pattern: str | None = None,
+    quick: bool = False,
+    registry: Mapping[str, Case] = CASES,
+) -> list[Case]:
     """The cases of a group, whose names match a shell pattern (or contain it), of the quick subset."""
     return [
         case
-        for case in CASES.values()
+        for case in registry.values()
         if (group is None or case.group == group)
         and (pattern is None or fnmatchcase(case.name, pattern) or pattern in case.name)
         and (not quick or case.quick)

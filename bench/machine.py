@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 import subprocess
 from datetime import datetime, timezone
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+UNITS = {"cpu": ("thread", "t"), "cuda": ("multiprocessor", "sm")}  # what ``units`` counts: in words, in a file's name
+
 
 @cache
-def device_name() -> str:
-    """The processor as its maker calls it, with the widest instructions torch sees: "AMD EPYC 9R14 (AVX512)"."""
+def device_name(device: str = "cpu") -> str:
+    """The processor as its maker calls it; a CPU with the widest instructions torch sees: "AMD EPYC 9R14 (AVX512)"."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)):
@@ -29,14 +34,26 @@ def device_name() -> str:
     return f"{' '.join(name.split())} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def slug(device: str, threads: int) -> str:
+def units(device: str = "cpu") -> int:
+    """How many of its parts share the work: torch's threads, or all multiprocessors of a GPU."""
+    return int(gpu().multi_processor_count) if device == "cuda" else torch.get_num_threads()
+
+
+def gpu() -> torch.cuda._CudaDeviceProperties:
+    """The present GPU, as CUDA describes it."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device())
+
+
+def slug(device: str = "cpu") -> str:
     """The name of a results file: rows in one file can be compared with each other."""
-    return f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{threads}t"
+    return f"{re.sub(r'[^a-z0-9]+', '-', device_name(device).lower()).strip('-')}-{units(device)}{UNITS[device][1]}"
 
 
 @cache
 def commit() -> str:
     """The short hash of the checkout, marked where it has changes; "unknown" outside of one."""
+    if shutil.which("git") is None:
+        return "unknown"
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -60,7 +77,22 @@ def today() -> str:
     return datetime.now(timezone.utc).date().isoformat()
 
 
+def _version(package: str) -> str:
+    """The version of a package, or nothing where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+@cache
+def cudnn() -> str:
+    """The version of cuDNN that torch runs, as its maker writes it: 91300 is 9.13.0."""
+    number = torch.backends.cudnn.version()
+    return "" if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
 @cache
 def versions() -> dict[str, str]:
     """The versions that a figure depends on."""
-    return {"torch": torch.__version__, "numba": version("numba"), "lstmcore": version("lstmcore")}
+    return {"torch": torch.__version__} | {name: _version(name) for name in ("numba", "lstmcore", "triton")}

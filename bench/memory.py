@@ -1,8 +1,9 @@
-"""Peak memory of one training step, measured in a process of its own.
+"""Peak memory of one training step.
 
-Torch does not track its CPU allocations, so the operating system is asked: the growth of the process's highest resident
-size over its size just before the step.  By then a first step on the beginning of the same problem has loaded the
-libraries, compiled the kernels and started the threads.
+Torch does not track its CPU allocations, so the operating system is asked, in a process of its own: the growth of the
+process's highest resident size over its size just before the step.  By then a first step on the beginning of the same
+problem has loaded the libraries, compiled the kernels and started the threads.  On a GPU torch's allocator counts, all
+that cuDNN and our kernels take included, so any process will do.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from bench.cases import CASES, Case
-from bench.providers import OURS, algorithm, build, draw
+from bench.providers import OURS, Runner, algorithm, build, draw
 
 WARM_UP_STEPS = 4
 _STATUS = Path("/proc/self/status")
@@ -58,6 +61,19 @@ def _measure(case: Case, provider: str, backend: str) -> float:
         before = _peak_kib()
     runner.training()
     return (_peak_kib() - before) / 1024
+
+
+def gpu_peak_mib(runner: Runner) -> float:
+    """MiB that one training step allocates on the GPU at its peak; one has to have run before."""
+    from lstmcore.kernels import buffers
+
+    buffers.clear()  # what is kept for the next step counts as part of this one
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    runner.training()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def peak_memory_mib(case: Case, provider: str, backend: str = "auto") -> float:

@@ -1,4 +1,4 @@
-"""The figures, from rows alone: speed by shape, time per step as T grows, and share of the machine's FMA peak."""
+"""The figures of a CPU, from rows alone: speed by shape, time per step as T grows, and share of the FMA peak."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _where(rows: Sequence[Row]) -> str:
     return f"{first.device}, {first.threads} threads, torch {first.torch}, float32"
 
 
-def _heatmap(axes: Axes, chosen: list[Row], norm: colors.Normalize, title: str) -> ScalarMappable:
+def heatmap(axes: Axes, chosen: list[Row], norm: colors.Normalize, title: str) -> ScalarMappable:
     """Ratios by hidden size and batch; a frame marks every shape where ours is slower."""
     hidden = sorted({row.hidden_size for row in chosen})
     batches = sorted({row.batch for row in chosen})
@@ -56,6 +56,20 @@ def _heatmap(axes: Axes, chosen: list[Row], norm: colors.Normalize, title: str) 
     return image
 
 
+def speed_scale(rows: Sequence[Row]) -> colors.Normalize:
+    """The colours of ratios, in octaves: white is exactly 1.0, and both sides are equally long."""
+    largest = max(abs(np.log2(row.ratio)) for row in rows if row.ratio is not None)
+    return colors.TwoSlopeNorm(0.0, -max(largest, 1.0), max(largest, 1.0))
+
+
+def speed_bar(figure: Figure, image: ScalarMappable) -> None:
+    """The colour bar beside heatmaps of ratios."""
+    bar = figure.colorbar(image, ax=figure.axes, shrink=0.7, format=FuncFormatter(lambda v, _: f"{2**v:.3g}×"))
+    bar.set_ticks([np.log2(ratio) for ratio in TICKS if abs(np.log2(ratio)) <= image.norm.vmax])
+    bar.ax.axhline(0.0, color="black", linewidth=2)
+    bar.set_label("torch's time over ours  (line: 1.0, equally fast)")
+
+
 def speed_by_shape(rows: Sequence[Row], path: Path) -> bool:
     """Heatmaps of torch's time over ours, H by B; returns whether there was anything to draw."""
     ours = [row for row in rows if row.provider == OURS and row.group in DENSE and row.ratio is not None]
@@ -67,20 +81,15 @@ def speed_by_shape(rows: Sequence[Row], path: Path) -> bool:
     ]
     if not panels:
         return False
-    largest = max(abs(np.log2(row.ratio)) for row in ours if row.ratio is not None)
-    # White is exactly 1.0: both sides of the scale are equally long in octaves.
-    norm = colors.TwoSlopeNorm(0.0, -max(largest, 1.0), max(largest, 1.0))
+    norm = speed_scale(ours)
     lines = (len(panels) + 1) // 2
     figure = Figure(figsize=(10.5, 1.0 + 3.6 * lines), layout="constrained")
     grid = figure.subplots(lines, 2, squeeze=False).flat
     for axes, (group, mode, chosen) in zip(grid, panels, strict=False):
-        image = _heatmap(axes, chosen, norm, f"{mode}, {DENSE[group]}")
+        image = heatmap(axes, chosen, norm, f"{mode}, {DENSE[group]}")
     for axes in list(grid)[len(panels) :]:
         axes.set_visible(False)
-    bar = figure.colorbar(image, ax=figure.axes, shrink=0.7, format=FuncFormatter(lambda v, _: f"{2**v:.3g}×"))
-    bar.set_ticks([np.log2(ratio) for ratio in TICKS if abs(np.log2(ratio)) <= norm.vmax])
-    bar.ax.axhline(0.0, color="black", linewidth=2)
-    bar.set_label("torch's time over ours  (line: 1.0, equally fast)")
+    speed_bar(figure, image)
     figure.suptitle(f"Speed of lstmcore.LSTM against torch.nn.LSTM; framed: slower\n{_where(rows)}", fontsize=11)
     figure.savefig(path)
     return True
@@ -154,20 +163,3 @@ def peak_share(rows: Sequence[Row], path: Path) -> bool:
     figure.suptitle(f"Share of the machine's FMA peak ({peak:.0f} GF/s), I = H\n{_where(rows)}", fontsize=11)
     figure.savefig(path)
     return True
-
-
-PLOTS = {
-    "speed": (speed_by_shape, "Speed ratio by hidden size and batch"),
-    "steps": (time_per_step, "Time per step as the sequence grows"),
-    "peak": (peak_share, "Share of the FMA peak by shape"),
-}
-
-
-def draw_all(rows: Sequence[Row], stem: Path) -> list[tuple[Path, str]]:
-    """Draws every figure that the rows allow next to their file; returns the files and what each shows."""
-    drawn = []
-    for name, (draw, caption) in PLOTS.items():
-        path = stem.with_name(f"{stem.name}-{name}.png")
-        if draw(rows, path):
-            drawn.append((path, caption))
-    return drawn

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +17,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import cudnn, machine
 from bench.cases import Case
 
 OURS, PEER = "lstmcore", "torch"
 PROVIDERS = (OURS, PEER)
 # Which path torch takes is a column of the rows.
 warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
+# Torch does not lay bfloat16 weights out for cuDNN, so it copies them in each call and says so in each.
+warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
 OUTPUTS = ("output", "h_n", "c_n")
 
 
@@ -57,13 +62,14 @@ def draw(case: Case, dtype: torch.dtype | None = None, steps: int | None = None)
     lengths = [min(length, steps or length) for length in case.lengths()]
     rows = (sum(lengths),) if case.ragged else (max(lengths), case.batch)
 
-    with torch.random.fork_rng(devices=[]):
+    # On a GPU the data is drawn there: it may be gigabytes.
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if case.device == "cuda" else []):
         torch.manual_seed(zlib.crc32(case.name.encode()))
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape).to(case.device, case.torch_dtype).to(dtype or case.torch_dtype)
+            return torch.randn(shape, device=case.device).to(case.torch_dtype).to(dtype or case.torch_dtype)
 
-        weights = nn.LSTM(**arguments(case)).to(case.device, case.torch_dtype).to(dtype or case.torch_dtype)
+        weights = nn.LSTM(**arguments(case), device=case.device).to(case.torch_dtype).to(dtype or case.torch_dtype)
         return Problem(
             case=case,
             weights=weights.state_dict(),
@@ -99,18 +105,23 @@ class Runner:
             return self.input
         return pack_padded_sequence(self.input, self.problem.lengths, enforce_sorted=False)
 
-    def _forward(self) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The outputs: of all rows, then the final states."""
         output, (h_n, c_n) = self.module(self.feed(), self.hx)
         return (output.data if isinstance(output, PackedSequence) else output), h_n, c_n
 
     def inference(self) -> tuple[Tensor, ...]:
-        """The outputs, with nothing kept for a backward."""
+        """The outputs, with nothing kept for a backward: cuDNN keeps it whenever a module is in training mode."""
+        if self.module.training:
+            self.module.eval()
         with torch.no_grad():
-            return self._forward()
+            return self.forward()
 
     def training(self) -> tuple[Tensor, ...]:
         """The outputs, then the gradients of the input, of both initial states and of every parameter."""
-        outputs = self._forward()
+        if not self.module.training:
+            self.module.train()
+        outputs = self.forward()
         return *outputs, *torch.autograd.grad(outputs, self.leaves, self.problem.grad_outputs)
 
 
@@ -124,6 +135,44 @@ def build(provider: str, problem: Problem, backend: str = "auto") -> Runner:
 
         return Runner(lstmcore.LSTM(**settings, backend=backend), problem)
     raise ValueError(f"expected a provider out of {', '.join(PROVIDERS)}, got {provider!r}")
+
+
+@contextmanager
+def precision(case: Case) -> Iterator[None]:
+    """The products of float32 as the case wants them, for both providers: both follow torch's setting."""
+    settings: Any = torch.backends.cudnn.rnn
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32" if case.tf32 else "ieee" if case.strict else before
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def layer_of(case: Case, mode: str) -> Any:
+    """The case's first layer, as a backend is asked about it (a ``lstmcore.kernels.contract.Layer``)."""
+    from lstmcore.kernels.contract import Layer
+
+    return Layer(
+        device=torch.device("cuda", torch.cuda.current_device()) if case.device == "cuda" else torch.device("cpu"),
+        dtype=case.torch_dtype,
+        steps=case.steps,
+        batch=case.batch,
+        input_size=case.input_size,
+        hidden_size=case.hidden_size,
+        proj_size=case.proj_size,
+        directions=case.directions,
+        ragged=case.ragged,
+        training=mode == "training",
+    )
+
+
+def _design(case: Case, mode: str) -> str:
+    """How the GPU kernels split the case, in their own words: "triton (split, 64 slices x 2 groups)"."""
+    from lstmcore import backends
+
+    describe = getattr(backends.load("triton"), "describe", None)
+    return "triton" if describe is None else f"triton ({describe(layer_of(case, mode))})"
 
 
 class _Operators(TorchDispatchMode):
@@ -149,11 +198,13 @@ def algorithm(provider: str, case: Case, mode: str, backend: str = "auto") -> st
         import lstmcore
 
         with torch.set_grad_enabled(mode == "training"):
-            return lstmcore.explain(runner.module, runner.feed()).name
+            name = lstmcore.explain(runner.module, runner.feed()).name
+        return _design(case, mode) if name == "triton" else name
     with _Operators() as seen:
         getattr(runner, mode)()
     if "aten::mkldnn_rnn_layer" in seen.names:
         return "oneDNN"
     if "aten::_cudnn_rnn" in seen.names:
-        return "cuDNN"
+        gpu = machine.gpu()
+        return f"cuDNN {cudnn.label(case, mode, (gpu.major, gpu.minor), gpu.multi_processor_count)}"
     return "step loop"

@@ -6,32 +6,60 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench import plots, results
+from bench import gpu_plots, plots, results
 from bench.cases import MODES
 from bench.results import Row
-from bench.summary import Summary, summaries
+from bench.summary import LONG, Summary, by_algorithm, summaries
+from bench.table import counted, percent
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NO_ROWS = "_No results yet: run `make bench-full`, then `python -m bench report`._"
+PLOTS = {
+    "speed": (plots.speed_by_shape, "Speed ratio by hidden size and batch"),
+    "steps": (plots.time_per_step, "Time per step as the sequence grows"),
+    "peak": (plots.peak_share, "Share of the FMA peak by shape"),
+    "gpu-speed": (gpu_plots.speed_by_shape, "Speed ratio by hidden size and batch"),
+    "gpu-width": (gpu_plots.time_by_width, "Time per step by hidden size"),
+}
+
+
+def draw_all(rows: Sequence[Row], stem: Path) -> list[tuple[Path, str]]:
+    """Draws every figure that the rows allow next to their file; returns the files and what each shows."""
+    drawn = []
+    for name, (draw, caption) in PLOTS.items():
+        path = stem.with_name(f"{stem.name}-{name}.png")
+        if draw(rows, path):
+            drawn.append((path, caption))
+    return drawn
+
+
+def _speed(line: Summary | None) -> str:
+    """The geometric mean with its range."""
+    if line is None:
+        return ""
+    return f"**{line.ratio:.2f}×**" + (f" ({line.lowest:.2f}–{line.highest:.2f})" if line.cases > 1 else "")
 
 
 def _cells(line: Summary | None) -> tuple[str, str, str]:
     """Speed with its range, ours and torch's share of the peak, and memory, of one mode."""
     if line is None:
         return "", "", ""
-    speed = f"**{line.ratio:.2f}×**"
-    if line.cases > 1:
-        speed += f" ({line.lowest:.2f}–{line.highest:.2f})"
     memory = "" if line.memory_ratio is None else f"{line.memory_ratio:.2f}×"
-    return speed, f"{line.ours_share:.0%} / {line.peer_share:.0%}", memory
+    return _speed(line), f"{percent(line.ours_share)} / {percent(line.peer_share)}", memory
+
+
+def _by_group(rows: Sequence[Row]) -> dict[str, dict[str, Summary]]:
+    """Each group's modes."""
+    by_group: dict[str, dict[str, Summary]] = {}
+    for line in summaries(rows):
+        by_group.setdefault(line.group, {})[line.mode] = line
+    return by_group
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:
     """One line a group: what it is, and both modes."""
-    by_group: dict[str, dict[str, Summary]] = {}
-    for line in summaries(rows):
-        by_group.setdefault(line.group, {})[line.mode] = line
+    by_group = _by_group(rows)
     yield "| group | cases | training: speed | share of FMA peak | peak memory | inference: speed | share of FMA peak |"
     yield "|---|--:|--:|--:|--:|--:|--:|"
     for group, modes in by_group.items():
@@ -42,6 +70,26 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {group}: {any_line.title} | {any_line.cases} | {' | '.join(cells)} |"
 
 
+def _gpu_tables(rows: Sequence[Row]) -> Iterator[str]:
+    """One line a group, then one for each algorithm that torch took; there is no measured peak to take shares of."""
+    yield "| group | cases | training: speed | peak memory | inference: speed |"
+    yield "|---|--:|--:|--:|--:|"
+    for group, modes in _by_group(rows).items():
+        any_line = next(iter(modes.values()))
+        training, _, memory = _cells(modes.get("training"))
+        inference = _speed(modes.get("inference"))
+        yield f"| {group}: {any_line.title} | {any_line.cases} | {training} | {memory} | {inference} |"
+    yield ""
+    yield f"| torch ran | training | of T ≥ {LONG:,} | inference | of T ≥ {LONG:,} |"
+    yield "|---|--:|--:|--:|--:|"
+    by_path: dict[str, dict[str, tuple[Summary, Summary | None]]] = {}
+    for line, long in by_algorithm(rows):
+        by_path.setdefault(line.group, {})[line.mode] = (line, long)
+    for path, lines in by_path.items():
+        cells = [_speed(line) for mode in ("training", "inference") for line in lines.get(mode, (None, None))]
+        yield f"| {path} | {' | '.join(cells)} |"
+
+
 def _span(values: Sequence[str]) -> str:
     """All the different values, for rows that were not measured in one go."""
     return ", ".join(dict.fromkeys(values))
@@ -50,24 +98,38 @@ def _span(values: Sequence[str]) -> str:
 def section(rows: Sequence[Row], images: Sequence[tuple[str, str]]) -> str:
     """The Markdown of one device; ``images`` are links and captions."""
     first = rows[0]
-    threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
-    peak = {row.dtype: row.peak_gflops for row in rows}
+    peak = {row.dtype: row.peak_gflops for row in rows if row.peak_gflops is not None}
+    versions = [("torch", _span([row.torch for row in rows]))]
+    if first.on_gpu:
+        versions += [
+            ("Triton", _span([row.triton for row in rows])),
+            ("cuDNN", _span([row.cudnn or "" for row in rows])),
+        ]
+    else:
+        versions += [("numba", _span([row.numba for row in rows]))]
+    named = [f"{name} {version}" for name, version in versions]
     slower = [
-        f"{row.case} ({row.mode}, {row.backend}: {row.ratio:.2f}×)"
+        f"{row.case} ({row.mode}, {row.runs}: {row.ratio:.2f}×)"
         for row in rows
         if row.ratio is not None and row.ratio < 1
     ]
     lines = [
-        f"### {first.device}, {threads}",
+        f"### {first.device}, {counted(first)}",
         "",
         f"Measured {_span(sorted(row.date for row in rows))} at commit {_span([row.commit for row in rows])} with "
-        f"torch {_span([row.torch for row in rows])} and numba {_span([row.numba for row in rows])}. Speed is the "
+        f"{', '.join(named[:-1])} and {named[-1]}. Speed is the "
         "time of `torch.nn.LSTM` over that of `lstmcore.LSTM`: the geometric mean of the group, then its lowest and "
-        "highest case. Share of FMA peak is ours / torch's, of "
-        + ", ".join(f"{value:.0f} GF/s in {dtype}" for dtype, value in peak.items())
-        + ". Peak memory is ours over torch's, of one training step, where it was measured.",
+        "highest case. "
+        + (
+            "Share of FMA peak is ours / torch's, of "
+            + ", ".join(f"{value:.0f} GF/s in {dtype}" for dtype, value in peak.items())
+            + ". "
+            if peak
+            else ""
+        )
+        + "Peak memory is ours over torch's, of one training step, where it was measured.",
         "",
-        *_table(rows),
+        *(_gpu_tables(rows) if first.on_gpu else _table(rows)),
         "",
         f"Cases where ours is slower than torch: {', '.join(slower) if slower else 'none'} "
         f"(of {sum(row.ratio is not None for row in rows)} measured, counting the modes "
@@ -88,6 +150,15 @@ def replace_region(text: str, generated: str) -> str:
     return f"{head}{BEGIN}\n{generated}\n{END}{rest.split(END)[1]}"
 
 
+def draw_folder(folder: Path) -> int:
+    """Draws the plots beside the results files of a folder, which may hold other files; how many there were."""
+    paths = sorted(folder.glob("*-[0-9]*.csv"))  # a results file ends in how many units its device has
+    for path in paths:
+        for image, _ in draw_all(results.read(path), path.with_suffix("")):
+            print(image)
+    return len(paths)
+
+
 def update(folder: Path = results.RESULTS, readme: Path = README) -> None:
     """Draws the plots beside every results file and rewrites the README's generated region."""
     sections = []
@@ -96,7 +167,7 @@ def update(folder: Path = results.RESULTS, readme: Path = README) -> None:
             continue
         images = [
             (Path(os.path.relpath(image, readme.parent)).as_posix(), caption)
-            for image, caption in plots.draw_all(rows, path.with_suffix(""))
+            for image, caption in draw_all(rows, path.with_suffix(""))
         ]
         sections.append(section(rows, images))
         print(f"{path}: {len(rows)} rows, {len(images)} plots")

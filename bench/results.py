@@ -6,8 +6,9 @@ import csv
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -22,7 +23,7 @@ class Row:
     numba: str
     lstmcore: str
     device: str
-    threads: int
+    threads: int  # of a GPU: its multiprocessors, which are all used
     case: str
     group: str
     input_size: int
@@ -42,13 +43,26 @@ class Row:
     p50_ms: float
     p80_ms: float
     gflops: float  # billions of operations a second at the median, counted by Case.flops
-    peak_gflops: float  # what the machine's FMA units do at most in this dtype
-    peak_share: float
+    peak_gflops: float | None  # what the machine's FMA units do at most in this dtype; not measured on a GPU
+    peak_share: float | None
     ratio: float | None  # ours only: the peer's median over ours
     pair_ratio: float | None  # ours only: the median of the ratios of back-to-back pairs
     max_error: float | None  # ours only: relative to the largest entry of a tensor, the worst of all tensors
     reference: str | None  # ours only: against what max_error was measured
     memory_mib: float | None  # training only, selected cases: what one step adds to a process at its peak
+    # Later than the first files, which do not have these columns:
+    triton: str = ""  # versions
+    cudnn: str | None = None  # on a GPU only
+    precision: str | None = None  # on a GPU, of float32: "tf32", or "ieee" where products are float32 throughout
+
+    @property
+    def runs(self) -> str:
+        """The backend without what it says about its design: "triton" of "triton (split, 64 slices)"."""
+        return self.backend.split(" (")[0]
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.cudnn is not None
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -72,16 +86,19 @@ def _format(value: object) -> object:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file; none where there is no file yet."""
+    """The rows of a file, which may lack the columns that have a default; none where there is no file yet."""
     if not path.exists():
         return []
     expected = [field.name for field in fields(Row)]
+    required = [field.name for field in fields(Row) if field.default is MISSING]
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != expected:
-            raise ValueError(f"{path}: expected the columns {expected}, got {reader.fieldnames}; move the file away")
+        found = list(reader.fieldnames or [])
+        if found != expected[: max(len(found), len(required))]:
+            raise ValueError(f"{path}: expected the columns {expected}, got {found}; move the file away")
+        present = [field for field in fields(Row) if field.name in found]
         return [
-            Row(**{field.name: _parse(record[field.name], str(field.type)) for field in fields(Row)})  # type: ignore[arg-type]
+            Row(**{field.name: _parse(record[field.name], str(field.type)) for field in present})  # type: ignore[arg-type]
             for record in reader
         ]
 
@@ -93,12 +110,12 @@ def merge(old: Iterable[Row], new: Iterable[Row], order: Iterable[str]) -> list[
     return sorted((row for row in rows.values() if row.case in rank), key=lambda row: (rank[row.case], row.key[1:]))
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """Writes the file in one move, so that an interruption leaves either the old one or the new one."""
+def write(path: Path, rows: Iterable[Any], kind: type = Row) -> None:
+    """Writes rows of a dataclass in one move, so that an interruption leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: _format(value) for name, value in asdict(row).items()} for row in rows)
     unfinished.replace(path)

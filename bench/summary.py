@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from bench.cases import GROUPS, MODES, UNIONS
+from bench.cudnn import ALGORITHMS
+from bench.gpu_cases import GPU_GROUPS
 from bench.providers import OURS, PEER
 from bench.results import Row, geometric_mean
 
@@ -22,8 +24,8 @@ class Summary:
     ratio: float  # the geometric mean
     lowest: float
     highest: float
-    ours_share: float  # mean share of the FMA peak
-    peer_share: float
+    ours_share: float | None  # mean share of the FMA peak, where that was measured
+    peer_share: float | None
     memory_ratio: float | None  # ours over the peer's, geometric mean of the cases that have both
 
 
@@ -31,6 +33,12 @@ def pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Ours and the peer's rows of the same case and mode."""
     peers = {row.key[:2]: row for row in rows if row.provider == PEER}
     return [(row, peers[row.key[:2]]) for row in rows if row.provider == OURS and row.key[:2] in peers]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None where a value is missing."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 def _summarise(group: str, title: str, mode: str, chosen: list[tuple[Row, Row]]) -> Summary:
@@ -44,8 +52,8 @@ def _summarise(group: str, title: str, mode: str, chosen: list[tuple[Row, Row]])
         ratio=geometric_mean(ratios),
         lowest=min(ratios),
         highest=max(ratios),
-        ours_share=fmean(ours.peak_share for ours, _ in chosen),
-        peer_share=fmean(peer.peak_share for _, peer in chosen),
+        ours_share=_mean([ours.peak_share for ours, _ in chosen]),
+        peer_share=_mean([peer.peak_share for _, peer in chosen]),
         memory_ratio=geometric_mean(memory) if memory else None,
     )
 
@@ -55,9 +63,36 @@ def summaries(rows: Sequence[Row]) -> Iterator[Summary]:
     both = pairs(rows)
     named: list[tuple[str, str, tuple[str, ...]]] = [
         *((name, " + ".join(members), members) for name, members in UNIONS.items()),
-        *((name, title, (name,)) for name, title in GROUPS.items()),
+        *((name, title, (name,)) for name, title in (GROUPS | GPU_GROUPS).items()),
     ]
     for name, title, members in named:
         for mode in MODES:
             if chosen := [pair for pair in both if pair[0].group in members and pair[0].mode == mode]:
                 yield _summarise(name, title, mode, chosen)
+
+
+LONG = 1000  # steps from which a sequence counts as long
+
+
+def by_algorithm(rows: Sequence[Row]) -> Iterator[tuple[Summary, Summary | None]]:
+    """Each path that torch took on a GPU, in each mode: all its cases, then its long ones.
+
+    A training row whose passes differ is counted with the algorithm of its forward.  What is no algorithm of cuDNN's,
+    as torch's loop over the steps, stands under its own name.
+    """
+    both = [pair for pair in pairs(rows) if pair[0].on_gpu]
+
+    def path(peer: Row) -> str:
+        return peer.backend.split(",")[0]
+
+    names = [f"cuDNN {name}" for name in ALGORITHMS]
+    names += sorted({path(peer) for _, peer in both} - set(names))
+    for name in names:
+        for mode in MODES:
+            chosen = [pair for pair in both if path(pair[1]) == name and pair[0].mode == mode]
+            if chosen:
+                long = [pair for pair in chosen if pair[0].steps >= LONG]
+                yield (
+                    _summarise(name, name, mode, chosen),
+                    _summarise(name, name, mode, long) if long else None,
+                )

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from bench.cases import CASES, Case
+from bench import cudnn, gpu_cases, machine
+from bench.cases import Case
 from bench.results import Row
-from bench.summary import pairs, summaries
+from bench.summary import LONG, Summary, by_algorithm, pairs, summaries
 
 
 def _speed(ratio: float) -> str:
@@ -21,9 +22,20 @@ def _milliseconds(value: float) -> str:
     return f"{value:.4g}"
 
 
-def show_cases(console: Console, cases: Sequence[Case]) -> None:
-    """What a run would measure."""
-    table = Table(title=f"{len(cases)} of {len(CASES)} cases")
+def percent(share: float | None) -> str:
+    """A share of the peak; nothing where the peak was not measured."""
+    return "" if share is None else f"{share:.0%}"
+
+
+def counted(row: Row) -> str:
+    """What the row's device has, in words: "2 threads", "132 multiprocessors"."""
+    word = machine.UNITS["cuda" if row.on_gpu else "cpu"][0]
+    return f"{row.threads} {word}{'s' if row.threads > 1 else ''}"
+
+
+def show_cases(console: Console, cases: Sequence[Case], of: int) -> None:
+    """What a run would measure, out of so many."""
+    table = Table(title=f"{len(cases)} of {of} cases")
     for name in ("case", "group", "dtype"):
         table.add_column(name, no_wrap=True)
     for name in ("I", "H", "B", "T", "training GFLOP"):
@@ -36,10 +48,31 @@ def show_cases(console: Console, cases: Sequence[Case]) -> None:
     console.print(table)
 
 
+def show_gpu_cases(console: Console, cases: Sequence[Case], of: int) -> None:
+    """What a run on a GPU would measure, out of so many, and what each case is predicted to cost."""
+    table = Table(title=f"{len(cases)} of {of} cases")
+    for name in ("case", "group"):
+        table.add_column(name, no_wrap=True)
+    for name in ("seconds", "GiB at most"):
+        table.add_column(name, justify="right")
+    table.add_column("torch, in training on an H100 or H200", no_wrap=True)
+    table.add_column("quick")
+    effort = (gpu_cases.QUICK_PAIRS, gpu_cases.QUICK_S)
+    for case in cases:
+        seconds = f"{gpu_cases.predicted_s(case, case.modes, *effort):.1f}"
+        memory = f"{gpu_cases.memory_bytes(case) / 2**30:.1f}"
+        takes = f"cuDNN {cudnn.label(case, 'training')}"
+        table.add_row(case.name, case.group, seconds, memory, takes, "yes" if case.quick else "")
+    console.print(table)
+    minutes = gpu_cases.predicted_total_s(cases, *effort) / 60
+    console.print(f"predicted: {minutes:.1f} minutes with the repetitions of --quick, compilation included")
+
+
 def show_rows(console: Console, rows: Sequence[Row]) -> None:
     """Every case, then the geometric means by group."""
+    first = rows[0]
     table = Table(
-        title=f"{rows[0].device}, {rows[0].threads} threads, torch {rows[0].torch}",
+        title=f"{first.device}, {counted(first)}, torch {first.torch}",
         caption="medians; share: of the machine's FMA peak; speed: torch's time over ours",
     )
     table.add_column("case", no_wrap=True)
@@ -52,11 +85,11 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
         table.add_row(
             ours.case,
             ours.mode,
-            f"{ours.backend} / {peer.backend}",
+            f"{ours.runs} / {peer.runs}",
             _milliseconds(ours.p50_ms),
             _milliseconds(peer.p50_ms),
-            f"{ours.peak_share:.0%}",
-            f"{peer.peak_share:.0%}",
+            percent(ours.peak_share),
+            percent(peer.peak_share),
             _speed(ours.ratio),
             _speed(ours.pair_ratio),
             f"{ours.max_error:.1e}",
@@ -76,8 +109,39 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
             _speed(line.ratio),
             _speed(line.lowest),
             _speed(line.highest),
-            f"{line.ours_share:.0%}",
-            f"{line.peer_share:.0%}",
+            percent(line.ours_share),
+            percent(line.peer_share),
             "" if line.memory_ratio is None else f"{line.memory_ratio:.2f}",
         )
+    console.print(table)
+    if first.on_gpu:
+        _show_algorithms(console, rows)
+
+
+KEY_FIGURES = "key figures: "  # begins the line that says in short what a command has found
+
+
+def key_figures(rows: Sequence[Row]) -> str:
+    """The geometric means of training by torch's algorithm, in one line."""
+    parts = [
+        f"{line.group} {line.ratio:.2f}× of {line.cases} (lowest {line.lowest:.2f}×)"
+        for line, _ in by_algorithm(rows)
+        if line.mode == "training"
+    ]
+    return KEY_FIGURES + ("training against " + ", ".join(parts) if parts else "none")
+
+
+def _show_algorithms(console: Console, rows: Sequence[Row]) -> None:
+    """The geometric means by the path that torch took."""
+    table = Table(title="geometric means by torch's algorithm")
+    for name in ("torch ran", "mode"):
+        table.add_column(name, no_wrap=True)
+    for name in ("cases", "speed", "lowest", f"of T ≥ {LONG}", "speed", "lowest"):
+        table.add_column(name, justify="right")
+
+    def cells(line: Summary | None) -> tuple[str, str, str]:
+        return ("0", "", "") if line is None else (str(line.cases), _speed(line.ratio), _speed(line.lowest))
+
+    for line, long in by_algorithm(rows):
+        table.add_row(line.group, line.mode, *cells(line), *cells(long))
     console.print(table)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 # A sample lasts at least this long: calls that are shorter are repeated within it.
 SAMPLE_S = 0.01
 # After a parallel region the threads of an OpenMP runtime keep spinning for a few milliseconds.  On a machine with few
@@ -57,40 +59,71 @@ def _no_gc() -> Iterator[None]:
             gc.enable()
 
 
-def _seconds(call: Callable[[], object], calls: int) -> float:
+@dataclass(frozen=True)
+class Clock:
+    """What it takes to read the time of a device's work off the host's clock."""
+
+    settle: Callable[[], object]  # runs before the clock starts: whatever went before is over
+    finish: Callable[[], object]  # runs before the clock is read: all the work that was asked for is done
+
+
+def _sleep() -> None:
+    time.sleep(PAUSE_S)
+
+
+def _nothing() -> None:
+    pass
+
+
+# Calls on a GPU only queue work.  A sample queues all its calls and then waits once, so short calls overlap the host's
+# part with the device's, as they do in a program, and a single long one is timed from its launch to its end.
+CLOCKS = {"cpu": Clock(_sleep, _nothing), "cuda": Clock(torch.cuda.synchronize, torch.cuda.synchronize)}
+
+
+def _seconds(call: Callable[[], object], calls: int, clock: Clock) -> float:
     """Seconds for so many calls, including those it takes to free what they return."""
     start = time.perf_counter()
     for _ in range(calls):
         call()
+    clock.finish()
     return time.perf_counter() - start
 
 
-def _probe(call: Callable[[], object]) -> float:
+def _probe(call: Callable[[], object], clock: Clock) -> float:
     """Seconds that a call takes, roughly: the best of three where they are short, since one may meet a busy machine."""
-    first = _seconds(call, 1)
-    return first if first > 5 * SAMPLE_S else min(first, _seconds(call, 1), _seconds(call, 1))
+    clock.finish()
+    first = _seconds(call, 1, clock)
+    return first if first > 5 * SAMPLE_S else min(first, _seconds(call, 1, clock), _seconds(call, 1, clock))
 
 
-def _sample(call: Callable[[], object], calls: int) -> float:
+def _sample(call: Callable[[], object], calls: int, clock: Clock) -> float:
     """Seconds a call, from one sample."""
-    time.sleep(PAUSE_S)
+    clock.settle()
     if calls > 1:
         call()  # wakes the threads, which a loop over short calls does once and not at each
-    return _seconds(call, calls) / calls
+        clock.finish()
+    return _seconds(call, calls, clock) / calls
 
 
-def interleave(ours: Callable[[], object], peer: Callable[[], object], *, min_pairs: int, budget_s: float) -> Samples:
+def interleave(
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    *,
+    min_pairs: int,
+    budget_s: float,
+    clock: Clock = CLOCKS["cpu"],
+) -> Samples:
     """Alternates the two, at least ``min_pairs`` times, and on until ``budget_s`` is used up.
 
     Who goes first alternates too.  Both have to have run before: nothing here is a warm-up of compilers or caches.
     """
     with _no_gc():
         started = time.perf_counter()
-        slowest = max(_probe(ours), _probe(peer))
+        slowest = max(_probe(ours, clock), _probe(peer, clock))
         calls = max(1, math.ceil(SAMPLE_S / slowest))
         times: tuple[list[float], list[float]] = ([], [])
         while len(times[0]) < min_pairs or (len(times[0]) < MAX_PAIRS and time.perf_counter() - started < budget_s):
             sides = ((ours, times[0]), (peer, times[1]))
             for call, record in sides if len(times[0]) % 2 == 0 else sides[::-1]:
-                record.append(_sample(call, calls))
+                record.append(_sample(call, calls, clock))
     return Samples(tuple(times[0]), tuple(times[1]))

@@ -19,6 +19,9 @@ from bench.providers import OUTPUTS, Problem, Runner, arguments, draw
 
 FACTOR = 2.0
 FLOOR_EPS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}  # in units of the dtype's epsilon
+# TF32 rounds the operands of products to the ten bits that float16 has.  Torch may use it or not, by its algorithm; so
+# where it is allowed, it sets the floor and the bound.
+TF32_AS = torch.float16
 
 # Three times torch's own largest error over the cases that are checked against float64 (twice for ours, once for
 # torch's), with a margin of about five, since errors grow with the number of steps and of rows that are summed.
@@ -26,7 +29,9 @@ SAME_DTYPE_BOUND = {torch.float32: 5e-5, torch.bfloat16: 5e-2, torch.float16: 5e
 # Float64 cases are their own oracle: only the order of the sums differs.
 FLOAT64_BOUND = 1e-12
 
-ORACLE_GFLOP = 60  # of a training pass: about three seconds of torch's float64
+# Of a training pass in float64: about three seconds of torch's on a CPU, one on a GPU.
+ORACLE_GFLOP = {"cpu": 60, "cuda": 10_000}
+ORACLE_CELLS = 100_000_000  # steps times rows times units: what is kept for their backward is about 16 GB
 
 
 class Mismatch(Exception):
@@ -49,9 +54,22 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return ((got.to(expected.dtype) - expected).abs().max() / scale).nan_to_num(nan=float("inf")).item()
 
 
+def oracle_fits(case: Case) -> bool:
+    """Whether float64 is the reference: unless it is the case's own dtype, or would take too long."""
+    cells = sum(case.lengths()) * case.hidden_size * case.num_layers * case.directions
+    quick = case.flops("training") <= ORACLE_GFLOP[case.device] * 1e9
+    return case.torch_dtype != torch.float64 and quick and cells <= ORACLE_CELLS
+
+
+def _floor(case: Case) -> float:
+    """The error that is granted whatever torch's is."""
+    dtype = TF32_AS if case.tf32 else case.torch_dtype
+    return FLOOR_EPS[dtype] * torch.finfo(dtype).eps
+
+
 def _oracle(case: Case, modes: Iterable[str]) -> dict[str, tuple[Tensor, ...]] | None:
     """What float64 ``torch.nn.LSTM`` returns for the case, or None where that would take too long."""
-    if case.torch_dtype == torch.float64 or case.flops("training") > ORACLE_GFLOP * 1e9:
+    if not oracle_fits(case):
         return None
     runner = Runner(
         nn.LSTM(**arguments(case), device=case.device, dtype=torch.float64), draw(case, dtype=torch.float64)
@@ -74,10 +92,10 @@ def check(problem: Problem, ours: Runner, peer: Runner, modes: Iterable[str]) ->
         for index, name in enumerate(names):
             if oracle is not None:
                 expected = oracle[mode][index]
-                bound = FACTOR * relative_error(theirs[index], expected) + FLOOR_EPS[dtype] * torch.finfo(dtype).eps
+                bound = FACTOR * relative_error(theirs[index], expected) + _floor(case)
             else:
                 expected = theirs[index]
-                bound = FLOAT64_BOUND if dtype == torch.float64 else SAME_DTYPE_BOUND[dtype]
+                bound = FLOAT64_BOUND if dtype == torch.float64 else SAME_DTYPE_BOUND[TF32_AS if case.tf32 else dtype]
             errors.append(relative_error(got[index], expected))
             if not errors[-1] <= bound:
                 reference = "float64 torch" if oracle is not None else f"torch in {case.dtype}"

@@ -112,9 +112,11 @@ def cache_directory() -> Path:
 
 @functools.cache
 def source_stamp() -> str:
-    """A hash of every source of this package, and of the compilers' versions."""
+    """A hash of every source that Numba's kernels may depend on, and of the compilers' versions."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.name.startswith("triton_"):
+            continue  # the GPU's, which Triton caches
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+import importlib.util
+import re
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -19,7 +22,13 @@ from torch.nn.utils.rnn import PackedSequence
 from lstmcore.kernels.contract import Layer
 
 NAMES = ("auto", "triton", "numba", "torch", "reference")
-_MODULES = {"numba": "lstmcore.kernels.numba_backend", "reference": "lstmcore.reference"}
+_MODULES = {
+    "triton": "lstmcore.kernels.triton_backend",
+    "numba": "lstmcore.kernels.numba_backend",
+    "reference": "lstmcore.reference",
+}
+_DEVICES = {"triton": "cuda", "numba": "cpu"}
+OLDEST_TRITON = (3, 6)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -44,7 +53,14 @@ def check_name(name: str) -> None:
 
 @functools.cache
 def load(name: str) -> Any:
-    """The module behind a backend's name, imported on first use (Numba alone takes a third of a second)."""
+    """The module behind a backend's name, imported on first use (Numba alone takes a third of a second).
+
+    Raises ImportError where a package that it needs is missing or too old.
+    """
+    if name == "triton":
+        found = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+        if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
+            raise ImportError(f"it needs Triton {'.'.join(map(str, OLDEST_TRITON))} or newer, found {found}")
     module: ModuleType = importlib.import_module(_MODULES[name])
     return module
 
@@ -87,19 +103,22 @@ def _why_not(name: str, layers: tuple[Layer, ...], extended: bool, opaque: bool)
     if layer.dtype not in _FLOATS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
         return f"it computes in {names}, not in {layer.dtype}; convert the module and the input, or use backend='torch'"
-    if name == "triton":
-        return "the GPU kernels are not part of this version; use backend='auto'"
-    if name == "numba":
-        if layer.device.type != "cpu":
-            return f"it runs on the CPU, not on {layer.device}; move module and input there, or use backend='auto'"
+    if name in _DEVICES:
         try:
             kernels = load(name)
         except ImportError as error:
-            return f"it could not be imported ({error}); pip install numba"
+            return f"it could not be imported ({error}); pip install {name}"
         for each in layers:
             reason = kernels.supports(each)
             if reason is not None:
                 return reason
+    return None
+
+
+def _slower(name: str, layers: tuple[Layer, ...]) -> str | None:
+    """One sentence on why ``"auto"`` leaves these layers to ATen although ``name`` could run them, or None."""
+    if name == "numba" and not all(map(faster_than_torch, layers)):
+        return "ATen was measured faster for this class of shape"
     return None
 
 
@@ -117,18 +136,34 @@ def choose(name: str, layers: tuple[Layer, ...], extended: bool = False, opaque:
         reason = _why_not(name, layers, extended, opaque)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
-        return Choice(name, ((name, "asked for by name"),))
+        why = "asked for by name"
+        if name == "triton":
+            why += f": {load(name).describe(layers[0])}"
+        return Choice(name, ((name, why),))
 
     reasons: list[tuple[str, str]] = []
     for candidate, why in (
-        ("triton", "a GPU kernel covers this call"),
+        ("triton", ""),
         ("numba", "the fused CPU kernels cover this call and are faster here than ATen"),
         ("torch", "ATen's LSTM, as torch.nn.LSTM runs it"),
         ("reference", "the plain step loop computes what no other backend does"),
     ):
-        reason = _why_not(candidate, layers, extended, opaque)
-        if reason is None and candidate == "numba" and not extended and not all(map(faster_than_torch, layers)):
-            reason = "ATen was measured faster for this class of shape"
+        device = _DEVICES.get(candidate)
+        if device not in (None, layers[0].device.type):  # known without loading a compiler
+            reason = f"it runs on {device}, not on {layers[0].device}"
+        else:
+            reason = _why_not(candidate, layers, extended, opaque)
+        if reason is None and candidate == "triton":
+            kernels = load(candidate)
+            if kernels.measured(layers[0].device):
+                why = f"the fused GPU kernels cover this call: {kernels.describe(layers[0])}"
+            else:
+                reason = (
+                    "its kernels have not been measured on a device of this kind yet (make gpu does that); "
+                    "backend='triton' runs them"
+                )
+        if reason is None and not extended:
+            reason = _slower(candidate, layers)
         if reason is None:
             return Choice(candidate, (*reasons, (candidate, why)))
         reasons.append((candidate, reason))

@@ -22,6 +22,19 @@ from lstmcore import backends
 from lstmcore.kernels.contract import Layer
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GPU_SMS = 132  # of an H100 or H200
+GPU_SHAPES = (
+    (32, 64),
+    (128, 1),
+    (128, 64),
+    (129, 5),
+    (256, 16),
+    (512, 64),
+    (768, 16),
+    (1024, 16),
+    (1024, 256),
+    (2048, 16),
+)
 FEATURES = (
     "avx2",
     "fma",
@@ -96,7 +109,17 @@ def info(arguments: argparse.Namespace) -> int:
             rows.append((name, "training" if training else "inference", choice.name, dict(choice.reasons)[choice.name]))
     print("\nbackend='auto' on the CPU, T = 1000, B = 32, I = H = 128:")
     print(table(("dtype", "mode", "runs", "because"), rows))
+    print(f"\nGPU kernels, as an NVIDIA GPU with {GPU_SMS} SMs would run them (bfloat16, training, T = 1000, I = H):")
+    print(table(("H", "B", "forward", "backward"), [_designs(h, b) for h, b in GPU_SHAPES]))
     return 0
+
+
+def _designs(hidden: int, batch: int) -> tuple[str, str, str, str]:
+    """What the GPU half of the tiling chooses, which needs no GPU."""
+    from lstmcore.kernels import tiling_gpu
+
+    forward, backward = (tiling_gpu.plan(hidden, batch, 1, "16", GPU_SMS, backward) for backward in (False, True))
+    return str(hidden), str(batch), str(forward), str(backward)
 
 
 def prewarm(arguments: argparse.Namespace) -> int:
@@ -109,13 +132,14 @@ def prewarm(arguments: argparse.Namespace) -> int:
     inputs = [arguments.input_size]
     if arguments.num_layers > 1:
         inputs.append(directions * (arguments.proj_size or arguments.hidden_size))
-    kernels = backends.load("numba")
+    device = torch.device(arguments.device)
+    backend = "numba" if device.type == "cpu" else "triton"
     rows = []
     for name in arguments.dtype or ["float32"]:
         for training in (False, True) if not arguments.inference else (False,):
             layers = tuple(
                 Layer(
-                    torch.device("cpu"),
+                    device,
                     DTYPES[name],
                     arguments.steps,
                     arguments.batch,
@@ -129,10 +153,10 @@ def prewarm(arguments: argparse.Namespace) -> int:
                 )
                 for input_size in inputs
             )
-            backends.choose("numba", layers)  # says why, where it cannot
+            backends.choose(backend, layers)  # says why, where it cannot
             start = time.perf_counter()
             for layer in layers:
-                kernels.prewarm(layer, training=training)
+                backends.load(backend).prewarm(layer, training=training)
             rows.append((name, "training" if training else "inference", f"{time.perf_counter() - start:.2f} s"))
     print(table(("dtype", "mode", "took"), rows))
     return 0
@@ -185,13 +209,13 @@ def check(arguments: argparse.Namespace) -> int:
         dtype = DTYPES[case.dtype]
         modules = [
             oracle,
-            nn.LSTM(**kwargs, dtype=dtype),
-            lstmcore.LSTM(**kwargs, dtype=dtype, backend=arguments.backend),
+            nn.LSTM(**kwargs, dtype=dtype, device=arguments.device),
+            lstmcore.LSTM(**kwargs, dtype=dtype, device=arguments.device, backend=arguments.backend),
         ]
         for module in modules[1:]:
             module.load_state_dict(oracle.state_dict())
         with torch.no_grad():  # all of them start from what the dtype can hold
-            oracle.load_state_dict({name: value.double() for name, value in modules[1].state_dict().items()})
+            oracle.load_state_dict({name: value.double().cpu() for name, value in modules[1].state_dict().items()})
         tensors = [tensor.to(dtype).double() for tensor in tensors]
         roundings = 1 if torch.finfo(dtype).bits == 16 else 8  # 16-bit types round what they return, and little else
         truth, torchs, ours = ([*_run(case, module, tensors)] for module in modules)
@@ -224,8 +248,8 @@ def _tensors(case: Case, oracle: nn.LSTM) -> list[Tensor]:
 
 def _run(case: Case, module: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
     """output, h_n, c_n, then the gradients of input, h_0, c_0 and every parameter."""
-    dtype = next(module.parameters()).dtype
-    input, h_0, c_0, *grads = (tensor.to(dtype).detach().requires_grad_() for tensor in tensors)
+    like = next(module.parameters())
+    input, h_0, c_0, *grads = (tensor.to(like).detach().requires_grad_() for tensor in tensors)
     if case.kind == "packed":
         lengths = [1 + (7 * row) % case.steps for row in range(case.batch)]  # unsorted
         packed = pack_sequence([sequence[:n] for sequence, n in zip(input, lengths, strict=True)], enforce_sorted=False)
@@ -236,7 +260,7 @@ def _run(case: Case, module: nn.Module, tensors: Sequence[Tensor]) -> list[Tenso
         output, states = module(input, (h_0, c_0))
     outputs = [output, *states]
     found = torch.autograd.grad(outputs, [input, h_0, c_0, *module.parameters()], [grad.detach() for grad in grads])
-    return [tensor.detach().double() for tensor in (*outputs, *found)]
+    return [tensor.detach().double().cpu() for tensor in (*outputs, *found)]
 
 
 def _error(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -269,9 +293,15 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
+    def device(text: str) -> str:
+        if torch.device(text).type == "cuda" and not torch.cuda.is_available():
+            message = f"torch {torch.__version__} finds no CUDA device here; use --device cpu"
+            raise argparse.ArgumentTypeError(message)
+        return text
+
     add(info, "show versions, CPU features, threads, the kernel cache, and which backend would run what")
 
-    warm = add(prewarm, "compile the CPU kernels that a module of these sizes needs, so that no first call waits")
+    warm = add(prewarm, "compile the kernels that a module of these sizes needs, so that no first call waits")
     warm.add_argument("--input-size", type=_size, required=True, metavar="I", help="features of the input")
     warm.add_argument("--hidden-size", type=_size, required=True, metavar="H", help="features of the states")
     warm.add_argument("--num-layers", type=_size, default=1, metavar="L", help="layers (default: 1)")
@@ -284,6 +314,9 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--inference", action="store_true", help="leave out what only training needs")
     warm.add_argument("--dtype", action="append", choices=DTYPES, help="repeat it for several (default: float32)")
 
+    warm.add_argument("--device", type=device, default="cpu", help="where the module will run (default: cpu)")
+
     parity = add(check, "compare outputs and all gradients with float64 torch.nn.LSTM on this machine")
     parity.add_argument("--backend", choices=backends.NAMES, default="auto", help="what to check (default: auto)")
+    parity.add_argument("--device", type=device, default="cpu", help="where to check it (default: cpu)")
     return parser

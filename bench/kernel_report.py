@@ -1,0 +1,315 @@
+"""``python -m bench.kernel_report``: compiles the GPU kernels without a GPU and says what came out.
+
+Every configuration that the tiling chooses for a grid of sizes, for each target: registers, spills, shared memory and
+tensor-core instructions, read from the machine code with the ``cuobjdump`` that Triton carries.  It fails on spills, on
+shared memory over the target's limit, on weights that are read from shared memory in every step, and where tensor-core
+instructions are missing.  ``make kernels`` runs it with the Triton that torch 2.11 ships and with the newest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+from lstmcore.kernels import tiling_gpu
+from lstmcore.kernels.tiling_gpu import Design
+from rich.console import Console
+from rich.table import Table
+
+# Compute capability: shared memory that a program may use, in bytes; and the SMs of a device of the kind.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SMS = {80: 108, 90: 132, 100: 148}
+PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")
+DTYPES = ("float16", "bfloat16", "tf32", "float32")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One kernel to compile."""
+
+    target: int
+    dtype: str  # of DTYPES: tf32 and float32 are float32 with and without TF32
+    hidden: int
+    batch: int
+    backward: bool
+    directions: int = 1
+    ragged: bool = False
+    reset: bool = False
+    save: bool = True  # forward: keeps what backward needs; backward: everything that can be given is, norms too
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of it."""
+
+    triton: str
+    target: int
+    dtype: str
+    hidden: int
+    batch: int
+    backward: bool
+    directions: int
+    ragged: bool
+    reset: bool
+    save: bool
+    design: str
+    registers: int
+    stack: int  # bytes; anything above 0 is a spill
+    spills: int  # instructions that read or write local memory
+    shared: int  # bytes
+    products: int  # tensor-core instructions
+    fma: int  # scalar multiply-adds: many, where a product missed the tensor cores
+    step: int  # instructions of a step
+    step_products: int
+    step_fragments: int  # loads of operands from shared memory (LDSM) in each step
+    step_barriers: int
+    problem: str  # empty where all is well
+
+
+GRID = (
+    *((h, b) for h in (64, 128, 256, 512, 768, 1024, 2048) for b in (1, 16, 64, 256)),
+    (1, 1), (20, 3), (129, 5), (513, 17), (1100, 16),
+)  # fmt: skip
+FEW = ((128, 16), (129, 5), (768, 16), (1024, 16), (1024, 256), (2048, 16))
+
+
+def design_of(case: Configuration) -> Design:
+    """What the tiling chooses."""
+    precision = case.dtype if case.dtype in ("tf32", "float32") else "16"
+    return tiling_gpu.plan(case.hidden, case.batch, case.directions, precision, SMS[case.target], case.backward)
+
+
+def configurations(targets: Sequence[int], quick: bool) -> Iterator[Configuration]:
+    """What is compiled: the grid in each dtype; on some of it what a call may add (ragged, reset, inference).
+
+    Batches that get the same tiles get the same kernel, which is compiled once.
+    """
+    for target in targets:
+        seen = set()
+        for hidden, batch in FEW if quick else GRID:
+            for dtype in ("bfloat16",) if quick else DTYPES:
+                for backward in (False, True):
+                    case = Configuration(target, dtype, hidden, batch, backward)
+                    d = design_of(case)
+                    kernel = (hidden, dtype, backward, d.kind, d.units, d.tile, d.chunk, d.chunks, d.stream, d.warps)
+                    if kernel not in seen:
+                        seen.add(kernel)
+                        yield case
+        for dtype in ("tf32", "float32") if quick else ():
+            for backward in (False, True):
+                yield Configuration(target, dtype, 64, 16, backward)
+                yield Configuration(target, dtype, 512, 16, backward)
+        for hidden, batch in ((128, 16),) if quick else ((128, 16), (768, 16)):
+            for backward in (False, True):
+                case = Configuration(target, "bfloat16", hidden, batch, backward, directions=2)
+                yield replace(case, ragged=True, reset=True)
+                yield replace(case, save=False)
+                if not quick:
+                    yield replace(case, ragged=True, save=False)
+                    yield replace(case, reset=True)
+
+
+def compile_one(case: Configuration) -> Compiled:
+    """Compiles one kernel and reads the machine code."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="triton")
+    import triton
+    from lstmcore.kernels import triton_resident, triton_split
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    design = design_of(case)
+    module = triton_resident if design.kind == "resident" else triton_split
+    kernel = module.lstm_bwd_kernel if case.backward else module.lstm_fwd_kernel
+    value = {"float16": "fp16", "bfloat16": "bf16"}.get(case.dtype, "fp32")
+    tl = triton.language
+    element = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}[value]
+    bits = "i32" if value == "fp32" else "i16"
+    everything = case.save
+    constants = {
+        "H": case.hidden, "H_ROW": (case.hidden + 7) // 8 * 8, "D": case.directions,
+        "U": design.units, "BT": design.tile, "KW": design.warps,
+        "K": design.chunk, "NK": design.chunks, "STREAM": design.stream, "SAVE": case.save, "HAS_RESET": case.reset,
+        "RAGGED": case.ragged, "HAS_DY": True, "HAS_DH_N": everything, "HAS_DCELLS": everything,
+        "HAS_C_0": everything, "NORMS": everything,
+        "PRECISION": "tf32x3" if case.dtype == "float32" else "tf32", "DTYPE": element,
+        "BITS": tl.int16 if bits == "i16" else tl.int32, "JITTER": 0,
+    }  # fmt: skip
+    special = {"c": "*fp32", "cells": "*fp32", "dc": "*fp32", "norms": "*fp32", "dcells": "*fp32"}
+    special |= {
+        "status": "*i32",
+        "h_words": "*i32",
+        "dz_words": "*i32",
+        "w_words": "*i32",
+        "reset": "*u8",
+        "offsets": "*i64",
+    }
+    if design.kind == "split":
+        special |= {"h": f"*{bits}", "dz": f"*{bits}"}
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        else:
+            signature[name] = "i32" if name in module.SIZES else special.get(name, f"*{value}")
+    constants = {name: constant for name, constant in constants.items() if name in signature}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    options = {"num_warps": design.warps, "enable_fp_fusion": True}
+    if design.kind == "split":
+        options["launch_cooperative_grid"] = True
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", case.target, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+
+        def dump(option: str) -> str:
+            command = [knobs.nvidia.cuobjdump.path, option, file.name]
+            return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+        usage, code = dump("-res-usage"), dump("-sass")
+
+    def count(*names: str) -> int:
+        return len(re.findall(rf"\b(?:{'|'.join(names)})\b", code))
+
+    step = longest_loop(code)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    result = Compiled(
+        triton.__version__,
+        *(getattr(case, field.name) for field in fields(Configuration)),
+        design=str(design),
+        registers=int(found[1]),
+        stack=int(found[2]),
+        spills=count("LDL", "STL"),
+        shared=binary.metadata.shared,
+        products=count(*PRODUCTS),
+        fma=count("FFMA"),
+        step=len(step),
+        step_products=sum(name in PRODUCTS for name in step),
+        step_fragments=step.count("LDSM"),
+        step_barriers=step.count("BAR"),
+        problem="",
+    )
+    return replace(result, problem=", ".join(problems(result)))
+
+
+def longest_loop(code: str) -> list[str]:
+    """The names of the instructions between a branch back and its target, of the longest such loop: that over time."""
+    lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;]*);", code)
+    loops = [
+        (int(at, 16) - int(back[1], 16), int(back[1], 16), int(at, 16))
+        for at, name, rest in lines
+        if name == "BRA" and (back := re.search(r"(0x[0-9a-f]+)", rest)) and int(back[1], 16) < int(at, 16)
+    ]
+    _, begin, end = max(loops)
+    return [name for at, name, _ in lines if begin <= int(at, 16) <= end]
+
+
+def problems(result: Compiled) -> Iterator[str]:
+    """What is wrong with a kernel."""
+    if result.stack or result.spills:
+        yield f"{result.stack} bytes of stack, {result.spills} spills"
+    if result.shared > SHARED[result.target]:
+        yield f"{result.shared} bytes of shared memory, the target has {SHARED[result.target]}"
+    if not result.products:
+        yield "no tensor-core instructions"
+    # One load serves h or dz for all the tile's rows of weights; weights in shared memory take one more a product.
+    design = design_of(Configuration(*(getattr(result, field.name) for field in fields(Configuration))))
+    blocks = design.units * (1 if result.backward else 4) // 16
+    if not design.stream and result.step_fragments > result.step_products * (1 / blocks + 0.5):
+        yield "weights are read from shared memory in every step"
+
+
+def compile_all(cases: Sequence[Configuration], workers: int) -> Iterator[Compiled]:
+    """All of them, in their order, in other processes: one that was started to interpret kernels cannot compile any."""
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            yield from pool.map(compile_one, cases)
+    finally:
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def show(console: Console, results: Sequence[Compiled]) -> None:
+    """A table of all kernels."""
+    wrong = sum(bool(r.problem) for r in results)
+    table = Table(title=f"{len(results)} kernels, Triton {results[0].triton}, {wrong} with problems")
+    for name in (
+        "sm",
+        "dtype",
+        "H",
+        "B",
+        "kernel",
+        "design",
+        "regs",
+        "spills",
+        "shared KiB",
+        "mma",
+        "insts a step",
+        "barriers",
+        "problem",
+    ):
+        table.add_column(name, justify="left" if name in ("dtype", "kernel", "design", "problem") else "right")
+    for r in results:
+        flags = "".join(
+            f" {name}" for name, on in (("ragged", r.ragged), ("reset", r.reset), ("D2", r.directions == 2)) if on
+        )
+        name = ("backward" if r.backward else "forward") + flags + ("" if r.save else " plain")
+        figures = (r.registers, r.spills, f"{r.shared / 1024:.0f}", r.products, r.step, r.step_barriers)
+        table.add_row(
+            str(r.target),
+            r.dtype,
+            str(r.hidden),
+            str(r.batch),
+            name,
+            r.design,
+            *map(str, figures),
+            f"[red]{r.problem}[/]",
+        )
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m bench.kernel_report``."""
+    parser = argparse.ArgumentParser(prog="python -m bench.kernel_report", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", type=int, action="append", choices=sorted(SHARED), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="a few configurations, as the tests run them")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--csv", type=Path, help="also write the rows here")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON, and no table")
+    options = parser.parse_args(arguments)
+    cases = list(configurations(options.target or sorted(SHARED), options.quick))
+    results = list(compile_all(cases, options.workers))
+    if options.json:
+        print(json.dumps([asdict(result) for result in results]))
+    else:
+        show(Console(width=None if sys.stdout.isatty() else 180), results)
+    if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Compiled)], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(asdict(result) for result in results)
+    return int(any(result.problem for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

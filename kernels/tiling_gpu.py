@@ -1,0 +1,179 @@
+"""The GPU half of the tiling: from sizes, dtype and device to a design and its tiles; pure functions.
+
+Every program of both designs keeps its share of the recurrent weights in registers (``triton_split.py`` says how), so
+what a program can hold decides the design.  Among the tiles that fit, a model of a step's time chooses.
+
+The model's constants are predictions.  They come from published figures for Hopper (a load past the first-level cache
+takes about 0.6 to 0.7 microseconds there and back; an SM draws about 40 KB a microsecond from the second-level cache
+when all do) and from the chains of instructions in the compiled code; none has been measured with these kernels yet.
+``python -m bench.gpu`` puts them beside measured times.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from .tiling import ceil_div
+
+# Compute capabilities on which the GPU tests have passed and the benchmark has been run.  On others "auto" leaves the
+# call to torch, and says so; backend="triton" runs the kernels all the same.
+MEASURED: tuple[tuple[int, int], ...] = ()
+
+# Bytes that one weight takes in registers.  Strict float32 multiplies with three TF32 products, of a high and a low
+# part of each operand; both parts are kept.
+WEIGHT = {"16": 2, "tf32": 4, "float32": 8}
+STATE = {"16": 2, "tf32": 4, "float32": 4}  # bytes of an entry of h or dz
+DEPTH = {"16": 32, "tf32": 8, "float32": 8}  # terms of a sum that a warp takes at least (of 16-bit words: both halves)
+
+WEIGHT_REGISTERS = 128  # of a thread's 255, at most, for weights
+TILE_REGISTERS = 32  # and for two chunks of h or dz on their way to shared memory
+SUM_REGISTERS = 160  # for weights and the sums of a tile together: above it, most kernels spill
+WARPS = 8
+
+LATENCY = 1.1  # microseconds of a step in which nothing but latency counts: hand-off, product, sum over warps, cell
+RESIDENT_LATENCY = 0.45  # the same without a hand-off
+PASS = 0.7  # of each further tile of rows of the same program
+CHUNK = 0.15  # of each chunk of K: a look at what has arrived and two barriers
+SM_RATE = 40.0  # kilobytes a microsecond that a program draws from the second-level cache
+SHARED_RATE = 230.0  # kilobytes a microsecond of an SM's shared memory
+
+
+def precision_of(dtype: torch.dtype, tf32: bool) -> str:
+    """ "16", "tf32" or "float32": what the tensor cores multiply."""
+    return "16" if dtype.itemsize == 2 else "tf32" if tf32 else "float32"
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Design:
+    """One launch: which kernel, and everything that it is told about tiles."""
+
+    kind: str  # "resident" or "split"
+    units: int  # U
+    tile: int  # BT, rows of a tile in registers
+    rows: int  # rows of a tile that exist
+    groups: int  # groups of rows; each has programs of its own
+    tiles: int  # tiles of rows of a group, one after the other
+    slices: int  # slices of units; the programs of a group
+    directions: int
+    warps: int  # KW
+    chunk: int = 0  # K, terms of a row of h or dz that are received together
+    chunks: int = 0  # NK
+    stream: bool = False  # weights are read in every step: they do not fit
+    step_time: float = 0.0  # predicted, microseconds
+
+    @property
+    def programs(self) -> int:
+        return self.directions * self.groups * self.slices
+
+    def __str__(self) -> str:
+        if self.kind == "resident":
+            return f"resident, {self.programs} programs of {self.tile} rows x {self.units} units, {self.warps} warps"
+        sizes = f"{self.slices} slices of {self.units} units x {self.groups} groups of {self.tiles * self.rows} rows"
+        return f"split, {self.programs} programs: {sizes}{', weights streamed' if self.stream else ''}"
+
+
+def cover(terms: int, least: int, most: int) -> tuple[int, int]:
+    """(K, NK): NK chunks of K terms, a power of two, that cover ``terms`` with little waste.
+
+    Chunks are as long as ``most`` allows unless shorter ones save a tenth of the whole.
+    """
+    size = max(least, min(power_of_two(terms), most))
+    best = size
+    while size > least:
+        size //= 2
+        if size * ceil_div(terms, size) < 0.9 * best * ceil_div(terms, best):
+            best = size
+    return best, ceil_div(terms, best)
+
+
+def resident_design(hidden: int, batch: int, directions: int, precision: str, sms: int) -> Design | None:
+    """A CTA for each tile of rows, or None where one cannot hold the weights."""
+    units = max(power_of_two(hidden), 16)
+    warps = min(WARPS, units // 4)
+    if 4 * units * units * WEIGHT[precision] > WEIGHT_REGISTERS * 4 * 32 * warps:
+        return None
+    tile = 8 if directions * ceil_div(batch, 8) <= sms else 16
+    waves = ceil_div(directions * ceil_div(batch, tile), sms)
+    groups = ceil_div(batch, tile)
+    return Design("resident", units, tile, tile, groups, 1, 1, directions, warps, step_time=RESIDENT_LATENCY * waves)
+
+
+def split_time(
+    terms: int, tile: int, rows: int, tiles: int, m: int, chunks: int, stream: bool, precision: str
+) -> float:
+    """Predicted microseconds of a step that multiplies ``m`` rows of weights by ``tiles`` tiles of ``tile`` rows."""
+    read = rows * terms * STATE[precision] / 1000  # kilobytes that a program receives for a tile
+    staged = terms * tile * STATE[precision] / 1000
+    summed = WARPS * m * tile * 4 / 1000
+    one = read / SM_RATE + 2 * (staged + summed) / SHARED_RATE + (chunks - 1) * CHUNK
+    if stream:
+        one += m * terms * STATE[precision] / 1000 / SM_RATE
+    return LATENCY + tiles * one + (tiles - 1) * PASS
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, kind: str | None = None
+) -> Design:
+    """The design for one layer; ``kind`` forces one.
+
+    Raises ValueError where none fits (more slices than SMs at the widest tile: H above 32 x SMs / D).
+    """
+    if kind != "split":
+        resident = resident_design(hidden, batch, directions, precision, sms)
+        if resident is not None:
+            return resident
+        if kind == "resident":
+            raise ValueError(f"hidden size {hidden} does not fit one CTA in precision {precision}")
+    terms = 4 * hidden if backward else hidden
+    gates = 1 if backward else 4
+    best: tuple[float, int] | None = None
+    chosen = None
+    for units, tile in product((16, 32) if backward else (8, 16, 32), (8, 16, 32)):
+        slices = ceil_div(hidden, units)
+        most = min(sms // (directions * slices), ceil_div(batch, 8))
+        m = gates * units
+        # a chunk on its way takes registers, and the next one as many
+        longest = TILE_REGISTERS * 4 * 32 * WARPS // (2 * tile * STATE[precision])
+        chunk, chunks = cover(terms, DEPTH[precision] * WARPS, longest)
+        weights = ceil_div(m * chunk * chunks * WEIGHT[precision], 4 * 32 * WARPS)  # registers of a thread
+        fits = weights <= WEIGHT_REGISTERS and weights + m * tile // 32 <= SUM_REGISTERS
+        fits = fits and tile <= 16  # wider tiles pay where they save reading weights
+        if not fits:  # weights of two chunks in registers, the present and the next, besides the sums
+            if m * tile // 32 > SUM_REGISTERS - WEIGHT_REGISTERS:
+                continue
+            longest = min(longest, WEIGHT_REGISTERS * 4 * 32 * WARPS // (4 * m * WEIGHT[precision]))
+            chunk = max(DEPTH[precision] * WARPS, min(longest, power_of_two(terms)))
+            chunks = ceil_div(terms, chunk)
+        for groups in range(1, most + 1):
+            rows = ceil_div(batch, groups)
+            tiles = ceil_div(rows, tile)
+            rows = ceil_div(rows, tiles)
+            if tile > 8 and rows <= tile // 2:
+                continue
+            time = split_time(terms, tile, rows, tiles, m, chunks, not fits, precision)
+            design = Design(
+                "split", units, tile, rows, groups, tiles, slices, directions, WARPS, chunk, chunks, not fits, time
+            )
+            if best is None or (time, design.programs) < best:
+                best, chosen = (time, design.programs), design
+    if chosen is None:
+        raise ValueError(
+            f"hidden size {hidden} in {directions} directions needs {directions * ceil_div(hidden, 32)} SMs, "
+            f"the device has {sms}"
+        )
+    return chosen
+
+
+def predict(hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool) -> float:
+    """Predicted microseconds of a step of the recurrence."""
+    return plan(hidden, batch, directions, precision, sms, backward).step_time

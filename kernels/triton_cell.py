@@ -1,0 +1,191 @@
+"""Device functions that the Triton kernels of both designs share.
+
+Legend of every kernel: T time, B batch, N alive rows over all steps, H hidden, D directions; in one program (CTA)
+U units of H, BT rows of B, K terms of a sum, KW parts of it (one a warp), KS terms of a part.  The weights are the
+left operand of the tensor cores, (gates or units, terms), and h or dz the right one, (terms, rows): the 16 rows of an
+instruction suit gates, its 8 columns a batch, so that eight rows of a batch are a full tile.  All else is
+(rows, units), as it lies in memory.
+
+**Order of gates in a tile.**  A tile's 4U rows of weights come as blocks of 32: eight units' i, then their f, g, o.  In
+the accumulator of an m16n8 instruction a thread then holds all four gates of the same units, so taking the gates
+apart (``collect``) moves nothing between threads.
+
+**Rows.**  (t, row) lies at ``position``: ``t * step + row * stride`` where the batch is dense, ``offsets[t] + row``
+where rows are packed; every tensor of a call has this order, times its width.  All of it in 64 bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from . import cell
+
+# Under the interpreter a product takes float32 operands: its bfloat16 is not to be trusted there.
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+# (The interpreter calls plain functions as they are, and wants no others that know nothing of Triton.)
+_jit = (lambda function: function) if INTERPRETED.value else triton.jit
+cell_state = _jit(cell.cell_state)
+hidden_state = _jit(cell.hidden_state)
+cell_grad = _jit(cell.cell_grad)
+gate_grads = _jit(cell.gate_grads)
+cell_grad_prev = _jit(cell.cell_grad_prev)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)): saturates to 0 and 1, NaN stays NaN."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) to a few roundings of float32: 1 - 2 / (exp(2|x|) + 1), and a series where that would cancel.
+
+    The series is that of tanh up to x^11; at |x| = 0.35 what it leaves out is below 1e-7 of the value.
+    """
+    a = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
+    s = x * x
+    series = 1.0 + s * (
+        -0.3333333333 + s * (0.1333333333 + s * (-0.0539682540 + s * (0.0218694885 - s * 0.0088632355)))
+    )
+    return tl.where(a < 0.35, x * series, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b over the last two dimensions; ``PRECISION`` counts for float32 operands only."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tile_row(m, first, H: tl.constexpr):
+    """The row of a (4H, ·) tensor that row ``m`` of a tile holds, and its unit, which may lie beyond H."""
+    unit = first + (m // 32) * 8 + m % 8
+    return (m // 8) % 4 * H + unit, unit
+
+
+@triton.jit
+def collect(acc, PARTS: tl.constexpr, GATES: tl.constexpr, U: tl.constexpr, BT: tl.constexpr, THREADS: tl.constexpr):
+    """The sum over PARTS of (PARTS, GATES U, BT), rows in a tile's order; a tuple of GATES tensors (BT, U).
+
+    One exchange through shared memory, after which a thread has all parts and all gates of its entries, laid out as
+    loads and stores of (BT, U) are.  ``tl.sum`` across warps instead leaves a copy with every warp, a layout that
+    Triton carries on into all arithmetic that follows: eight times the work and the registers (340 spills in the
+    resident backward), and a shuffle for each step of each sum.  The exchange is forced by a scan over an axis of one,
+    which does nothing but start from the default layout.
+    """
+    E: tl.constexpr = (BT * U // THREADS) if BT * U > THREADS else 1  # neighbours in a row, of one thread
+    if GATES == 4:
+        acc = tl.permute(tl.reshape(acc, (PARTS, U // 8, 4, 8, BT)), (0, 2, 4, 1, 3))
+    else:
+        acc = tl.permute(acc, (0, 2, 1))
+    acc = tl.permute(tl.reshape(acc, (PARTS * GATES, BT, U // E, E)), (0, 3, 1, 2))
+    acc = tl.cumsum(tl.reshape(acc, (1, PARTS * GATES * E, BT * U // E)), 0)
+    total = tl.sum(tl.reshape(acc, (PARTS, GATES * E, BT * U // E)), 0)
+    total = tl.reshape(tl.permute(tl.reshape(total, (GATES, E, BT, U // E)), (0, 2, 3, 1)), (GATES, BT, U))
+    if GATES == 4:
+        first, second = tl.split(tl.permute(tl.reshape(total, (2, 2, BT, U)), (2, 3, 0, 1)))  # i and g, f and o
+        i, g = tl.split(first)
+        f, o = tl.split(second)
+        return i, f, g, o
+    else:
+        return (tl.reshape(total, (BT, U)),)
+
+
+@triton.jit
+def gates_to(i, f, g, o, U: tl.constexpr, BT: tl.constexpr):
+    """(4U, BT) in a tile's order from i, f, g, o, each (BT, U)."""
+    z = tl.join(tl.join(i, g), tl.join(f, o))  # (BT, U, 2, 2)
+    z = tl.reshape(z, (BT, U // 8, 8, 2, 2))
+    return tl.reshape(tl.permute(z, (1, 3, 4, 2, 0)), (4 * U, BT))
+
+
+@triton.jit
+def position(t, row, offsets, step, stride, RAGGED: tl.constexpr):
+    """Where (t, row) lies, in rows, 64 bits."""
+    if RAGGED:
+        return tl.load(offsets + t) + row
+    else:
+        return t * step + row.to(tl.int64) * stride
+
+
+@triton.jit
+def alive(t, row, offsets, B, exists, RAGGED: tl.constexpr):
+    """Whether ``row`` has a step t, which must be one of 0 ... T - 1; no row has where ``exists`` is false."""
+    rows = B
+    if RAGGED:
+        rows = tl.load(offsets + t + 1) - tl.load(offsets + t)
+    return row < tl.where(exists, rows, 0)
+
+
+@triton.jit
+def to_bits(x, DTYPE: tl.constexpr, BITS: tl.constexpr):
+    """``x`` in DTYPE as integers, never -1: of all NaNs, that one says "not written yet" (see ``receive``)."""
+    bits = x.to(DTYPE).to(BITS, bitcast=True)
+    quiet = (1 << (BITS.primitive_bitwidth - 1)) - 1  # also a NaN
+    return tl.where(bits == -1, quiet, bits)
+
+
+@triton.jit
+def missing_in(words, PACK: tl.constexpr):
+    """Above 0 where any entry of ``words`` (32 bits, PACK entries in each) is -1.
+
+    Two halves are looked at in three instructions: ``(v - 1) & ~v & top bit``, with v the complement, is the old test
+    for a zero in each part of a word.  (Entry by entry it took 374 instructions for the eight loads of a thread, and
+    the waiting loop was the longest part of a step.)
+    """
+    if PACK == 1:
+        return tl.max((words == -1).to(tl.int32), axis=None)
+    else:
+        found = (~words - 0x00010001) & words & -0x7FFF8000
+        return (tl.max(found.to(tl.uint32, bitcast=True), axis=None) > 0).to(tl.int32)
+
+
+@triton.jit
+def receive(words, p, mask, patience, PACK: tl.constexpr):
+    """Waits until all of ``words``, loaded from ``p``, is there: no entry is -1 any more.
+
+    What other programs write is its own flag: the tensor is filled with -1 before the launch, each entry is written
+    once, and a reader loads (past its first-level cache: volatile) until it sees no -1.  There is no other memory
+    whose order could matter.  Returns the words and whether ``patience`` tries were not enough; what is missing then
+    reads as NaN.
+    """
+    missing = missing_in(words, PACK)
+    tries = patience
+    while (missing > 0) & (tries > 0):
+        words = tl.load(p, mask=mask, other=0, volatile=True)
+        missing = missing_in(words, PACK)
+        tries -= 1
+    return words, missing
+
+
+@triton.jit
+def product_of_words(w, words, keep, acc, PACK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + w times the values in ``words`` (KW, KS / PACK, BT), zero in rows that are not to ``keep``.
+
+    With two values in a word the even and the odd terms are multiplied one after the other, each by its own half of the
+    weights: nothing has to be interleaved.  ``w`` is a tuple of PACK tensors.
+    """
+    words = tl.where(keep[None, None, :], words, 0)
+    if PACK == 1:
+        return product(w[0], words.to(DTYPE, bitcast=True), acc, PRECISION)
+    else:
+        acc = product(w[0], words.to(tl.int16).to(DTYPE, bitcast=True), acc, PRECISION)
+        return product(w[1], (words >> 16).to(tl.int16).to(DTYPE, bitcast=True), acc, PRECISION)
+
+
+@triton.jit
+def jitter(seed, i, NANOSECONDS: tl.constexpr):
+    """Sleeps for a while that looks random; for tests that look for races."""
+    hashed = (seed * 7919 + i * 104729 + 12345) & 0x7FFFFFFF
+    hashed = (hashed ^ (hashed >> 7)) * 48271 & 0x7FFFFFFF
+    return tl.inline_asm_elementwise(
+        "nanosleep.u32 $1; mov.u32 $0, $1;", "=r,r", [hashed % NANOSECONDS], dtype=tl.int32, is_pure=False, pack=1
+    )

@@ -1,0 +1,424 @@
+"""The Triton design for hidden sizes whose recurrent weights need several CTAs: units split over a group of them.
+
+Forward, in one program: four gates of U units, for the rows of its group.  Its slice of W_hh stays in registers for
+all T steps.  A step needs all of h_{t-1}, which the group's programs hand to each other through the second-level
+cache: the output is the channel and its data the flag (``receive``), one trip a step.  Backward is the same with dz,
+of which a step needs all 4H, and with the slice of W_hh that leads from there to U units of dh.
+
+    grid: D x groups x slices; a group has ``tiles`` tiles of ``rows`` rows (at most BT), a slice U units
+
+The programs of a group wait for each other, so all must be resident at once: launched cooperatively.  Where that
+cannot be had, steps ``begin`` to ``end`` can be launched one at a time: then nobody ever waits.  The cell state lies
+in memory between steps (read before the wait, so that costs nothing) and serves both ways.
+
+**Weights in registers.**  A batched product splits K over the warps (KW parts): each warp multiplies its own part of
+the weights, and the chain of dependent instructions is K / (16 KW) long.  The loops over steps and tiles are ``while``
+loops on purpose: into a ``for`` loop Triton (3.6 to 3.9) sinks the loading of dot operands from shared memory, and all
+weights are read again in every step, 128 KiB at 128 bytes a clock, 0.55 microseconds; out of a ``while`` loop it
+hoists them, and they stay.  STREAM is for slices larger than the register file: the weights are read from the
+second-level cache in every step, K terms at a time.
+
+**What was tried**, by what the compiler made of it (sm_90, bfloat16, 16 units x 8 rows, 8 warps, Triton 3.9 / 3.6;
+no GPU has timed any of it).  Forward at H = 1024: 36 loads of weights from shared memory a step with ``for``, none with
+``while``.  Backward at H = 1024: 2,654 / 2,469 instructions a step and 156 / 140 spills with 16-bit entries looked at
+one by one, in chunks of 2048; 1,111 / 1,286 and none with ``missing_in``, ``collect`` and chunks of 1024.  Forward at
+H = 768: 867 / 936 instructions and 47 / 40 barriers a step with ``tl.sum`` over warps and (units, rows) tensors;
+504 / 558 and 17 / 35 with ``collect`` and (rows, units), which is how the loads come.  Masks of the channel have to
+compare words, not entries: ``2 k < H`` hides from Triton that neighbours share a mask, and every load becomes four
+bytes wide.
+
+**Channel.**  It is read as 32-bit words, two 16-bit entries in each (``missing_in`` says why), 16 bytes a load; so a
+row of h takes H' entries, H rounded up to a multiple of eight, and the host copies them where that is not H.
+
+**K.**  A row of h or dz is received in chunks of K terms, a power of two; the next is asked for before the present one
+is waited for.  Without STREAM there are NK of them, unrolled: 768 = 3 x 256, 3072 = 3 x 1024, nothing is wasted.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_cell import (
+    alive,
+    cell_grad,
+    cell_grad_prev,
+    cell_state,
+    collect,
+    gate_grads,
+    hidden_state,
+    jitter,
+    position,
+    product_of_words,
+    receive,
+    sigmoid,
+    tanh,
+    tile_row,
+    to_bits,
+)
+
+SIZES = [
+    "T",
+    "B",
+    "N",
+    "begin",
+    "end",
+    "groups",
+    "tiles",
+    "rows",
+    "patience",
+    "step",
+    "stride",
+]  # one kernel for all of their values
+
+
+@triton.jit
+def load_gate_rows(w_words, first, k, H: tl.constexpr, H_ROW: tl.constexpr, U: tl.constexpr, PACK: tl.constexpr):
+    """Of W_hh (4H, H'), in words: the gates' rows of U units, the words ``k`` of each: (KW, 4U, KS)."""
+    row, unit = tile_row(tl.arange(0, 4 * U), first, H)
+    p = w_words + row[None, :, None].to(tl.int64) * (H_ROW // PACK) + k
+    return tl.load(p, mask=(unit < H)[None, :, None] & (k < H_ROW // PACK), other=0)
+
+
+@triton.jit
+def unpack(words, PACK: tl.constexpr, DTYPE: tl.constexpr):
+    """The PACK values in each word, a tuple of tensors: of two, the even ones and the odd ones."""
+    if PACK == 1:
+        return (words.to(DTYPE, bitcast=True),)
+    else:
+        return words.to(tl.int16).to(DTYPE, bitcast=True), (words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def load_unit_columns(w_hh, first, k, H: tl.constexpr, U: tl.constexpr, PACK: tl.constexpr):
+    """Of the transpose of W_hh (4H, H): the columns of U units, the rows PACK k (and PACK k + 1).
+
+    A tuple of (KW, U, KS), as ``unpack`` makes of words.
+    """
+    unit = (first + tl.arange(0, U))[None, :, None]
+    p = w_hh + (PACK * k).to(tl.int64) * H + unit
+    mask = (unit < H) & (PACK * k < 4 * H)
+    even = tl.load(p, mask=mask, other=0.0)
+    if PACK == 1:
+        return (even,)
+    else:
+        return even, tl.load(p + H, mask=mask, other=0.0)
+
+
+@triton.jit
+def channel(words, k, o_row, m_row, terms: tl.constexpr, PACK: tl.constexpr):
+    """Addresses and mask of (KW, KS, BT) words of h or dz.
+
+    k (KW, KS, 1): which words of a row of ``terms`` entries; o_row (BT,): the word where each row begins; m_row: which
+    rows there are.
+    """
+    return words + o_row[None, None, :] + k, (k < (terms + PACK - 1) // PACK) & m_row[None, None, :]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def lstm_fwd_kernel(
+    h,  # (N, D * H'), as integers of its size: the output, and the channel; filled with -1
+    h_words,  # the same memory, as int32
+    gates,  # (D, N, 4H): z without its recurrent part; where SAVE is set, the activated gates on return
+    cells,  # (D, N, H), float32: every c_t, where SAVE is set
+    c,  # (D, B, H), float32: c_0 on entry, c_n on return
+    status,  # (1,) int32: set to 1 when a wait gave up
+    w_words,  # (D, 4H, H'), as int32: W_hh
+    reset,  # N bool, where HAS_RESET is set
+    offsets,  # (T + 1,) int64, where RAGGED is set
+    T,
+    B,
+    N,
+    begin,
+    end,
+    groups,
+    tiles,
+    rows,
+    patience,
+    step,
+    stride,
+    H: tl.constexpr,
+    H_ROW: tl.constexpr,
+    D: tl.constexpr,
+    U: tl.constexpr,
+    BT: tl.constexpr,
+    KW: tl.constexpr,
+    K: tl.constexpr,
+    NK: tl.constexpr,
+    STREAM: tl.constexpr,
+    SAVE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    JITTER: tl.constexpr,
+):
+    """Steps ``begin`` to ``end`` of the walk through time, for U units and ``tiles`` x ``rows`` rows."""
+    slices: tl.constexpr = (H + U - 1) // U
+    i_slice = tl.program_id(0) % slices
+    i_group = tl.program_id(0) // slices % groups
+    d = (tl.program_id(0) // slices // groups).to(tl.int64)
+    N = N.to(tl.int64)
+    first = i_slice * U
+    h += d * H_ROW
+    gates += d * N * 4 * H
+    cells += d * N * H
+
+    o_u = (first + tl.arange(0, U))[None, :]
+    i_row = tl.arange(0, BT)
+    k_w = tl.arange(0, KW)[:, None, None]
+    PACK: tl.constexpr = 32 // BITS.primitive_bitwidth  # entries of a word
+    WORDS: tl.constexpr = K // PACK  # of a chunk
+    KS: tl.constexpr = WORDS // KW
+    w_words += d * 4 * H * (H_ROW // PACK)
+    k_left = k_w * KS + tl.arange(0, KS)[None, None, :]
+    k = k_w * KS + tl.arange(0, KS)[None, :, None]
+    w = ()
+    for j in tl.static_range(1 if STREAM else NK):
+        w = w + (load_gate_rows(w_words, first, j * WORDS + k_left, H, H_ROW, U, PACK),)
+
+    i = begin
+    while i < end:
+        t = tl.where(d == 0, i, T - 1 - i).to(tl.int64)
+        t_before = tl.where(i > 0, tl.where(d == 0, t - 1, t + 1), t)
+        if JITTER > 0:
+            i += jitter(tl.program_id(0), i, JITTER) * 0
+        i_tile = 0
+        while i_tile < tiles:
+            row = (i_group * tiles + i_tile) * rows + i_row
+            m_row = (i_row < rows) & alive(t, row, offsets, B, True, RAGGED)
+            o_t = position(t, row, offsets, step, stride, RAGGED)
+            m = m_row[:, None] & (o_u < H)
+            # all that does not depend on h_{t-1}, while that is on its way
+            p_z = gates + o_t[:, None] * (4 * H) + o_u
+            z_i = tl.load(p_z, mask=m, other=0.0)
+            z_f = tl.load(p_z + H, mask=m, other=0.0)
+            z_g = tl.load(p_z + 2 * H, mask=m, other=0.0)
+            z_o = tl.load(p_z + 3 * H, mask=m, other=0.0)
+            p_c = c + (d * B + row[:, None]) * H + o_u
+            c_before = tl.load(p_c, mask=m, other=0.0)
+            keep = m_row
+            if HAS_RESET:
+                keep = tl.load(reset + o_t, mask=m_row, other=1) == 0
+                c_before = tl.where(keep[:, None], c_before, 0.0)
+
+            m_before = m_row & alive(t_before, row, offsets, B, i > 0, RAGGED)
+            o_before = position(t_before, row, offsets, step, stride, RAGGED)
+            o_before = o_before * (D * H_ROW // PACK) + d * (H_ROW // PACK)
+            acc = tl.zeros((KW, 4 * U, BT), tl.float32)
+            missing = 0
+            p, m_k = channel(h_words, k, o_before, m_before, H, PACK)
+            words = tl.load(p, mask=m_k, other=0, volatile=True)
+            if STREAM:
+                done = 0
+                w_k = w[0]
+                while done < H_ROW // PACK:
+                    done += WORDS
+                    p_next, m_next = channel(h_words, done + k, o_before, m_before, H, PACK)
+                    words_next = tl.load(p_next, mask=m_next, other=0, volatile=True)
+                    w_next = load_gate_rows(w_words, first, done + k_left, H, H_ROW, U, PACK)
+                    words, lost = receive(words, p, m_k, patience, PACK)
+                    acc = product_of_words(unpack(w_k, PACK, DTYPE), words, keep, acc, PACK, DTYPE, PRECISION)
+                    missing = tl.maximum(missing, lost)
+                    words, p, m_k, w_k = words_next, p_next, m_next, w_next
+            else:
+                for j in tl.static_range(NK):
+                    if j + 1 < NK:
+                        p_next, m_next = channel(h_words, (j + 1) * WORDS + k, o_before, m_before, H, PACK)
+                        words_next = tl.load(p_next, mask=m_next, other=0, volatile=True)
+                    words, lost = receive(words, p, m_k, patience, PACK)
+                    acc = product_of_words(unpack(w[j], PACK, DTYPE), words, keep, acc, PACK, DTYPE, PRECISION)
+                    missing = tl.maximum(missing, lost)
+                    if j + 1 < NK:
+                        words, p, m_k = words_next, p_next, m_next
+            if missing > 0:
+                tl.store(status, 1)
+                patience = 0  # whoever is late now is lost: end soon, with NaN in what is missing
+
+            r_i, r_f, r_g, r_o = collect(acc, KW, 4, U, BT, 32 * KW)
+            i_t = sigmoid(z_i.to(tl.float32) + r_i)
+            f_t = sigmoid(z_f.to(tl.float32) + r_f)
+            g_t = tanh(z_g.to(tl.float32) + r_g)
+            o_gate = sigmoid(z_o.to(tl.float32) + r_o)
+            c_t = cell_state(i_t, f_t, g_t, c_before)
+            h_t = hidden_state(o_gate, tanh(c_t))
+            tl.store(h + o_t[:, None] * (D * H_ROW) + o_u, to_bits(h_t, DTYPE, BITS), mask=m)
+            tl.store(p_c, c_t, mask=m)
+            if SAVE:
+                tl.store(p_z, i_t.to(DTYPE), mask=m)
+                tl.store(p_z + H, f_t.to(DTYPE), mask=m)
+                tl.store(p_z + 2 * H, g_t.to(DTYPE), mask=m)
+                tl.store(p_z + 3 * H, o_gate.to(DTYPE), mask=m)
+                tl.store(cells + o_t[:, None] * H + o_u, c_t, mask=m)
+            i_tile += 1
+        tl.debug_barrier()  # c is read by other threads than wrote it
+        i += 1
+
+
+@triton.jit(do_not_specialize=SIZES)
+def lstm_bwd_kernel(
+    dz,  # (D, N, 4H), as integers of its size: the gradient before the activations; the channel; filled with -1
+    dz_words,  # the same memory, as int32
+    dc,  # (D, B, H), float32: the gradient of c_n on entry, that of c_0 on return
+    norms,  # (2, D, slices, T, B), float32: sums of squares over the units of a slice, where NORMS is set
+    status,  # (1,) int32: set to 1 when a wait gave up
+    dy,  # (N, D * H): the gradient of the output, where HAS_DY is set
+    dh_n,  # (D, B, H), where HAS_DH_N is set
+    dcells,  # (N, D * H), float32: the gradient of every c_t, where HAS_DCELLS is set
+    gates,  # (D, N, 4H), activated
+    cells,  # (D, N, H), float32
+    c_0,  # (D, B, H), where HAS_C_0 is set
+    w_hh,  # (D, 4H, H)
+    reset,  # N bool, where HAS_RESET is set
+    offsets,  # (T + 1,) int64, where RAGGED is set
+    T,
+    B,
+    N,
+    begin,
+    end,
+    groups,
+    tiles,
+    rows,
+    patience,
+    step,
+    stride,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    U: tl.constexpr,
+    BT: tl.constexpr,
+    KW: tl.constexpr,
+    K: tl.constexpr,
+    NK: tl.constexpr,
+    STREAM: tl.constexpr,
+    HAS_DY: tl.constexpr,
+    HAS_DH_N: tl.constexpr,
+    HAS_DCELLS: tl.constexpr,
+    HAS_C_0: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    RAGGED: tl.constexpr,
+    NORMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    JITTER: tl.constexpr,
+):
+    """Steps ``begin`` to ``end`` of the walk back through time, for U units and ``tiles`` x ``rows`` rows."""
+    slices: tl.constexpr = (H + U - 1) // U
+    i_slice = tl.program_id(0) % slices
+    i_group = tl.program_id(0) // slices % groups
+    d = (tl.program_id(0) // slices // groups).to(tl.int64)
+    N = N.to(tl.int64)
+    first = i_slice * U
+    dz += d * N * 4 * H
+    gates += d * N * 4 * H
+    cells += d * N * H
+    w_hh += d * 4 * H * H
+
+    o_u = (first + tl.arange(0, U))[None, :]
+    i_row = tl.arange(0, BT)
+    k_w = tl.arange(0, KW)[:, None, None]
+    PACK: tl.constexpr = 32 // BITS.primitive_bitwidth  # entries of a word
+    WORDS: tl.constexpr = K // PACK  # of a chunk
+    KS: tl.constexpr = WORDS // KW
+    k_left = k_w * KS + tl.arange(0, KS)[None, None, :]
+    k = k_w * KS + tl.arange(0, KS)[None, :, None]
+    w = ()
+    for j in tl.static_range(1 if STREAM else NK):
+        w = w + (load_unit_columns(w_hh, first, j * WORDS + k_left, H, U, PACK),)
+
+    i = begin
+    while i < end:
+        t = tl.where(d == 0, T - 1 - i, i).to(tl.int64)
+        t_after = tl.where(i > 0, tl.where(d == 0, t + 1, t - 1), t)  # whose gradients have just been computed
+        t_before = tl.where(i < T - 1, tl.where(d == 0, t - 1, t + 1), t)  # whose state entered step t
+        if JITTER > 0:
+            i += jitter(tl.program_id(0), i, JITTER) * 0
+        i_tile = 0
+        while i_tile < tiles:
+            row = (i_group * tiles + i_tile) * rows + i_row
+            m_row = (i_row < rows) & alive(t, row, offsets, B, True, RAGGED)
+            o_t = position(t, row, offsets, step, stride, RAGGED)
+            m = m_row[:, None] & (o_u < H)
+            # all that does not depend on dz of the step after, while that is on its way
+            p_gates = gates + o_t[:, None] * (4 * H) + o_u
+            i_t = tl.load(p_gates, mask=m, other=0.0).to(tl.float32)
+            f_t = tl.load(p_gates + H, mask=m, other=0.0).to(tl.float32)
+            g_t = tl.load(p_gates + 2 * H, mask=m, other=0.0).to(tl.float32)
+            o_gate = tl.load(p_gates + 3 * H, mask=m, other=0.0).to(tl.float32)
+            c_t = tl.load(cells + o_t[:, None] * H + o_u, mask=m, other=0.0)
+            m_before = m_row & alive(t_before, row, offsets, B, i < T - 1, RAGGED)
+            o_before = position(t_before, row, offsets, step, stride, RAGGED)
+            c_before = tl.load(cells + o_before[:, None] * H + o_u, mask=m & m_before[:, None], other=0.0)
+            o_state = (d * B + row[:, None]) * H + o_u
+            if HAS_C_0:
+                starts = m & (m_before == 0)[:, None]
+                c_before = tl.where(starts, tl.load(c_0 + o_state, mask=starts, other=0.0).to(tl.float32), c_before)
+            keep = m_row
+            if HAS_RESET:
+                keep = tl.load(reset + o_t, mask=m_row, other=1) == 0
+                c_before = tl.where(keep[:, None], c_before, 0.0)
+            dc_t = tl.load(dc + o_state, mask=m, other=0.0)
+            if HAS_DCELLS:
+                dc_t += tl.load(dcells + (o_t * (D * H) + d * H)[:, None] + o_u, mask=m, other=0.0)
+            dh = tl.zeros((BT, U), tl.float32)
+            if HAS_DY:
+                dh += tl.load(dy + (o_t * (D * H) + d * H)[:, None] + o_u, mask=m, other=0.0).to(tl.float32)
+            m_after = m_row & alive(t_after, row, offsets, B, i > 0, RAGGED)
+            if HAS_DH_N:
+                ends = m & (m_after == 0)[:, None]
+                dh += tl.load(dh_n + o_state, mask=ends, other=0.0).to(tl.float32)
+
+            o_after = position(t_after, row, offsets, step, stride, RAGGED)
+            pass_on = m_after
+            if HAS_RESET:
+                pass_on = tl.load(reset + o_after, mask=m_after, other=1) == 0
+            o_after = (d * N + o_after) * (4 * H // PACK)
+            acc = tl.zeros((KW, U, BT), tl.float32)
+            missing = 0
+            p, m_k = channel(dz_words, k, o_after, m_after, 4 * H, PACK)
+            words = tl.load(p, mask=m_k, other=0, volatile=True)
+            if STREAM:
+                done = 0
+                w_k = w[0]
+                while done < 4 * H // PACK:
+                    done += WORDS
+                    p_next, m_next = channel(dz_words, done + k, o_after, m_after, 4 * H, PACK)
+                    words_next = tl.load(p_next, mask=m_next, other=0, volatile=True)
+                    w_next = load_unit_columns(w_hh, first, done + k_left, H, U, PACK)
+                    words, lost = receive(words, p, m_k, patience, PACK)
+                    acc = product_of_words(w_k, words, pass_on, acc, PACK, DTYPE, PRECISION)
+                    missing = tl.maximum(missing, lost)
+                    words, p, m_k, w_k = words_next, p_next, m_next, w_next
+            else:
+                for j in tl.static_range(NK):
+                    if j + 1 < NK:
+                        p_next, m_next = channel(dz_words, (j + 1) * WORDS + k, o_after, m_after, 4 * H, PACK)
+                        words_next = tl.load(p_next, mask=m_next, other=0, volatile=True)
+                    words, lost = receive(words, p, m_k, patience, PACK)
+                    acc = product_of_words(w[j], words, pass_on, acc, PACK, DTYPE, PRECISION)
+                    missing = tl.maximum(missing, lost)
+                    if j + 1 < NK:
+                        words, p, m_k = words_next, p_next, m_next
+            if missing > 0:
+                tl.store(status, 1)
+                patience = 0  # whoever is late now is lost: end soon, with NaN in what is missing
+            dh += collect(acc, KW, 1, U, BT, 32 * KW)[0]
+
+            tanh_c = tanh(c_t)
+            dc_t = cell_grad(dc_t, dh, o_gate, tanh_c)
+            if NORMS:
+                p_norm = norms + ((d * slices + i_slice) * T + t) * B + row
+                tl.store(p_norm, tl.sum(tl.where(m, dh * dh, 0.0), 1), mask=m_row)
+                tl.store(p_norm + D * slices * T.to(tl.int64) * B, tl.sum(tl.where(m, dc_t * dc_t, 0.0), 1), mask=m_row)
+            dz_i, dz_f, dz_g, dz_o = gate_grads(dc_t, dh, i_t, f_t, g_t, o_gate, c_before, tanh_c)
+            p_dz = dz + o_t[:, None] * (4 * H) + o_u
+            tl.store(p_dz, to_bits(dz_i, DTYPE, BITS), mask=m)
+            tl.store(p_dz + H, to_bits(dz_f, DTYPE, BITS), mask=m)
+            tl.store(p_dz + 2 * H, to_bits(dz_g, DTYPE, BITS), mask=m)
+            tl.store(p_dz + 3 * H, to_bits(dz_o, DTYPE, BITS), mask=m)
+            dc_before = tl.where(keep[:, None], cell_grad_prev(dc_t, f_t), 0.0)
+            tl.store(dc + o_state, dc_before, mask=m)
+            i_tile += 1
+        tl.debug_barrier()  # dc is read by other threads than wrote it
+        i += 1
