@@ -25,8 +25,8 @@ gpu:  ## tests, experiments and the quick benchmark on a CUDA GPU, within ten mi
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 kernels: $(VENV)/.ready build/triton-$(OLD_TRITON)/.ready  ## compile every GPU kernel without a GPU, and report
-	$(BIN)/python -m bench.kernel_report --csv out/kernels/newest.csv
-	PYTHONPATH=build/triton-$(OLD_TRITON) $(BIN)/python -m bench.kernel_report --csv out/kernels/$(OLD_TRITON).csv
+	$(BIN)/python -m bench.kernel_report --csv out/kernels/newest.csv $(ARGS)
+	PYTHONPATH=build/triton-$(OLD_TRITON) $(BIN)/python -m bench.kernel_report --csv out/kernels/$(OLD_TRITON).csv $(ARGS)
 
 build/triton-$(OLD_TRITON)/.ready:
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) triton==$(OLD_TRITON)

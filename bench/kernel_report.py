@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 # Compute capability: shared memory that a program may use, in bytes; and the SMs of a device of the kind.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-SMS = {80: 108, 90: 132, 100: 148}
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SMS = {80: 108, 89: 128, 90: 132, 100: 148}
 PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")
 DTYPES = ("float16", "bfloat16", "tf32", "float32")
 
@@ -82,13 +82,15 @@ GRID = (
     *((h, b) for h in (64, 128, 256, 512, 768, 1024, 2048) for b in (1, 16, 64, 256)),
     (1, 1), (20, 3), (129, 5), (513, 17), (1100, 16),
 )  # fmt: skip
+FEWEST = ((128, 16), (1024, 16))
 FEW = ((128, 16), (129, 5), (768, 16), (1024, 16), (1024, 256), (2048, 16))
 
 
 def design_of(case: Configuration) -> Design:
     """What the tiling chooses."""
     precision = case.dtype if case.dtype in ("tf32", "float32") else "16"
-    return tiling_gpu.plan(case.hidden, case.batch, case.directions, precision, SMS[case.target], case.backward)
+    sizes = (case.hidden, case.batch, case.directions)
+    return tiling_gpu.plan(*sizes, precision, SMS[case.target], case.backward, shared=SHARED[case.target])
 
 
 def configurations(targets: Sequence[int], quick: bool) -> Iterator[Configuration]:
@@ -98,7 +100,7 @@ def configurations(targets: Sequence[int], quick: bool) -> Iterator[Configuratio
     """
     for target in targets:
         seen = set()
-        for hidden, batch in FEW if quick else GRID:
+        for hidden, batch in GRID if not quick else FEW if target == 90 else FEWEST:
             for dtype in ("bfloat16",) if quick else DTYPES:
                 for backward in (False, True):
                     case = Configuration(target, dtype, hidden, batch, backward)
@@ -107,7 +109,7 @@ def configurations(targets: Sequence[int], quick: bool) -> Iterator[Configuratio
                     if kernel not in seen:
                         seen.add(kernel)
                         yield case
-        for dtype in ("tf32", "float32") if quick else ():
+        for dtype in ("tf32", "float32") if quick and target == 90 else ():
             for backward in (False, True):
                 yield Configuration(target, dtype, 64, 16, backward)
                 yield Configuration(target, dtype, 512, 16, backward)

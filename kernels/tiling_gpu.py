@@ -33,6 +33,7 @@ WEIGHT_REGISTERS = 128  # of a thread's 255, at most, for weights
 TILE_REGISTERS = 32  # and for two chunks of h or dz on their way to shared memory
 SUM_REGISTERS = 160  # for weights and the sums of a tile together: above it, most kernels spill
 WARPS = 8
+SHARED = 160 * 1024  # bytes of shared memory of a program on the large GPUs (8.0: 163 KiB, 9.0 and 10.0: 227)
 
 LATENCY = 1.1  # microseconds of a step in which nothing but latency counts: hand-off, product, sum over warps, cell
 RESIDENT_LATENCY = 0.45  # the same without a hand-off
@@ -95,11 +96,15 @@ def cover(terms: int, least: int, most: int) -> tuple[int, int]:
     return best, ceil_div(terms, best)
 
 
-def resident_design(hidden: int, batch: int, directions: int, precision: str, sms: int) -> Design | None:
+def resident_design(
+    hidden: int, batch: int, directions: int, precision: str, sms: int, shared: int = SHARED
+) -> Design | None:
     """A CTA for each tile of rows, or None where one cannot hold the weights."""
     units = max(power_of_two(hidden), 16)
     warps = min(WARPS, units // 4)
     if 4 * units * units * WEIGHT[precision] > WEIGHT_REGISTERS * 4 * 32 * warps:
+        return None
+    if 4 * units * units * STATE[precision] + 4096 > shared:  # weights come to the registers by way of it
         return None
     tile = 8 if directions * ceil_div(batch, 8) <= sms else 16
     waves = ceil_div(directions * ceil_div(batch, tile), sms)
@@ -122,14 +127,22 @@ def split_time(
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, kind: str | None = None
+    hidden: int,
+    batch: int,
+    directions: int,
+    precision: str,
+    sms: int,
+    backward: bool,
+    *,
+    shared: int = SHARED,
+    kind: str | None = None,
 ) -> Design:
-    """The design for one layer; ``kind`` forces one.
+    """The design for one layer on a device with ``sms`` SMs and ``shared`` bytes of shared memory; ``kind`` forces one.
 
     Raises ValueError where none fits (more slices than SMs at the widest tile: H above 32 x SMs / D).
     """
     if kind != "split":
-        resident = resident_design(hidden, batch, directions, precision, sms)
+        resident = resident_design(hidden, batch, directions, precision, sms, shared)
         if resident is not None:
             return resident
         if kind == "resident":
@@ -148,6 +161,8 @@ def plan(
         weights = ceil_div(m * chunk * chunks * WEIGHT[precision], 4 * 32 * WARPS)  # registers of a thread
         fits = weights <= WEIGHT_REGISTERS and weights + m * tile // 32 <= SUM_REGISTERS
         fits = fits and tile <= 16  # wider tiles pay where they save reading weights
+        staged = chunk * tile * STATE[precision] + WARPS * m * tile * 4
+        fits = fits and m * chunk * chunks * STATE[precision] + staged <= shared
         if not fits:  # weights of two chunks in registers, the present and the next, besides the sums
             if m * tile // 32 > SUM_REGISTERS - WEIGHT_REGISTERS:
                 continue

@@ -101,6 +101,14 @@ def _sms(device: torch.device) -> int:
     return 16 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.lru_cache(maxsize=64)
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program may use."""
+    if INTERPRETED.value:
+        return tiling_gpu.SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def _tf32() -> bool:
     """Whether torch's setting for RNNs allows TF32."""
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
@@ -108,7 +116,7 @@ def _tf32() -> bool:
 
 def _plan(device: torch.device, dtype: torch.dtype, hidden: int, batch: int, directions: int, backward: bool) -> Design:
     precision = tiling_gpu.precision_of(dtype, _tf32())
-    return tiling_gpu.plan(hidden, batch, directions, precision, _sms(device), backward)
+    return tiling_gpu.plan(hidden, batch, directions, precision, _sms(device), backward, shared=_shared(device))
 
 
 @contextmanager
@@ -501,15 +509,15 @@ def backward(
 
     y = problem.flat(output)
     x = problem.flat(input) if needs.weights else None
-    dx = new(N, problem.inputs) if needs.input else None
+    dx: Tensor | None = None
     dh_0 = new(D, batch, P) if needs.h_0 else None
     gradients = []
     arrived = []  # the norms of what arrives at h_t, where the kernel knows m only
     with _products(problem.dtype):
         for d, w in enumerate(weights):
             dz_d = dz[d]
-            if dx is not None:
-                torch.mm(dz_d, w.weight_ih, out=dx) if d == 0 else dx.addmm_(dz_d, w.weight_ih)
+            if needs.input:
+                dx = dz_d @ w.weight_ih if dx is None else dx.addmm_(dz_d, w.weight_ih)
             if dh_0 is not None:
                 entering = problem.take(dz_d, d, True) @ w.weight_hh
                 if problem.reset is not None:

@@ -41,6 +41,7 @@ from bench.cases import CASES, Case  # noqa: E402
 from bench.gpu_cases import GPU_CASES, GPU_GROUPS, QUICK  # noqa: E402
 from bench.providers import OURS, PEER  # noqa: E402
 from bench.results import Row  # noqa: E402
+from lstmcore import backends  # noqa: E402
 
 QUICK_LIMIT_S = 240  # what the quick benchmark may take of a visit
 
@@ -359,6 +360,7 @@ def test_run_goes_on_after_a_failure(pretended_gpu, monkeypatch, tmp_path, capsy
 
 
 def test_run_reports_what_a_backend_refuses(pretended_gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(backends, "_why_not", lambda name, *_: f"no {name} here")
     assert run_pretended(monkeypatch, tmp_path / "rows.csv", TINY, backend="triton") == 0
     assert "not measured: tiny: backend 'triton' cannot run this call" in " ".join(capsys.readouterr().out.split())
 

@@ -1,0 +1,96 @@
+"""The host code down to the launch, with a pretended device: arguments are bound and kernels compiled, none is run.
+
+In a process of its own, because this one interprets kernels and cannot compile any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="the GPU kernels need Triton, which is not installed")
+
+PROGRAM = """
+import json, warnings
+warnings.simplefilter("ignore")
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+from lstmcore.kernels import triton_backend
+from lstmcore.kernels.contract import Rows, Weights
+
+
+class Pretended:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+driver.set_active(Pretended())
+launches = []
+run = JITFunction.run
+
+
+def only_compile(self, *args, grid, warmup, **kwargs):
+    kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+    variants = sum(len(caches[0]) for caches in self.device_caches.values())
+    module = self.fn.__module__.split("_")[-1]
+    launches.append((module, self.__name__, grid[0], kernel.metadata.launch_cooperative_grid, variants))
+    return kernel
+
+
+JITFunction.run = only_compile
+triton_backend._sms = lambda device: 132
+triton_backend._shared = lambda device: 232448
+for hidden, directions, dtype, batch in ((40, 1, torch.bfloat16, 5), (130, 2, torch.float16, 6)):
+    make = lambda *shape: torch.zeros(shape, dtype=dtype)
+    bias = make(4 * hidden)
+    weights = (Weights(make(4 * hidden, 3), make(4 * hidden, hidden), bias, bias),) * directions
+    for steps, batch in ((7, batch), (16, batch), (1, batch + 2), (9, 1)):
+        x, rows = make(steps, batch, 3), Rows(steps, batch)
+        f = triton_backend.forward(x, None, None, weights, rows, save=True)
+        given = {"input": x, "h_0": None, "c_0": None, "weights": weights, "rows": rows}
+        triton_backend.backward(
+            torch.zeros_like(f.output), None, None, None, **given, output=f.output, saved=f.saved
+        )
+print(json.dumps(launches))
+"""
+
+
+@pytest.fixture(scope="module")
+def launches() -> list[list]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_each_call_is_one_launch_a_pass(launches):
+    kernels = [(module, name) for module, name, *_ in launches]
+    passes = ["lstm_fwd_kernel", "lstm_bwd_kernel"] * 4
+    assert kernels == [("resident", name) for name in passes] + [("split", name) for name in passes]
+
+
+def test_programs_that_wait_for_each_other_are_launched_together(launches):
+    for module, _, programs, cooperative, _ in launches:
+        assert cooperative == (module == "split")
+        assert 1 <= programs <= 132
+
+
+def test_no_recompilation_when_steps_or_batch_change(launches):
+    """Also not where one of them is 1 or a multiple of 16, which Triton would make special by itself."""
+    for module, name, _, _, variants in launches:
+        assert variants == 1, (module, name)
