@@ -127,7 +127,7 @@ def compile_one(case: Configuration) -> Compiled:
     """Compiles one kernel and reads the machine code."""
     warnings.filterwarnings("ignore", category=UserWarning, module="triton")
     import triton
-    from lstmcore.kernels import triton_resident, triton_split
+    from lstmcore.kernels import triton_backend, triton_resident, triton_split
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -172,7 +172,7 @@ def compile_one(case: Configuration) -> Compiled:
         for index, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*")
     }
-    options = {"num_warps": design.warps, "enable_fp_fusion": True}
+    options = {"num_warps": design.warps, **triton_backend.HINTS}
     if design.kind == "split":
         options["launch_cooperative_grid"] = True
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)

@@ -27,7 +27,9 @@ MEASURED: tuple[tuple[int, int], ...] = ()
 # part of each operand; both parts are kept.
 WEIGHT = {"16": 2, "tf32": 4, "float32": 8}
 STATE = {"16": 2, "tf32": 4, "float32": 4}  # bytes of an entry of h or dz
-DEPTH = {"16": 32, "tf32": 8, "float32": 8}  # terms of a sum that a warp takes at least (of 16-bit words: both halves)
+# Terms of a chunk that a warp takes at least: sixteen an instruction (Triton 3.6 wants as many of float32 too), and of
+# 16-bit words both halves.
+DEPTH = {"16": 32, "tf32": 16, "float32": 16}
 
 WEIGHT_REGISTERS = 128  # of a thread's 255, at most, for weights
 TILE_REGISTERS = 32  # and for two chunks of h or dz on their way to shared memory
@@ -156,7 +158,7 @@ def plan(
         most = min(sms // (directions * slices), ceil_div(batch, 8))
         m = gates * units
         # a chunk on its way takes registers, and the next one as many
-        longest = TILE_REGISTERS * 4 * 32 * WARPS // (2 * tile * STATE[precision])
+        longest = TILE_REGISTERS * 4 * 32 * WARPS // (2 * tile * WEIGHT[precision])
         chunk, chunks = cover(terms, DEPTH[precision] * WARPS, longest)
         weights = ceil_div(m * chunk * chunks * WEIGHT[precision], 4 * 32 * WARPS)  # registers of a thread
         fits = weights <= WEIGHT_REGISTERS and weights + m * tile // 32 <= SUM_REGISTERS
@@ -164,7 +166,8 @@ def plan(
         staged = chunk * tile * STATE[precision] + WARPS * m * tile * 4
         fits = fits and m * chunk * chunks * STATE[precision] + staged <= shared
         if not fits:  # weights of two chunks in registers, the present and the next, besides the sums
-            if m * tile // 32 > SUM_REGISTERS - WEIGHT_REGISTERS:
+            sums = m * tile // 32 * (2 if precision == "float32" else 1)
+            if tile > 8 and sums > SUM_REGISTERS - WEIGHT_REGISTERS:
                 continue
             longest = min(longest, WEIGHT_REGISTERS * 4 * 32 * WARPS // (4 * m * WEIGHT[precision]))
             chunk = max(DEPTH[precision] * WARPS, min(longest, power_of_two(terms)))

@@ -37,6 +37,8 @@ BITS = {2: (tl.int16, torch.int16), 4: (tl.int32, torch.int32)}
 OLDEST = (8, 0)  # compute capability: tensor cores for bfloat16 and TF32, 8-column tiles
 # How often a program looks for another's data before it gives up; a look takes about a microsecond.
 PATIENCE = 4_000_000
+# For the compiler: left alone it aims at two programs an SM in some kernels, with half the registers, and spills.
+HINTS = {"enable_fp_fusion": True, "maxnreg": 255}
 JITTER = 0  # nanoseconds of random delay a step, for tests
 
 
@@ -330,13 +332,11 @@ class _Problem:
             "PRECISION": "tf32" if _tf32() else "tf32x3",
             "DTYPE": DTYPES[self.dtype],
             "num_warps": design.warps,
-            "enable_fp_fusion": True,
+            **(HINTS if not INTERPRETED.value else {}),
         } | flags
         kernel = module.lstm_bwd_kernel if backward else module.lstm_fwd_kernel
         sizes = (self.steps, self.batch, self.total)
         strides = (self.step, self.stride)
-        if INTERPRETED.value:
-            del constants["enable_fp_fusion"]
         grid = (design.programs,)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             if design.kind == "resident":
