@@ -30,7 +30,8 @@ What is computed, per direction (PyTorch's gate order i, f, g, o)::
 
 Rows.  ``rows`` says which sequences are alive at each step, and how they lie in memory: padded ``(T, B, ·)`` tensors of
 any strides with any lengths, or packed ``(N, ·)`` data.  A backend does no work for padding.  Padded positions of the
-outputs read zero.  Results of a row do not depend on the other rows of the batch, and not on the number of threads.
+outputs read zero.  Results of a row do not depend on what the other rows of the batch hold, and not on the number of
+threads; on the CPU not on how many there are either (on a GPU the tiles, and so the order of sums, do).
 
 Resets.  ``reset`` (bool, shaped like input without its last dimension) zeroes h and c of a row *before* step t
 computes: the state that enters that step is zero, and no gradient passes through it.  Direction 1 resets before it

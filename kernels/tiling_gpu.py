@@ -186,8 +186,8 @@ def plan(
                 best, chosen = (time, design.programs), design
     if chosen is None:
         raise ValueError(
-            f"hidden size {hidden} in {directions} directions needs {directions * ceil_div(hidden, 32)} SMs, "
-            f"the device has {sms}"
+            f"hidden size {hidden} in {directions} directions needs {directions * ceil_div(hidden, 32)} SMs at least; "
+            f"the device has {sms}, with {shared} bytes of shared memory for a program"
         )
     return chosen
 

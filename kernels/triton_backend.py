@@ -317,8 +317,14 @@ class _Problem:
         """Integers of the dtype's size, all -1: nothing written yet."""
         return torch.full(shape, -1, dtype=BITS[self.dtype.itemsize][1], device=self.device)
 
-    def launch(self, module: Any, backward: bool, design: Design, tensors: list[Tensor | None], **flags: bool) -> None:
-        """Runs the recurrence; ``tensors`` are the kernel's up to ``w_hh``, in its order, None where not wanted."""
+    def launch(
+        self, backward: bool, design: Design, tensors: list[Tensor | None], entered: bool = False, **flags: bool
+    ) -> None:
+        """Runs the recurrence; ``tensors`` are the kernel's up to ``w_hh``, in its order, None where not wanted.
+
+        ``entered`` (forward): what h_0 adds is in z already.
+        """
+        module = triton_resident if design.kind == "resident" else triton_split
         nothing = tensors[0]
         tensors = [nothing if tensor is None else tensor for tensor in (*tensors, self.reset, self.offsets)]
         constants = {
@@ -336,7 +342,7 @@ class _Problem:
         } | flags
         kernel = module.lstm_bwd_kernel if backward else module.lstm_fwd_kernel
         sizes = (self.steps, self.batch, self.total)
-        strides = (self.step, self.stride)
+        strides = (self.step, self.stride) if backward else (int(entered), self.step, self.stride)
         grid = (design.programs,)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             if design.kind == "resident":
@@ -359,10 +365,6 @@ class _Problem:
                     del constants["launch_cooperative_grid"]
             for i in range(self.steps):  # a launch a step waits for nobody
                 kernel[grid](*tensors, *sizes, i, i + 1, *shares, *strides, **constants)
-
-
-def _module(design: Design) -> Any:
-    return triton_resident if design.kind == "resident" else triton_split
 
 
 def forward(
@@ -410,8 +412,8 @@ def forward(
         m = bits.view(problem.dtype)[..., :H]
         padded = torch.nn.functional.pad(recurrent, (0, problem.row - H))
         tensors = [bits, bits.view(torch.int32), gates, kept, c, status, padded.view(torch.int32)]
-    problem.launch(_module(design), False, design, tensors, SAVE=keep_cells)
-    m = m.reshape(N, D * H)
+    problem.launch(False, design, tensors, entered=h_0 is not None, SAVE=keep_cells)
+    m = m.reshape(N, D * H).contiguous()
 
     y = m
     if problem.projected:
@@ -505,7 +507,7 @@ def backward(
         bits = problem.channel(D, N, 4 * H)
         dz = bits.view(problem.dtype)
         tensors = [bits, bits.view(torch.int32), dc, squares, status, *others]
-    problem.launch(_module(design), True, design, tensors, **flags)
+    problem.launch(True, design, tensors, **flags)
 
     y = problem.flat(output)
     x = problem.flat(input) if needs.weights else None

@@ -182,9 +182,9 @@ def product_of_words(w, words, keep, acc, PACK: tl.constexpr, DTYPE: tl.constexp
 
 
 @triton.jit
-def jitter(seed, i, NANOSECONDS: tl.constexpr):
-    """Sleeps for a while that looks random; for tests that look for races."""
-    hashed = (seed * 7919 + i * 104729 + 12345) & 0x7FFFFFFF
+def jitter(seed, i, patience, NANOSECONDS: tl.constexpr):
+    """Sleeps for a while that looks random, another with each ``patience``; for tests that look for races."""
+    hashed = (seed * 7919 + i * 104729 + patience * 31 + 12345) & 0x7FFFFFFF
     hashed = (hashed ^ (hashed >> 7)) * 48271 & 0x7FFFFFFF
     return tl.inline_asm_elementwise(
         "nanosleep.u32 $1; mov.u32 $0, $1;", "=r,r", [hashed % NANOSECONDS], dtype=tl.int32, is_pure=False, pack=1

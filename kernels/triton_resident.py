@@ -32,7 +32,7 @@ from .triton_cell import (
     tile_row,
 )
 
-SIZES = ["T", "B", "N", "step", "stride"]  # one kernel for all of their values
+SIZES = ["T", "B", "N", "entered", "step", "stride"]  # one kernel for all of their values
 
 
 @triton.jit
@@ -59,6 +59,7 @@ def lstm_fwd_kernel(
     T,
     B,
     N,
+    entered,  # 1: z of each row's first step has W_hh h_0 already
     step,
     stride,
     H: tl.constexpr,
@@ -97,6 +98,7 @@ def lstm_fwd_kernel(
     m_row = alive(t, row, offsets, B, True, RAGGED)
     o_t = position(t, row, offsets, step, stride, RAGGED)
     z_i, z_f, z_g, z_o = load_gates(gates, o_t, o_u, m_row[:, None] & (o_u < H), H)
+    m_before = row < 0  # the rows that have a step before this one
     i = 0
     while i < T:
         # asked for now, needed in the next step
@@ -114,6 +116,10 @@ def lstm_fwd_kernel(
         operand = tl.broadcast_to(tl.expand_dims(tl.trans(h_t), 0), (KW, U, BT))
         acc = product(w, operand, None, PRECISION)  # (KW, 4U / KW, BT)
         r_i, r_f, r_g, r_o = collect(tl.reshape(acc, (1, 4 * U, BT)), 1, 4, U, BT, 32 * KW)
+        # not zero times the weights, which may be infinite, where z has all of W_hh h_0
+        m_r = (m_before.to(tl.int32) >= entered)[:, None]
+        r_i, r_f = tl.where(m_r, r_i, 0.0), tl.where(m_r, r_f, 0.0)
+        r_g, r_o = tl.where(m_r, r_g, 0.0), tl.where(m_r, r_o, 0.0)
         i_t = sigmoid(z_i.to(tl.float32) + r_i)
         f_t = sigmoid(z_f.to(tl.float32) + r_f)
         g_t = tanh(z_g.to(tl.float32) + r_g)
@@ -132,6 +138,7 @@ def lstm_fwd_kernel(
         c_t = tl.where(m, c_new, c_t)
         h_t = tl.where(m, h_new, h_t)
         z_i, z_f, z_g, z_o = n_i, n_f, n_g, n_o
+        m_before = m_row
         t, m_row, o_t = t_next, m_next, o_next
         i += 1
     tl.store(p_c, c_t, mask=m_state)

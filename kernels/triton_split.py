@@ -67,6 +67,7 @@ SIZES = [
     "tiles",
     "rows",
     "patience",
+    "entered",
     "step",
     "stride",
 ]  # one kernel for all of their values
@@ -135,6 +136,7 @@ def lstm_fwd_kernel(
     tiles,
     rows,
     patience,
+    entered,  # 1: z of each row's first step has W_hh h_0 already
     step,
     stride,
     H: tl.constexpr,
@@ -183,7 +185,7 @@ def lstm_fwd_kernel(
         t = tl.where(d == 0, i, T - 1 - i).to(tl.int64)
         t_before = tl.where(i > 0, tl.where(d == 0, t - 1, t + 1), t)
         if JITTER > 0:
-            i += jitter(tl.program_id(0), i, JITTER) * 0
+            i += jitter(tl.program_id(0), i, patience, JITTER) * 0
         i_tile = 0
         while i_tile < tiles:
             row = (i_group * tiles + i_tile) * rows + i_row
@@ -237,6 +239,10 @@ def lstm_fwd_kernel(
                 patience = 0  # whoever is late now is lost: end soon, with NaN in what is missing
 
             r_i, r_f, r_g, r_o = collect(acc, KW, 4, U, BT, 32 * KW)
+            # not zero times the weights, which may be infinite, where z has all of W_hh h_0
+            m_r = (m_before.to(tl.int32) >= entered)[:, None]
+            r_i, r_f = tl.where(m_r, r_i, 0.0), tl.where(m_r, r_f, 0.0)
+            r_g, r_o = tl.where(m_r, r_g, 0.0), tl.where(m_r, r_o, 0.0)
             i_t = sigmoid(z_i.to(tl.float32) + r_i)
             f_t = sigmoid(z_f.to(tl.float32) + r_f)
             g_t = tanh(z_g.to(tl.float32) + r_g)
@@ -333,7 +339,7 @@ def lstm_bwd_kernel(
         t_after = tl.where(i > 0, tl.where(d == 0, t + 1, t - 1), t)  # whose gradients have just been computed
         t_before = tl.where(i < T - 1, tl.where(d == 0, t - 1, t + 1), t)  # whose state entered step t
         if JITTER > 0:
-            i += jitter(tl.program_id(0), i, JITTER) * 0
+            i += jitter(tl.program_id(0), i, patience, JITTER) * 0
         i_tile = 0
         while i_tile < tiles:
             row = (i_group * tiles + i_tile) * rows + i_row

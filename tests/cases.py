@@ -196,22 +196,25 @@ def lay_out(x: Tensor, strided: str) -> Tensor:
     return x.contiguous().clone()
 
 
-def build(case: Case, data: Data, dtype: torch.dtype, backend: str | None) -> nn.Module:
+def build(case: Case, data: Data, dtype: torch.dtype, backend: str | None, device: str = "cpu") -> nn.Module:
     """The module of a case with its weights; torch's own where ``backend`` is None."""
     make = nn.LSTM if backend is None else lambda **kwargs: lstmcore.LSTM(**kwargs, backend=backend)
-    module = make(**case.arguments(), dtype=dtype)
+    module = make(**case.arguments(), dtype=dtype, device=device)
     module.load_state_dict(data.state_dict)
     return module
 
 
-def run(case: Case, data: Data, dtype: torch.dtype, backend: str | None, *, grad: bool = True) -> dict[str, Tensor]:
+def run(
+    case: Case, data: Data, dtype: torch.dtype, backend: str | None, *, grad: bool = True, device: str = "cpu"
+) -> dict[str, Tensor]:
     """Every result of a case by name, as float64: outputs, and the gradients of input, states and parameters."""
-    module = build(case, data, dtype, backend)
-    x = lay_out(data.input.to(dtype), case.strided).requires_grad_(grad)
-    hx = tuple(s.to(dtype).requires_grad_(grad) for s in data.hx) if data.hx is not None else None
+    module = build(case, data, dtype, backend, device)
+    x = lay_out(data.input.to(device, dtype), case.strided).requires_grad_(grad)
+    hx = tuple(s.to(device, dtype).requires_grad_(grad) for s in data.hx) if data.hx is not None else None
     fed = x
     if data.batch_sizes is not None:
-        fed = PackedSequence(x, data.batch_sizes, data.sorted_indices, data.unsorted_indices)
+        indices = (i if i is None else i.to(device) for i in (data.sorted_indices, data.unsorted_indices))
+        fed = PackedSequence(x, data.batch_sizes, *indices)
     with torch.set_grad_enabled(grad):
         output, (h_n, c_n) = module(fed, hx)
     if isinstance(output, PackedSequence):
@@ -220,10 +223,10 @@ def run(case: Case, data: Data, dtype: torch.dtype, backend: str | None, *, grad
     results = {"output": output, "h_n": h_n, "c_n": c_n}
     assert all(r.dtype == dtype for r in results.values()), {k: r.dtype for k, r in results.items()}
     if grad:
-        seeds = [s.to(dtype) for s in data.seeds]
+        seeds = [s.to(device, dtype) for s in data.seeds]
         if case.strided:
             seeds[0] = lay_out(seeds[0], case.strided if case.strided != "expanded" else "sliced")
         wanted = {"input": x, **dict(zip(("h_0", "c_0"), hx or (), strict=False)), **dict(module.named_parameters())}
         grads = torch.autograd.grad((output, h_n, c_n), list(wanted.values()), seeds)
         results |= {f"grad of {name}": g for name, g in zip(wanted, grads, strict=True)}
-    return {name: value.detach().double() for name, value in results.items()}
+    return {name: value.detach().cpu().double() for name, value in results.items()}

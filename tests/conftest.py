@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import faulthandler
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from lstmcore.kernels import threads as kernel_threads
+
+from lstmcore import backends
+
+# Triton decides when it is imported whether kernels are compiled or interpreted, so this comes before any test.  Where
+# there is no CUDA device nothing else could run them; where there is one they are compiled, and tests/test_gpu.py runs.
+INTERPRETED = not torch.cuda.is_available()
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True)
@@ -53,6 +63,64 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def triton_kernels():
+    """The module of the Triton backend, its kernels interpreted on the CPU."""
+    if not INTERPRETED:
+        pytest.skip("Triton compiles its kernels here, for the CUDA device: tests/test_gpu.py runs them")
+    try:
+        return backends.load("triton")
+    except ImportError as error:
+        pytest.skip(f"Triton cannot be used here: {error}")
+
+
+@pytest.fixture
+def fresh_choices():
+    """No choice of a backend is remembered from before, nor will be after: for tests that change what machine it is."""
+
+    def forget() -> None:
+        for cached in (backends.load, backends.choose, backends.plan):
+            cached.cache_clear()
+
+    forget()
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def compiled_triton(monkeypatch, fresh_choices):
+    """The Triton backend as users have it, where it says that it is not interpreted (so that it refuses the CPU)."""
+    try:
+        kernels = backends.load("triton")
+    except ImportError as error:
+        pytest.skip(f"Triton cannot be used here: {error}")
+    monkeypatch.setattr(kernels, "INTERPRETED", SimpleNamespace(value=False))
+    return kernels
+
+
+def fill_with_nan(x):
+    """Fills fresh memory with NaN, and with the bytes of NaN where it is not of a floating type."""
+    if isinstance(x, np.ndarray):
+        x.view(np.uint8).fill(0xFF) if x.ndim and x.dtype != object else None
+    elif x.is_floating_point():
+        x.fill_(torch.nan)
+    elif x.dtype == torch.uint8:
+        x.fill_(0xFF)
+    return x
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Every way to allocate without initialising gives NaN."""
+    places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (np, "empty"), (np, "empty_like")]
+    places += [(torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided")]
+    for owner, name in places:
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, _f=original, **kwargs: fill_with_nan(_f(*args, **kwargs)))
+    for fresh in (torch.empty(3), torch.ones(1).new_empty(2)):
+        assert fresh.isnan().all(), "the poison does not work"
 
 
 @pytest.fixture

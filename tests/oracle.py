@@ -26,10 +26,10 @@ def judge(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, 
     return oracle, {name: error(peer[name], value) for name, value in oracle.items()}
 
 
-def assert_parity(case: Case, dtype: torch.dtype, backend: str) -> None:
+def assert_parity(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     """Outputs and every gradient of ``case`` are within the bounds of ``tolerances`` of the oracle's."""
     expected, peer_errors = judge(case, dtype)
-    got = run(case, draw(case, dtype), dtype, backend)
+    got = run(case, draw(case, dtype), dtype, backend, device=device)
     assert got.keys() == expected.keys()
     wrong = []
     for name, value in expected.items():

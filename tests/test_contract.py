@@ -10,7 +10,6 @@ import importlib
 import weakref
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import pytest
 import torch
 from lstmcore.kernels.contract import Forward, Gradients, Layer, Needs, Rows, Weights, state_dtype
@@ -257,7 +256,7 @@ def assert_bitwise(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.fixture
 def kernels():
-    """The module of the Numba backend; others take their place here when they come."""
+    """The module of the Numba backend; the Triton backend has a choice of these tests in test_triton.py."""
     return importlib.import_module("lstmcore.kernels.numba_backend")
 
 
@@ -387,29 +386,6 @@ def test_nan_in_padding_stays_there(kernels, setup):
     """No work for padding: whatever is in the padded positions of what is given, nothing of it is read."""
     p, poisoned = pose(setup), pose(setup, padding=torch.nan)
     assert_bitwise(solve(kernels, poisoned), solve(kernels, p))
-
-
-def fill_with_nan(x):
-    """Fills fresh memory with NaN, and with the bytes of NaN where it is not of a floating type."""
-    if isinstance(x, np.ndarray):
-        x.view(np.uint8).fill(0xFF) if x.ndim and x.dtype != object else None
-    elif x.is_floating_point():
-        x.fill_(torch.nan)
-    elif x.dtype == torch.uint8:
-        x.fill_(0xFF)
-    return x
-
-
-@pytest.fixture
-def poisoned_memory(monkeypatch):
-    """Every way to allocate without initialising gives NaN."""
-    places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (np, "empty"), (np, "empty_like")]
-    places += [(torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided")]
-    for owner, name in places:
-        original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, _f=original, **kwargs: fill_with_nan(_f(*args, **kwargs)))
-    for fresh in (torch.empty(3), torch.ones(1).new_empty(2)):
-        assert fresh.isnan().all(), "the poison does not work"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -46,6 +46,14 @@ FLOORS = {
     torch.float16: Tolerance(1.0, "as bfloat16"),
 }
 
+TF32 = Tolerance(
+    2.0,
+    "in units of float16's eps, which has TF32's ten bits.  Tensor cores drop the other bits of both operands: each "
+    "product comes out smaller by up to an eps, half of that on average and always to the same side.  Worked out in "
+    "float64 with operands cut like that, gradients of 100 steps are off by up to 1.2 eps.  Torch's own error may be "
+    "far smaller: some of cuDNN's algorithms do not use TF32 where they may",
+)
+
 # Contract tests run in float64 on both sides: a hundred eps of the largest entry is far below any mistake in a formula
 # or an index, and above the reordering of sums of at most a few hundred terms.
 ORDER_OF_SUMS = 1e-13
@@ -67,7 +75,8 @@ def error(got: Tensor, expected: Tensor) -> float:
     return (got - expected).abs().max().nan_to_num(nan=float("inf")).item()
 
 
-def bound(dtype: torch.dtype, oracle: Tensor, peer_error: float) -> float:
+def bound(dtype: torch.dtype, oracle: Tensor, peer_error: float, tf32: bool = False) -> float:
     """The largest error a result may have, where torch's own has ``peer_error``."""
     largest = max(TERM, oracle.abs().max().item()) if oracle.numel() else TERM
-    return FACTOR * peer_error + FLOORS[dtype].floor_eps * torch.finfo(dtype).eps * largest
+    floor, eps = (TF32, torch.finfo(torch.float16).eps) if tf32 else (FLOORS[dtype], torch.finfo(dtype).eps)
+    return FACTOR * peer_error + floor.floor_eps * eps * largest

@@ -1,0 +1,59 @@
+"""Designs made by hand for the Triton backend: ways to share work that the tiling would not choose at small sizes.
+
+U units, BT rows of a tile, K terms of a chunk, KW warps.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+from lstmcore.kernels import tiling_gpu
+from lstmcore.kernels.tiling_gpu import Design
+
+ceil_div = tiling_gpu.ceil_div
+PLAN = tiling_gpu.plan  # as it is before a test changes it
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a test wants the work of a split design shared; the tiling's choice where 0."""
+
+    units: int = 0
+    tile: int = 8
+    groups: int = 1
+    tiles: int = 0
+    warps: int = 0
+    chunk: int = 0
+    stream: bool = False
+
+    def plan(self, hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, **kw) -> Design:
+        """Takes the place of ``tiling_gpu.plan``."""
+        chosen = PLAN(hidden, batch, directions, precision, sms, backward, **kw, kind="split")
+        units = self.units or chosen.units
+        if backward:
+            units = max(units, 16)  # what the tiling takes at least
+        groups = min(self.groups, batch)
+        per_group = ceil_div(batch, groups)
+        tiles = max(self.tiles, ceil_div(per_group, self.tile))
+        terms = 4 * hidden if backward else hidden
+        chunk = self.chunk or chosen.chunk
+        return replace(
+            chosen,
+            units=units,
+            tile=self.tile,
+            rows=ceil_div(per_group, tiles),
+            groups=groups,
+            tiles=tiles,
+            slices=ceil_div(hidden, units),
+            warps=self.warps or chosen.warps,
+            chunk=chunk,
+            chunks=ceil_div(terms, chunk),
+            stream=self.stream,
+        )
+
+
+def use(monkeypatch, kind: str | None = None, share: Share | None = None) -> None:
+    """Makes the backend take the tiling's design of this ``kind``, or the split design that is shared like this."""
+    plan = share.plan if share is not None else functools.partial(PLAN, kind=kind)
+    monkeypatch.setattr(tiling_gpu, "plan", plan)

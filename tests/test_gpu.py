@@ -1,0 +1,303 @@
+"""The Triton backend on a CUDA device: against float64 and cuDNN, for races, and in what only a GPU has.
+
+The interpreted tests (test_triton*.py) check what the kernels compute; here it is the compiled code, at the sizes that
+the designs are for.  What matters most comes first, and each test is short: a visit to a GPU may be, too.
+
+T time, B batch, I input, H hidden, D directions.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import lstmcore
+from lstmcore import backends
+
+from . import gpu_problems
+from . import test_contract as contract
+from .cases import BY_NAME
+from .gpu_designs import use
+from .gpu_problems import DEVICE, DTYPES, JITTERS, Layers, OnDevice, draw, ours, precision, run
+from .oracle import assert_parity
+from .test_bad_input import assert_same_mistake, raised_by
+from .test_contract import assert_bitwise
+from .tolerances import bound, error
+
+pytestmark = pytest.mark.gpu
+
+WORKERS = 12
+COMPILE_S = 70.0  # for the kernels of this file on WORKERS cores; what is not ready then is compiled by its test
+RACES_S = 40.0  # for all repetitions
+REPETITIONS = 1000  # of a training pass, over all designs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled():
+    """Kernels on disk before the first test; without that, each test compiles its own, one after the other."""
+    workers = min(WORKERS, max(1, (os.cpu_count() or 1) - 1))
+    if workers > 1:
+        root = pathlib.Path(__file__).parents[1]
+        commands = [[sys.executable, "-m", "tests.gpu_problems", str(i), str(workers)] for i in range(workers)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        processes = [subprocess.Popen(command, cwd=root, **quiet) for command in commands]
+        end = time.monotonic() + COMPILE_S
+        try:
+            for process in processes:
+                process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(autouse=True)
+def _nobody_gave_up():
+    """No test leaves behind that a wait ran out, for another to stumble on."""
+    yield
+    torch.cuda.synchronize()
+    backends.load("triton")._Status.check(torch.device("cuda", torch.cuda.current_device()))
+
+
+def assert_within(p: Layers, got, expected, peer) -> None:
+    """No further from float64 than twice cuDNN's own error, and a floor."""
+    assert got.keys() == expected.keys()
+    wrong = []
+    for name, value in expected.items():
+        theirs = error(peer[name], value)
+        allowed = bound(DTYPES[p.dtype], value, theirs, tf32=p.dtype == "tf32")
+        off = error(got[name], value)
+        if not off <= allowed:
+            wrong.append(f"{name} {tuple(value.shape)}: error {off:.3g}, allowed {allowed:.3g}, torch's {theirs:.3g}")
+    assert not wrong, "\n".join([f"{p}:", *wrong])
+
+
+@pytest.mark.parametrize("p", gpu_problems.PROBLEMS, ids=str)
+def test_against_float64_and_cudnn(p):
+    """Outputs and every gradient.  What torch's module does not have, the step loop of the reference computes."""
+    data = draw(p)
+    backend = "reference" if p.extended else None
+    expected = run(p, data, backend, torch.float64, "cpu")
+    peer = run(p, data, backend, DTYPES[p.dtype], DEVICE)
+    assert_within(p, ours(p, data), expected, peer)
+
+
+@pytest.mark.parametrize(("kind", "setup"), gpu_problems.CONTRACT, ids=str)
+def test_contract_against_oracle(kind, setup, monkeypatch):
+    """Every mask against the row-by-row oracle, cells and norms included, by both designs."""
+    use(monkeypatch, kind)
+    with precision("fp32"):
+        contract.test_against_oracle(OnDevice(), setup, torch.float32)
+
+
+def test_races():
+    """The same bits whatever the programs' timing: they sleep in every step, each for a time of its own.
+
+    What is freed between two repetitions is full of NaN, so that a value read before it is written shows.
+    """
+    designs = [(p, jitter) for p in gpu_problems.RACES for jitter in JITTERS]
+    end = time.monotonic() + RACES_S
+    done = 0
+    for index, (p, jitter) in enumerate(designs):
+        data = draw(p)
+        expected = gpu_problems.race(p, data, jitter)
+        assert_within(p, expected, gpu_problems.race(p, data, 0), expected)
+        repeat = Repeat(p, data)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backends.load("triton"), "JITTER", jitter)
+            first = [t.clone() for t in repeat()]
+            for name, value in zip(expected, first, strict=True):
+                assert torch.equal(value.cpu().double(), expected[name]), name
+            wanted = -(-REPETITIONS * (index + 1) // len(designs))
+            while done < wanted:
+                patch.setattr(backends.load("triton"), "PATIENCE", 4_000_000 + done)  # seeds the delays
+                results = repeat()
+                same = torch.stack([(a == b).all() for a, b in zip(results, first, strict=True)])
+                assert same.all(), (
+                    f"{p}, repetition {done}: {[n for n, s in zip(expected, same, strict=True) if not s]}"
+                )
+                for t in results:
+                    t.fill_(torch.nan)
+                done += 1
+                assert time.monotonic() < end, f"{done} of {REPETITIONS} repetitions in {RACES_S} s"
+
+
+class Repeat:
+    """A training pass of ``p`` on the GPU, again and again."""
+
+    def __init__(self, p: Layers, data) -> None:
+        dtype = DTYPES[p.dtype]
+        self.module = lstmcore.LSTM(**p.arguments(), dtype=dtype, device=DEVICE, backend="triton")
+        self.module.load_state_dict(data.state_dict)
+        self.x = data.input.to(DEVICE, dtype).requires_grad_()
+        self.hx = tuple(s.to(DEVICE, dtype).requires_grad_() for s in data.hx)
+        self.seeds = [s.to(DEVICE, dtype) for s in data.seeds]
+
+    def __call__(self) -> list[torch.Tensor]:
+        output, states = self.module(self.x, self.hx)
+        wanted = [self.x, *self.hx, *self.module.parameters()]
+        grads = torch.autograd.grad((output, *states), wanted, self.seeds)
+        return [output.detach(), *(s.detach() for s in states), *grads]
+
+
+@pytest.mark.parametrize("p", gpu_problems.INFERENCE, ids=str)
+def test_inference_gives_the_bits_of_training(p):
+    data = draw(p)
+    trained, inferred = ours(p, data), ours(p, data, grad=False)
+    for name, value in inferred.items():
+        assert torch.equal(value, trained[name]), name
+
+
+@pytest.mark.parametrize("H", [128, 512], ids=["resident", "split"])
+def test_cuda_graph(H):
+    """A captured training step gives the bits of an eager one, on new data too."""
+    p = Layers(H, 16, 40, "bf16")
+    repeat = Repeat(p, draw(p))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            repeat()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = repeat()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            repeat.x.copy_(torch.randn_like(repeat.x))
+        for t in captured:
+            t.fill_(torch.nan)
+        graph.replay()
+        got = [t.clone() for t in captured]
+        for index, (one, other) in enumerate(zip(got, repeat(), strict=True)):
+            assert torch.equal(one, other), index
+
+
+def test_two_streams_at_once():
+    """Two layers whose programs do not fit the device together, each on a stream of its own."""
+    repeats = [Repeat(p, draw(p)) for p in (Layers(1024, 16, 400, "bf16"), Layers(256, 17, 400, "bf16"))]
+    expected = [[t.clone() for t in repeat()] for repeat in repeats]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in repeats]
+    for _ in range(10):
+        results = []
+        for stream, repeat in zip(streams, repeats, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(repeat())
+        torch.cuda.synchronize()
+        for got, wanted in zip(results, expected, strict=True):
+            for index, (one, other) in enumerate(zip(got, wanted, strict=True)):
+                assert torch.equal(one, other), index
+
+
+@pytest.mark.parametrize(("kind", "setup"), gpu_problems.POISONED, ids=str)
+def test_garbage_in_fresh_memory(kind, setup, request, monkeypatch):
+    """Nothing that was allocated is read before it is written."""
+    use(monkeypatch, kind)
+    with precision("fp32"):
+        contract.test_garbage_in_fresh_memory(OnDevice(), setup, torch.float32, request)
+
+
+@pytest.mark.parametrize("name", gpu_problems.CASES)
+def test_layouts_and_stacks(name):
+    """Cases of the suite's grid: transposed, sliced and expanded tensors, several layers, what has no batch."""
+    with precision("fp32"):
+        assert_parity(BY_NAME[name], torch.float32, "triton", DEVICE)
+
+
+@pytest.mark.parametrize(("H", "design"), [(128, "resident"), (512, "split"), (2048, "streamed")])
+def test_explain_names_the_design(H, design):
+    module = lstmcore.LSTM(64, H, device=DEVICE, dtype=torch.bfloat16, backend="triton")
+    x = torch.zeros(10, 16, 64, device=DEVICE, dtype=torch.bfloat16)
+    assert design in str(lstmcore.explain(module, x))
+
+
+@pytest.mark.parametrize("H", [128, 512], ids=["resident", "split"])
+def test_autocast(H):
+    """Float32 parameters under autocast: outputs in bfloat16, gradients in float32, as cuDNN's."""
+    torch.manual_seed(0)
+    theirs = nn.LSTM(64, H, device=DEVICE)
+    module = lstmcore.LSTM(64, H, device=DEVICE, backend="triton")
+    module.load_state_dict(theirs.state_dict())
+    x = torch.randn(40, 16, 64, device=DEVICE)
+    results = []
+    for m in (module, theirs):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            output, states = m(x)
+        output.float().square().mean().backward()
+        results.append((output, *states, *(q.grad for q in m.parameters())))
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == expected.dtype
+        assert error(got.double(), expected.double()) <= 8 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+
+
+def test_memory_of_a_training_step():
+    """No more than cuDNN's, beyond inputs and parameters."""
+    p = Layers(512, 64, 256, "bf16", I=512)
+    peaks = []
+    for make, options in ((lstmcore.LSTM, {"backend": "triton"}), (nn.LSTM, {})):
+        module = make(**p.arguments(), device=DEVICE, dtype=torch.bfloat16, **options)
+        x = torch.randn(p.T, p.B, p.I, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2):  # the first one fills what is kept for good: handles, workspaces
+            module.zero_grad(set_to_none=True)
+            x.grad = None
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            module(x)[0].sum().backward()
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() - before
+        peaks.append(peak / 2**20)
+    assert peaks[0] <= peaks[1], f"{peaks[0]:.1f} MiB, cuDNN {peaks[1]:.1f} MiB"
+
+
+X = torch.zeros(5, 2, 3)
+STATES = (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+ELSEWHERE = {
+    "input": lambda: (X,),
+    "states": lambda: (X.cuda(), STATES),
+    "c_0": lambda: (X.cuda(), (STATES[0].cuda(), STATES[1])),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_tensors_on_different_devices(name):
+    arguments = ELSEWHERE[name]()
+    theirs = raised_by(nn.LSTM(3, 4, device=DEVICE), *arguments)
+    error = raised_by(lstmcore.LSTM(3, 4, device=DEVICE, backend="triton"), *arguments)
+    assert_same_mistake(error, theirs, ("cuda", "cpu"))
+
+
+def test_another_device():
+    """Kernels run where the tensors are, whatever the current device is."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs a second CUDA device")
+    for H in (128, 256):
+        module = lstmcore.LSTM(8, H, backend="triton", device="cuda:1")
+        x = torch.randn(9, 4, 8, device="cuda:1")
+        output, _ = module(x)
+        with torch.cuda.device(1):
+            same, _ = module(x)
+        assert torch.equal(output, same)
+        output.sum().backward()
+        assert module.weight_hh_l0.grad.device == x.device
+        assert torch.cuda.current_device() == 0
+
+
+def test_the_same_bits_again():
+    """Two modules of the same parameters: the bits of one are those of the other."""
+    p = Layers(512, 16, 60, "bf16")
+    data = draw(p)
+    one, two = ours(p, data), ours(p, data)
+    assert_bitwise(one, two)

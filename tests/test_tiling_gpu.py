@@ -1,0 +1,165 @@
+"""The GPU half of the tiling: pure functions, checked for what the kernels rely on, at sizes that nobody runs here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from lstmcore.kernels import tiling_gpu
+from lstmcore.kernels.tiling import ceil_div
+from lstmcore.kernels.tiling_gpu import DEPTH, SHARED, STATE, WEIGHT, Design, cover, plan, power_of_two, predict
+
+REGISTERS = 64 * 1024  # of an SM, 32 bits each
+THREADS = 32
+SIZES = {
+    "hidden": st.one_of(st.integers(1, 300), st.integers(1, 4096)),
+    "batch": st.one_of(st.integers(1, 40), st.integers(1, 2000)),
+    "directions": st.sampled_from([1, 2]),
+    "precision": st.sampled_from(list(WEIGHT)),
+    "sms": st.sampled_from([16, 46, 64, 108, 132, 148, 160]),
+    "backward": st.booleans(),
+}
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def constants(design: Design) -> tuple:
+    """What a kernel is compiled for; everything else about a design is told to it at run time."""
+    return design.kind, design.units, design.tile, design.warps, design.chunk, design.chunks, design.stream
+
+
+@settings(max_examples=400)
+@given(**SIZES, kind=st.sampled_from([None, "split"]))
+@example(hidden=1024, batch=16, directions=1, precision="16", sms=132, backward=True, kind=None)
+@example(hidden=2112, batch=1, directions=2, precision="float32", sms=132, backward=True, kind=None)
+@example(hidden=1, batch=1, directions=1, precision="16", sms=16, backward=False, kind="split")
+def test_a_design_can_be_carried_out(hidden, batch, directions, precision, sms, backward, kind):
+    """It covers all units, rows and terms, holds what it says in registers, and fits the device at once."""
+    if directions * ceil_div(hidden, 32) > sms and (
+        kind or tiling_gpu.resident_design(hidden, batch, directions, precision, sms) is None
+    ):
+        with pytest.raises(ValueError, match=rf"{hidden}.*{sms}"):
+            plan(hidden, batch, directions, precision, sms, backward, kind=kind)
+        return
+    d = plan(hidden, batch, directions, precision, sms, backward, kind=kind)
+    assert d.directions == directions
+    assert all(map(is_power_of_two, (d.units, d.tile, d.warps)))
+    assert d.tile >= 8, "an instruction has eight columns"
+    assert d.rows <= d.tile
+    assert d.slices * d.units >= hidden > (d.slices - 1) * d.units
+    assert d.groups * d.tiles * d.rows >= batch
+    assert (d.groups - 1) * d.tiles * d.rows < batch, "a group without rows"
+    assert d.programs == directions * d.groups * d.slices
+    assert d.step_time > 0
+    assert str(d.programs) in str(d)
+    assert d.kind in str(d)
+    registers = 32 * THREADS * d.warps  # a thread has 128 for weights; the budget below is in those of all threads
+    if d.kind == "resident":
+        assert d.slices == d.tiles == 1
+        assert 4 * d.units**2 * WEIGHT[precision] // 4 <= 4 * registers
+        return
+    terms = 4 * hidden if backward else hidden
+    m = d.units if backward else 4 * d.units
+    assert d.programs <= sms, "programs that wait for each other have to be there at once"
+    assert is_power_of_two(d.chunk)
+    assert d.chunk * d.chunks >= terms > d.chunk * (d.chunks - 1)
+    assert d.chunk >= DEPTH[precision] * d.warps
+    held = 2 * d.chunk if d.stream else d.chunk * d.chunks
+    least = d.stream and d.chunk == DEPTH[precision] * d.warps  # a chunk cannot be shorter: it may spill, and runs
+    assert m * held * WEIGHT[precision] // 4 <= 4 * registers or least
+    assert registers * 8 <= REGISTERS * 4
+    if d.stream:
+        assert "streamed" in str(d)
+    else:
+        assert m * d.chunk * d.chunks * STATE[precision] <= SHARED
+
+
+@given(**SIZES)
+def test_resident_wherever_it_fits(hidden, batch, directions, precision, sms, backward):
+    """And then for every batch: a resident program waits for nobody, so there may be more of them than SMs."""
+    limit = {"16": 128, "tf32": 64, "float32": 64}[precision]
+    resident = tiling_gpu.resident_design(hidden, batch, directions, precision, sms)
+    assert (resident is not None) == (hidden <= limit)
+    if resident is not None:
+        assert plan(hidden, batch, directions, precision, sms, backward) == resident
+
+
+def test_a_kind_can_be_forced():
+    assert plan(64, 16, 1, "16", 132, False, kind="split").kind == "split"
+    assert plan(64, 16, 1, "16", 132, False, kind="resident").kind == "resident"
+    with pytest.raises(ValueError, match="512"):
+        plan(512, 16, 1, "16", 132, False, kind="resident")
+
+
+@pytest.mark.parametrize(("hidden", "directions"), [(4225, 1), (2113, 2), (100_000, 1)])
+def test_what_does_not_fit_says_so(hidden, directions):
+    with pytest.raises(ValueError, match=rf"{hidden}.* {directions * ceil_div(hidden, 32)} SMs.*132"):
+        plan(hidden, 1, directions, "16", 132, False)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("precision", WEIGHT)
+@pytest.mark.parametrize("hidden", [129, 512, 768, 1024, 2048])
+def test_few_kernels_for_all_batches(hidden, precision, backward):
+    """A kernel is compiled for its tiles, so a changing batch may ask for a handful of them, and steps for none."""
+    kernels = {constants(plan(hidden, batch, 1, precision, 132, backward)) for batch in range(1, 513)}
+    assert len(kernels) <= 6
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("precision", WEIGHT)
+def test_batches_of_a_tile_share_a_kernel(precision, backward):
+    """Up to eight rows are a single tile: the last batch of an epoch compiles nothing."""
+    for hidden in (33, 129, 256, 1000, 2048):
+        designs = [plan(hidden, batch, 1, precision, 132, backward) for batch in range(1, 9)]
+        assert len({constants(d) for d in designs}) == 1
+        assert {(d.groups, d.tiles) for d in designs} == {(1, 1)}
+
+
+@given(**SIZES, more=st.integers(1, 100))
+def test_more_sms_are_not_slower(hidden, batch, directions, precision, sms, backward, more):
+    try:
+        before = predict(hidden, batch, directions, precision, sms, backward)
+    except ValueError:
+        return
+    assert predict(hidden, batch, directions, precision, sms + more, backward) <= before
+
+
+def test_predictions_grow_with_the_work():
+    for backward in (False, True):
+        by_hidden = [predict(h, 16, 1, "16", 132, backward) for h in (128, 256, 512, 1024, 2048)]
+        assert by_hidden == sorted(by_hidden)
+        by_batch = [predict(1024, b, 1, "16", 132, backward) for b in (1, 16, 64, 256, 1024)]
+        assert by_batch == sorted(by_batch)
+        assert by_batch[0] < by_batch[-1]
+        for precision, coarser in (("tf32", "16"), ("float32", "tf32")):
+            for hidden in (256, 1024):
+                slow, fast = (predict(hidden, 16, 1, p, 132, backward) for p in (precision, coarser))
+                assert slow >= fast
+
+
+@given(terms=st.integers(1, 20_000), least=st.sampled_from([16, 64, 256]), factor=st.sampled_from([1, 2, 8, 64]))
+def test_chunks_cover_with_little_waste(terms, least, factor):
+    size, count = cover(terms, least, least * factor)
+    assert is_power_of_two(size)
+    assert least <= size <= least * factor
+    assert size * (count - 1) < terms <= size * count
+    # No shorter chunk would have saved a fifth: at most two of the tenths that are not worth another chunk.
+    shorter = least
+    while shorter < size:
+        assert shorter * ceil_div(terms, shorter) >= 0.8 * size * count
+        shorter *= 2
+
+
+def test_precision_of_a_dtype():
+    for dtype in (torch.float16, torch.bfloat16):
+        assert {tiling_gpu.precision_of(dtype, tf32) for tf32 in (False, True)} == {"16"}
+    assert tiling_gpu.precision_of(torch.float32, True) == "tf32"
+    assert tiling_gpu.precision_of(torch.float32, False) == "float32"
+
+
+def test_power_of_two():
+    assert [power_of_two(n) for n in (1, 2, 3, 4, 5, 129)] == [1, 2, 4, 4, 8, 256]
