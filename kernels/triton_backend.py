@@ -108,7 +108,8 @@ def _shared(device: torch.device) -> int:
     """Bytes of shared memory that a program may use."""
     if INTERPRETED.value:
         return tiling_gpu.SHARED
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs leave this one out
+    return properties.shared_memory_per_block_optin
 
 
 def _tf32() -> bool:
