@@ -26,6 +26,7 @@ from pathlib import Path
 from lstmcore.kernels import tiling_gpu
 from lstmcore.kernels.tiling_gpu import Design
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 # Compute capability: shared memory that a program may use, in bytes; and the SMs of a device of the kind.
@@ -183,7 +184,7 @@ def compile_one(case: Configuration) -> Compiled:
 
         def dump(option: str) -> str:
             command = [knobs.nvidia.cuobjdump.path, option, file.name]
-            return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage, code = dump("-res-usage"), dump("-sass")
 
@@ -299,7 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, and no table")
     options = parser.parse_args(arguments)
     cases = list(configurations(options.target or sorted(SHARED), options.quick))
-    results = list(compile_all(cases, options.workers))
+    compiled = compile_all(cases, options.workers)
+    results = list(
+        track(compiled, "compiling", len(cases), console=Console(stderr=True), disable=not sys.stderr.isatty())
+    )
     if options.json:
         print(json.dumps([asdict(result) for result in results]))
     else:
