@@ -166,10 +166,13 @@ def plan(
         staged = chunk * tile * STATE[precision] + WARPS * m * tile * 4
         fits = fits and m * chunk * chunks * STATE[precision] + staged <= shared
         if not fits:  # weights of two chunks in registers, the present and the next, besides the sums
+            if m > 64 and directions * ceil_div(hidden, 16) <= sms:
+                continue  # these spill: only where the device has too few SMs for narrower slices
             sums = m * tile // 32 * (2 if precision == "float32" else 1)
             if tile > 8 and sums > SUM_REGISTERS - WEIGHT_REGISTERS:
                 continue
-            longest = min(longest, WEIGHT_REGISTERS * 4 * 32 * WARPS // (4 * m * WEIGHT[precision]))
+            share = 4 if precision == "16" else 8
+            longest = min(longest, WEIGHT_REGISTERS * 4 * 32 * WARPS // (share * m * WEIGHT[precision]))
             chunk = max(DEPTH[precision] * WARPS, min(longest, power_of_two(terms)))
             chunks = ceil_div(terms, chunk)
         for groups in range(1, most + 1):
