@@ -13,7 +13,7 @@ four functions; the types they exchange are in :mod:`lstmcore.kernels.contract`.
     for zeros.  With ``save=False`` (inference)
     nothing is kept for a backward; with ``save=True`` the result carries whatever ``backward`` will want.
 ``backward(grad_output, grad_h_n, grad_c_n, grad_cells, *, input, h_0, c_0, weights, rows, reset, output, saved, needs,
-norms) -> Gradients``
+norms, gate_rows) -> Gradients``
     The gradients of everything that ``needs`` asks for, from the gradients of what forward returned (None: of a result
     that nobody used), forward's own arguments, its ``output`` and what it ``saved``.
 ``prewarm(layer: Layer, *, training) -> None``
@@ -40,7 +40,9 @@ computes step t too, that is, between step t + 1 and step t.
 Cells.  ``cells=True`` also returns every c_t, in the state dtype; ``grad_cells`` is its gradient.
 
 Norms.  ``norms=True`` makes backward also return, per direction, step and row, the Euclidean norms of the gradients
-that arrive at h_t and at c_t (shape ``(2, D, T, B)``; first h, then c).  Free when off.
+that arrive at h_t and at c_t (shape ``(2, D, T, B)``; first h, then c): as exact as the gradients themselves, however
+small these are.  ``gate_rows=R`` makes it return ``GateStatistics`` over R rows, evenly spread over the batch.  Both
+are free when off.
 
 Dtypes.  float32, float64, bfloat16, float16; all tensors of a call share one.  The cell state and every accumulation
 are float32 for the 16-bit types; ``state_dtype`` in ``contract`` says so.

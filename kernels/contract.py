@@ -124,6 +124,15 @@ class Forward(NamedTuple):
     saved: tuple[Tensor, ...]  # for backward; empty without save
 
 
+class GateStatistics(NamedTuple):
+    """The activations of the gates i, f, o over a sample of rows and all units."""
+
+    sums: Tensor  # (3, D, T) float64
+    counts: Tensor  # (3, D, T, 10) int32: how many in [0, 0.1), [0.1, 0.2), ... [0.9, 1]
+    log_forget: Tensor  # (D, H) float64: sum of ln f of each unit
+    rows: Tensor  # (T,) int64: sampled rows alive at each step
+
+
 class Gradients(NamedTuple):
     """What backward returns: None for what was not asked for."""
 
@@ -132,3 +141,4 @@ class Gradients(NamedTuple):
     c_0: Tensor | None  # (D, B, H)
     weights: tuple[WeightGradients, ...]  # one a direction
     norms: Tensor | None  # (2, D, T, B), state dtype
+    gates: GateStatistics | None = None

@@ -160,6 +160,15 @@ class FlatRows:
             return state
         return state.masked_fill(self.take(self.reset[:, None], direction, True) != 0, 0)
 
+    def places(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(T, R): where ``rows`` (R,) lie at every step, and whether they are alive there (None: all are)."""
+        steps = torch.arange(self.steps, device=self.device)[:, None]
+        if self.offsets is None:
+            return steps * self.step + rows * self.stride, None
+        at = self.offsets[:-1, None] + rows
+        alive = at < self.offsets[1:, None]
+        return at.clamp(max=self.total - 1), alive
+
     def by_step(self, values: Tensor, result: Tensor) -> None:
         """Writes (N,) values to (T, B), rows in the kernels' order."""
         if self.ragged:

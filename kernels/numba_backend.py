@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from . import buffers, threads, tiling
-from .contract import Forward, Gradients, Layer, Needs, Rows, WeightGradients, Weights, state_dtype
-from .numba_lstm import JOINED_ROWS, BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
+from .contract import Forward, GateStatistics, Gradients, Layer, Needs, Rows, WeightGradients, Weights, state_dtype
+from .gate_statistics import sampled_rows
+from .numba_gates import statistics, statistics_kernel
+from .numba_lstm import JOINED_ROWS, NORM_PANELS, BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
 from .numba_pack import column_panels_size, gate_order, packers, share
 from .tiling import ceil_div
 
@@ -53,6 +55,7 @@ def _variant(dtype: torch.dtype) -> SimpleNamespace:
     return SimpleNamespace(
         compute=compute, size=compute.itemsize, block=block, pack=packers(scalar, block), staged=scalar != storage,
         forward=functools.partial(forward_kernel, *key), backward=functools.partial(backward_kernel, *key),
+        statistics=functools.partial(statistics_kernel, *key[:3]),
     )  # fmt: skip
 
 
@@ -402,6 +405,7 @@ def backward(
     reset: Tensor | None = None,
     needs: Needs = Needs(),  # noqa: B008 (immutable)
     norms: bool = False,
+    gate_rows: int = 0,
 ) -> Gradients:
     """See the contract."""
     x = input if input.stride(-1) == 1 else input.contiguous()
@@ -418,7 +422,8 @@ def backward(
     grad_input = [rows.new(x, inputs) for _ in range(count * needs.input)]
     grad_h = x.new_empty((count, batch, width)) if needs.h_0 else None
     grad_c = x.new_empty((count, batch, hidden)) if needs.c_0 else None
-    squares = [torch.zeros((2, steps, batch, problem.panels), dtype=compute) for _ in range(count * norms)]
+    norm_blocks = ceil_div(max(problem.padded_hidden, problem.padded_width), NORM_PANELS * block.lanes)
+    squares = [np.zeros((2, steps, batch, norm_blocks)) for _ in range(count * norms)]
     grad_cells_in = [] if grad_cells is None else _cells_in(problem, grad_cells)
 
     with threads.reserve(problem.threads) as available:
@@ -494,7 +499,7 @@ def backward(
                 dy = grad_output.data_ptr() + direction * width * grad_output.itemsize
             whole = shared | {
                 "dx": grad_input[direction].data_ptr() if needs.input else 0,
-                "norms": squares[direction].data_ptr() if norms else 0,
+                "norms": squares[direction].ctypes.data if norms else 0,
                 "dy": dy,
                 "dcells": grad_cells_in[direction].data_ptr() if grad_cells_in else 0,
                 "gates": gates[direction].data_ptr(), "cells": kept[direction].data_ptr(),
@@ -535,12 +540,30 @@ def backward(
             problem.store_state(grad_c[direction], _joined(dc_state))
     if needs.input and count == 2:
         grad_input[0] += grad_input[1]
-    magnitude = None
-    if norms:
-        magnitude = torch.stack([s.sum(-1).sqrt_() for s in squares], 1)
-        if rows.order is not None:
-            magnitude = torch.empty_like(magnitude).index_copy_(-1, rows.order, magnitude)
-    return Gradients(grad_input[0] if needs.input else None, grad_h, grad_c, tuple(gradients), magnitude)
+    return Gradients(
+        grad_input[0] if needs.input else None,
+        grad_h,
+        grad_c,
+        tuple(gradients),
+        _magnitudes(problem, squares) if norms else None,
+        _gate_statistics(problem, gates, gate_rows) if gate_rows else None,
+    )
+
+
+def _magnitudes(problem: _Problem, squares: list[np.ndarray]) -> Tensor:
+    """(2, D, T, B) norms from the partial sums of squares (2, T, B, ·) of each direction."""
+    norms = np.stack([np.sqrt(each.sum(-1)) for each in squares], 1)
+    if problem.order is not None:
+        norms = norms[..., np.argsort(problem.order)]
+    return torch.from_numpy(norms).to(problem.variant.compute)
+
+
+def _gate_statistics(problem: _Problem, gates: tuple[Tensor, ...], wanted: int) -> GateStatistics:
+    starting = problem.batch if problem.batch_sizes is None else int(problem.batch_sizes[0])
+    return statistics(
+        problem.variant.statistics(), gates, np.array(sampled_rows(starting, wanted)), problem.batch_sizes,
+        problem.row_starts, problem.steps, problem.batch, problem.hidden, problem.block.lanes,
+    )  # fmt: skip
 
 
 def _weight_gradients(problem: _Problem, parameters: Weights, parts: list, values: int) -> WeightGradients:

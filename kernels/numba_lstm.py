@@ -60,12 +60,13 @@ import numba
 from . import cell
 from .jit import inline, kernel
 from .numba_gemm import make_block
-from .numba_simd import SIZE, fetch, load_byte, load_int, simd, store_int
+from .numba_simd import SIZE, fetch, load_byte, load_int, simd, store_double, store_int
 from .numba_sync import arrive_and_wait
 from .tiling import Block
 
 NEAR_DEPTH = 512  # k of a strip of a matrix product
 JOINED_ROWS = 192  # rows that share a strip of W_ih while it is near
+NORM_PANELS = 4  # panels of a partial sum of a norm: those of a column panel, which no two members share
 
 
 class ForwardArgs(NamedTuple):
@@ -135,7 +136,7 @@ class BackwardArgs(NamedTuple):
     dw_h: int
     dw_r: int  # (column panels of P, H, panel); 0 without projection
     db: int  # (U, 4, lanes)
-    norms: int  # (2, T, B, U) sums of squares, zeros; 0: not wanted
+    norms: int  # (2, T, B, blocks of NORM_PANELS panels) float64 sums of squares, zero where not alive; 0: not wanted
     # state and scratch
     dh: int  # (B, P'): in: dL/dh_n, out: dL/dh_0
     dc: int  # (B, H'): in: dL/dc_n, out: dL/dc_0
@@ -547,8 +548,8 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
     ops, stored, vector_bytes = device.ops, device.stored, device.vector_bytes
     lanes, panel, size, most = block.lanes, block.panel, ops.size, block.rows
     gate_bytes = 4 * vector_bytes
-    load, store, store_one = ops.load, ops.store, ops.store_one
-    tanh, total, load_four = ops.tanh, ops.total, ops.load_four
+    load, store, square_sum = ops.load, ops.store, ops.square_sum
+    tanh, load_four = ops.tanh, ops.load_four
     store_vectors, zero_four = ops.store_vectors, ops.zero_four
     load_storage, clear, narrow_row = device.load_storage, device.clear, device.narrow_row
     copy_strips, matrix_product, first_lanes = device.copy_strips, device.matrix_product, ops.first_lanes
@@ -597,6 +598,8 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
         turn = 0
         h_first = 4 * column_begin
         h_count = min(4 * column_end, h_vectors) - h_first
+        norm_row = 8 * -(-max(panels, h_vectors) // NORM_PANELS)
+        norms_c = norms + steps * batch * norm_row
 
         part = part_end - part_begin
         chunks = -(-steps // chunk)
@@ -625,15 +628,18 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                 if projected:
                     # dh_t is whole only with the user's part; it is wanted panel by panel for dW_hr.
                     for r in range(row_begin, end):
+                        squares_h = 0.0
                         for v in range(h_first, h_first + h_count):
                             at = dh + r * h_row + v * vector_bytes
                             value = load(at)
                             if dy != 0:
                                 source = dy_here + load_int(dy_rows + 8 * r) + v * lanes * stored
                                 value = value + load_storage(source, width - v * lanes)
-                            if norms != 0 and v < panels:
-                                norm = norms + (((t * batch) + r) * panels + v) * size
-                                store_one(norm, total(value * value))
+                            if norms != 0:
+                                squares_h += square_sum(value)
+                                if (v + 1) % NORM_PANELS == 0 or v + 1 == h_first + h_count:
+                                    store_double(norms + (t * batch + r) * norm_row + v // NORM_PANELS * 8, squares_h)
+                                    squares_h = 0.0
                             store(at, value)
                             if dw_r != 0:
                                 store(
@@ -653,6 +659,7 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                     if reset != 0 and load_byte(flags + load_int(reset_rows + 8 * r)) != 0:
                         c_prev_row = zero
                     dy_row = dy_here + load_int(dy_rows + 8 * r) if dy != 0 else 0
+                    squares_h, squares_c = 0.0, 0.0
                     for p in range(panel_begin, panel_end):
                         unit, at_vector = p * lanes, p * vector_bytes
                         at = gates + (n_here + r) * gates_row + unit * 4 * stored
@@ -696,10 +703,14 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                         store(at + 2 * vector_bytes, dz_g)
                         store(at + 3 * vector_bytes, dz_o)
                         if norms != 0:
-                            norm = norms + (((t * batch) + r) * panels + p) * size
-                            if not projected:
-                                store_one(norm, total(grad_h * grad_h))
-                            store_one(norm + steps * batch * panels * size, total(grad_c * grad_c))
+                            squares_h += square_sum(grad_h)
+                            squares_c += square_sum(grad_c)
+                            if (p + 1) % NORM_PANELS == 0 or p + 1 == panel_end:
+                                norm = (t * batch + r) * norm_row + p // NORM_PANELS * 8
+                                if not projected:
+                                    store_double(norms + norm, squares_h)
+                                store_double(norms_c + norm, squares_c)
+                                squares_h, squares_c = 0.0, 0.0
 
                 if lockstep != 0:
                     turn += 1

@@ -180,6 +180,31 @@ def store_int(typingctx, address, value):
     return types.void(types.int64, types.int64), codegen
 
 
+@intrinsic
+def store_double(typingctx, address, value):
+    """Writes one float64 to ``address``."""
+
+    def codegen(context, builder, sig, args):
+        builder.store(args[1], builder.inttoptr(args[0], PTR), align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float64), codegen
+
+
+def widen_to_double(builder, value):
+    """float64 lanes from float32 or float64 ones."""
+    if value.type.element == ir.DoubleType():
+        return value
+    return builder.fpext(value, ir.VectorType(ir.DoubleType(), value.type.count))
+
+
+def sum_lanes(builder, value):
+    """The sum of all lanes, in a fixed order: halves, halves of these, ..."""
+    while value.type.count > 1:
+        value = builder.fadd(*split(builder, value, 2))
+    return builder.extract_element(value, I32(0))
+
+
 def widen(builder, bits, storage, lanes):
     """float32 lanes from 16-bit storage (as integers)."""
     if storage == "bfloat16":
@@ -239,7 +264,8 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
     ``load(address)``, ``store(address, v)``: all lanes.  ``make_load(storage)``, ``make_store(storage)``: loads and
     stores of the first ``count`` lanes from and to memory of dtype ``storage``; other lanes load as zero and are not
     written.
-    ``zeros()``, ``total(v)`` (sum over lanes in a fixed order), ``tanh(v)``, ``sigmoid(v)``.
+    ``zeros()``, ``square_sum(v)`` (over lanes, in float64 whatever the scalar: the squares of a vanishing gradient
+    would underflow in float32), ``tanh(v)``, ``sigmoid(v)``.
     """
     vector = Vector(scalar, lanes)
     llvm = vector.llvm
@@ -262,14 +288,6 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
             return context.get_dummy_value()
 
         return types.void(types.int64, vector), codegen
-
-    @intrinsic
-    def store_one(typingctx, address, value):
-        def codegen(context, builder, sig, args):
-            builder.store(args[1], builder.inttoptr(args[0], PTR), align=size)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, real), codegen
 
     @intrinsic
     def zeros(typingctx):
@@ -381,12 +399,12 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
         return types.void(types.int64, types.int64), codegen
 
     @intrinsic
-    def total(typingctx, value):
+    def square_sum(typingctx, value):
         def codegen(context, builder, sig, args):
-            name = f"llvm.vector.reduce.fadd.v{lanes}f{size * 8}"
-            return llvm_call(builder, name, llvm.element, [ir.Constant(llvm.element, 0.0), args[0]])
+            wide = widen_to_double(builder, args[0])
+            return sum_lanes(builder, builder.fmul(wide, wide))
 
-        return real(vector), codegen
+        return types.float64(vector), codegen
 
     @intrinsic
     def first_lanes(typingctx, value, count):
@@ -600,9 +618,10 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
         gates = None  # type: ignore[assignment]
 
     return SimpleNamespace(
-        vector=vector, scalar=scalar, lanes=lanes, size=size, load=load, store=store, store_one=store_one, zeros=zeros,
+        vector=vector, scalar=scalar, lanes=lanes, size=size, load=load, store=store, zeros=zeros,
         make_zeros=make_zeros, add_vectors=add_vectors, zero_four=zero_four, load_four=load_four,
         store_vectors=store_vectors,
-        total=total, first_lanes=first_lanes, make_load=make_load, make_store=make_store, tanh=tanh, sigmoid=sigmoid,
-        gates=gates, series=series, reciprocal=reciprocal, transpose_tile=transpose_tile, copy_one=copy_one,
+        square_sum=square_sum, first_lanes=first_lanes, make_load=make_load, make_store=make_store, tanh=tanh,
+        sigmoid=sigmoid, gates=gates, series=series, reciprocal=reciprocal, transpose_tile=transpose_tile,
+        copy_one=copy_one,
     )  # fmt: skip

@@ -28,8 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiling_gpu, triton_resident, triton_split
-from .contract import Forward, Gradients, Layer, Needs, Rows, WeightGradients, Weights
+from .contract import Forward, GateStatistics, Gradients, Layer, Needs, Rows, WeightGradients, Weights
 from .flat_rows import FlatRows
+from .gate_statistics import sampled_rows, statistics
 from .tiling_gpu import Design
 from .triton_cell import INTERPRETED
 
@@ -326,6 +327,7 @@ def backward(
     reset: Tensor | None = None,
     needs: Needs = Needs(),  # noqa: B008 (immutable)
     norms: bool = False,
+    gate_rows: int = 0,
 ) -> Gradients:
     """See the contract."""
     status = _Status.check(input.device)
@@ -355,7 +357,7 @@ def backward(
     squares = None
     if norms:
         shape = (2, D, call.design.slices, flat.steps, batch)
-        squares = torch.zeros(shape, dtype=torch.float32, device=input.device)
+        squares = torch.zeros(shape, dtype=torch.float64, device=input.device)  # squares of tiny values underflow
     others = [dm, dm_n, dcells, gates, cells, c_first, recurrent]
     if call.design.kind == "resident":
         dz = new(D, N, 4 * H)
@@ -413,6 +415,7 @@ def backward(
         flat.unsorted(dc).to(dtype) if needs.c_0 else None,
         tuple(gradients),
         None if squares is None else _magnitudes(flat, squares, arrived),
+        _gate_statistics(flat, gates, H, gate_rows) if gate_rows else None,
     )
 
 
@@ -420,5 +423,13 @@ def _magnitudes(flat: FlatRows, squares: Tensor, arrived: list[Tensor]) -> Tenso
     """(2, D, T, B) norms from (2, D, slices, T, B) sums of squares; with a projection, those of h from ``arrived``."""
     result = squares.sum(2).sqrt_()
     for d, dh in enumerate(arrived):
-        flat.by_step(torch.linalg.vector_norm(dh, dim=1, dtype=torch.float32), result[0, d])
+        flat.by_step(torch.linalg.vector_norm(dh, dim=1, dtype=torch.float64), result[0, d])
+    result = result.float()
     return result if flat.order is None else torch.empty_like(result).index_copy_(-1, flat.order, result)
+
+
+def _gate_statistics(flat: FlatRows, gates: Tensor, hidden: int, wanted: int) -> GateStatistics:
+    rows = torch.tensor(sampled_rows(flat.starting, wanted), device=flat.device)
+    index, alive = flat.places(rows)
+    sample = gates[:, index].float().unflatten(-1, (4, hidden))  # (D, T, R, 4, H)
+    return statistics(sample[..., [0, 1, 3], :].movedim(-2, 0), alive)

@@ -108,6 +108,13 @@ def gates_to(i, f, g, o, U: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit
+def square_sum(x, mask):
+    """Of each row of ``x``, in float64: the squares of a vanishing gradient would underflow in float32."""
+    wide = tl.where(mask, x, 0.0).to(tl.float64)
+    return tl.sum(wide * wide, 1)
+
+
+@triton.jit
 def position(t, row, offsets, step, stride, RAGGED: tl.constexpr):
     """Where (t, row) lies, in rows, 64 bits."""
     if RAGGED:

@@ -28,6 +28,7 @@ from .triton_cell import (
     position,
     product,
     sigmoid,
+    square_sum,
     tanh,
     tile_row,
 )
@@ -148,7 +149,7 @@ def lstm_fwd_kernel(
 def lstm_bwd_kernel(
     dz,  # (D, N, 4H): the gradient before the activations
     dc,  # (D, B, H), float32: the gradient of c_n on entry, that of c_0 on return
-    norms,  # (2, D, 1, T, B), float32: sums of squares over the units, where NORMS is set
+    norms,  # (2, D, 1, T, B), float64: sums of squares over the units, where NORMS is set
     dy,  # (N, D * H): the gradient of the output, where HAS_DY is set
     dh_n,  # (D, B, H), where HAS_DH_N is set
     dcells,  # (N, D * H), float32: the gradient of every c_t, where HAS_DCELLS is set
@@ -241,8 +242,8 @@ def lstm_bwd_kernel(
         dc_in = cell_grad(dc_in, dh, o_gate.to(tl.float32), tanh_c)
         if NORMS:
             p_norm = norms + (d * T + t) * B + row
-            tl.store(p_norm, tl.sum(tl.where(m, dh * dh, 0.0), 1), mask=m_row)
-            tl.store(p_norm + D * T.to(tl.int64) * B, tl.sum(tl.where(m, dc_in * dc_in, 0.0), 1), mask=m_row)
+            tl.store(p_norm, square_sum(dh, m), mask=m_row)
+            tl.store(p_norm + D * T.to(tl.int64) * B, square_sum(dc_in, m), mask=m_row)
         dz_i, dz_f, dz_g, dz_o = gate_grads(
             dc_in,
             dh,

@@ -52,6 +52,7 @@ from .triton_cell import (
     product_of_words,
     receive,
     sigmoid,
+    square_sum,
     tanh,
     tile_row,
     to_bits,
@@ -267,7 +268,7 @@ def lstm_bwd_kernel(
     dz,  # (D, N, 4H), as integers of its size: the gradient before the activations; the channel; filled with -1
     dz_words,  # the same memory, as int32
     dc,  # (D, B, H), float32: the gradient of c_n on entry, that of c_0 on return
-    norms,  # (2, D, slices, T, B), float32: sums of squares over the units of a slice, where NORMS is set
+    norms,  # (2, D, slices, T, B), float64: sums of squares over the units of a slice, where NORMS is set
     status,  # (1,) int32: set to 1 when a wait gave up
     dy,  # (N, D * H): the gradient of the output, where HAS_DY is set
     dh_n,  # (D, B, H), where HAS_DH_N is set
@@ -415,8 +416,8 @@ def lstm_bwd_kernel(
             dc_t = cell_grad(dc_t, dh, o_gate, tanh_c)
             if NORMS:
                 p_norm = norms + ((d * slices + i_slice) * T + t) * B + row
-                tl.store(p_norm, tl.sum(tl.where(m, dh * dh, 0.0), 1), mask=m_row)
-                tl.store(p_norm + D * slices * T.to(tl.int64) * B, tl.sum(tl.where(m, dc_t * dc_t, 0.0), 1), mask=m_row)
+                tl.store(p_norm, square_sum(dh, m), mask=m_row)
+                tl.store(p_norm + D * slices * T.to(tl.int64) * B, square_sum(dc_t, m), mask=m_row)
             dz_i, dz_f, dz_g, dz_o = gate_grads(dc_t, dh, i_t, f_t, g_t, o_gate, c_before, tanh_c)
             p_dz = dz + o_t[:, None] * (4 * H) + o_u
             tl.store(p_dz, to_bits(dz_i, DTYPE, BITS), mask=m)

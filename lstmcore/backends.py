@@ -96,7 +96,7 @@ def _why_not(name: str, layers: tuple[Layer, ...], extended: bool, opaque: bool)
     layer = layers[0]
     if name == "torch":
         if extended:
-            return "ATen's LSTM has no lengths, reset or return_cells; use backend='auto'"
+            return "ATen's LSTM has no lengths, reset or return_cells, and nothing to record; use backend='auto'"
         return None
     if name != "reference" and opaque:
         return "torch.func transforms and tensor subclasses do not enter kernels; use backend='torch' or 'reference'"
@@ -127,9 +127,9 @@ def choose(name: str, layers: tuple[Layer, ...], extended: bool = False, opaque:
     """The backend for a stack of layers.
 
     ``layers``: the first layer, and the others' common shape where there are more.  ``extended``: the call uses what
-    ATen's LSTM does not have (lengths, reset, cells).  ``opaque``: its tensors have no memory that a kernel could read
-    (torch.func transforms, tensor subclasses).  A named backend that cannot run them raises RuntimeError with
-    the reason; ``"auto"`` always finds one.
+    ATen's LSTM does not have (lengths, reset, cells, a recording).  ``opaque``: its tensors have no memory that a
+    kernel could read (torch.func transforms, tensor subclasses).  A named backend that cannot run them raises
+    RuntimeError with the reason; ``"auto"`` always finds one.
     """
     check_name(name)
     if name != "auto":
@@ -206,7 +206,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended
     Args:
         module: an :class:`lstmcore.LSTM`, or a ``torch.nn.LSTM`` (taken as ``backend="auto"``).
         input: what it would be called with: ``(T, B, I)``, ``(B, T, I)`` when batch_first, ``(T, I)``, or packed.
-        extended: the call would pass ``lengths``, ``reset`` or ``return_cells``.
+        extended: the call would pass ``lengths``, ``reset`` or ``return_cells``, or be recorded.
 
     Raises:
         RuntimeError: the module names a backend that cannot run the call.

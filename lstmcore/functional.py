@@ -16,7 +16,7 @@ from torch import _VF, Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import autograd, backends
+from lstmcore import autograd, backends, recording
 from lstmcore.kernels.contract import Rows, Weights
 
 _dense_rows = functools.lru_cache(maxsize=1024)(Rows)  # finding a frozen dataclass is quicker than building one
@@ -37,6 +37,7 @@ def lstm(
     reset: Tensor | None = None,  # (T, B), (B, T) when batch_first, (T,) unbatched; or packed (N,)
     return_cells: bool = False,
     backend: str = "auto",
+    module: torch.nn.Module | None = None,
 ) -> tuple[Any, ...]:
     """A multi-layer LSTM over sequences: what ``torch.lstm`` computes, and more.
 
@@ -57,6 +58,7 @@ def lstm(
         reset: bool; where True, h and c of that row are zeroed before that step, in every layer and direction.
         return_cells: also return every c_t of the last layer.
         backend: ``"auto"``, ``"triton"``, ``"numba"``, ``"torch"`` or ``"reference"``; see :mod:`lstmcore.backends`.
+        module: whose call this is, for :func:`lstmcore.record_gradient_flow`; None cannot be recorded.
 
     Returns:
         ``output, h_n, c_n``, and with ``return_cells`` also ``cells``.  output: like ``input``, with D * P features
@@ -99,7 +101,7 @@ def lstm(
             with torch.autocast(device.type, enabled=False):
                 return lstm(
                     *casted, has_biases, num_layers, dropout, train, bidirectional, batch_first,
-                    lengths=lengths, reset=reset, return_cells=return_cells, backend=backend,
+                    lengths=lengths, reset=reset, return_cells=return_cells, backend=backend, module=module,
                 )  # fmt: skip
     elif dtype != params[0].dtype:
         raise (RuntimeError if packed else ValueError)(
@@ -139,12 +141,15 @@ def lstm(
     if reset is not None:
         reset = _step_major(reset, rows, batched, device)
 
+    opaque = type(data) not in (Tensor, Parameter) or torch._C._are_functorch_transforms_active()
+    if opaque:
+        module = None  # transforms do not enter what could be recorded
     name = backends.plan(
         backend, device, dtype, rows.steps, rows.batch, input_size, hidden_size, proj_size, num_layers, directions,
         has_biases, rows.batch_sizes is not None,
         training=torch.is_grad_enabled() and any(t.requires_grad for t in (*params, data, h_0, c_0) if t is not None),
-        extended=lengths is not None or reset is not None or return_cells,
-        opaque=type(data) not in (Tensor, Parameter) or torch._C._are_functorch_transforms_active(),
+        extended=lengths is not None or reset is not None or return_cells or recording.watched(module),
+        opaque=opaque,
     ).name  # fmt: skip
     cells: Tensor | None = None
     if name == "torch":
@@ -156,7 +161,8 @@ def lstm(
         output, h_n, c_n = _VF.lstm(*layout, (h_0, c_0), params, *options, *tail)  # type: ignore[call-overload]
     elif num_layers == 1:
         weights = _directions(params, has_biases, projected)
-        output, h_n, c_n, cells = autograd.layer(name, data, h_0, c_0, weights, rows, reset, return_cells)
+        source = recording.source(module, 0, unsorted_indices)
+        output, h_n, c_n, cells = autograd.layer(name, data, h_0, c_0, weights, rows, reset, return_cells, source)
     else:
         output = data
         inner = replace(rows, batch_first=False)  # time-major between layers, as torch: dropout masks depend on it
@@ -168,8 +174,9 @@ def lstm(
             start = index * directions * fields
             weights = _directions(params[start : start + directions * fields], has_biases, projected)
             output, h, c, cells = autograd.layer(
-                name, output, h_0s[index], c_0s[index], weights, rows if last else inner, reset, return_cells and last
-            )
+                name, output, h_0s[index], c_0s[index], weights, rows if last else inner, reset, return_cells and last,
+                recording.source(module, index, unsorted_indices),
+            )  # fmt: skip
             if dropout and train and not last:
                 output = torch.dropout(output, dropout, True)
             h_ns.append(h)

@@ -105,6 +105,7 @@ class LSTM(nn.RNNBase):
             reset=reset,
             return_cells=return_cells,
             backend=self.backend,
+            module=self,
         )
         return output, (h_n, c_n), *cells
 

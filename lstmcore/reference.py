@@ -9,19 +9,85 @@ T time, B batch, N alive rows over all steps, n alive rows of one step, I input,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from lstmcore.kernels import cell
-from lstmcore.kernels.contract import Forward, Layer, Rows, Weights, state_dtype
+from lstmcore.kernels.contract import (
+    Forward,
+    GateStatistics,
+    Gradients,
+    Layer,
+    Needs,
+    Rows,
+    WeightGradients,
+    Weights,
+    state_dtype,
+)
+from lstmcore.kernels.gate_statistics import sampled_rows, statistics
 
 
 def supports(layer: Layer) -> str | None:
     """None: it runs every layer, on every device."""
     return None
+
+
+class Trace:
+    """What a recording wants of a pass: the norms of the gradients at every state, the gates of some rows.
+
+    The norms are written when the pass is differentiated.
+    """
+
+    def __init__(self, rows: Rows, weights: Sequence[Weights], like: Tensor, gate_rows: int) -> None:
+        self._rows = rows
+        self._hooks: list[Any] = []
+        starting = rows.batch if rows.batch_sizes is None else int(rows.batch_sizes[0])
+        self._sample = torch.tensor(sampled_rows(starting, gate_rows), dtype=torch.int64)
+        state = state_dtype(like.dtype)
+        directions, hidden = len(weights), weights[0].weight_hh.shape[0] // 4
+        self._norms = like.new_zeros((2, directions, rows.steps, rows.batch), dtype=torch.float64)
+        self._gates = like.new_zeros((3, directions, rows.steps, len(self._sample), hidden), dtype=state)
+
+    def step(self, d: int, t: int, gates: tuple[Tensor, ...], h: Tensor, c: Tensor) -> None:
+        """One step of one direction; gates and c (n, H), h (n, P)."""
+        sample = self._sample[self._sample < len(h)]
+        for k, gate in enumerate(gates):
+            self._gates[k, d, t, : len(sample)] = gate.detach()[sample]
+        for which, state in enumerate((h, c)):
+            if state.requires_grad:
+                arrived = functools.partial(self._arrived, self._norms[which, d, t, : len(h)])
+                self._hooks.append(state.register_hook(arrived))
+
+    def end(self) -> None:
+        """No later pass over the same graph is taken down."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @staticmethod
+    def _arrived(norms: Tensor, grad: Tensor) -> None:
+        norms.copy_(torch.linalg.vector_norm(grad.detach(), dim=-1, dtype=torch.float64))
+
+    @property
+    def norms(self) -> Tensor:
+        """(2, D, T, B), rows as the caller's, in the state dtype."""
+        norms = self._norms.to(self._gates.dtype)
+        order = self._rows.order
+        return norms if order is None else norms.index_select(-1, torch.argsort(order).to(norms.device))
+
+    @property
+    def gates(self) -> GateStatistics | None:
+        """Of the sampled rows; None where none were wanted."""
+        if not len(self._sample):
+            return None
+        sizes, alive = self._rows.batch_sizes, None
+        if sizes is not None:
+            alive = (self._sample < sizes[:, None]).to(self._gates.device)
+        return statistics(self._gates, alive)
 
 
 def forward(
@@ -34,10 +100,12 @@ def forward(
     reset: Tensor | None = None,  # (T, B) or (N,), bool
     save: bool = False,
     cells: bool = False,
+    trace: Trace | None = None,
 ) -> Forward:
     """One layer, differentiable in every floating-point argument; ``save`` is accepted and means nothing here.
 
     16-bit types compute in float32 and round where the kernels do: h_t, because the next step and the caller read it.
+    ``trace`` takes down what happens on the way.
     """
     gates, width = weights[0].weight_hh.shape  # (4H, P)
     if h_0 is None:
@@ -49,7 +117,7 @@ def forward(
     inputs = _split(input, rows)
     resets = [None] * rows.steps if reset is None else _split(reset[..., None], rows)
     outputs = [
-        _direction(inputs, h, c, direction, resets, reverse=d == 1)
+        _direction(inputs, h, c, direction, resets, trace, d)
         for d, (h, c, direction) in enumerate(zip(h_0, c_0, weights, strict=True))
     ]
     h_n = torch.stack([h for _, _, h, _ in outputs])
@@ -62,13 +130,79 @@ def forward(
     return Forward(output, h_n, c_n.to(input.dtype), all_cells, ())
 
 
+def backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
+    *,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Weights],
+    output: Tensor,
+    saved: tuple[Tensor, ...],
+    rows: Rows,
+    reset: Tensor | None = None,
+    needs: Needs = Needs(),  # noqa: B008 (immutable)
+    norms: bool = False,
+    gate_rows: int = 0,
+) -> Gradients:
+    """See the contract: by computing forward anew and differentiating it; ``output`` and ``saved`` are not looked at.
+
+    Under grad mode the gradients have a graph of their own, and so can be differentiated in turn.
+    """
+    again = torch.is_grad_enabled()
+    grads = (grad_output, grad_h_n, grad_c_n, grad_cells)
+    fields = [getattr(each, name) for each in weights for name in Weights._fields]
+    wanted = [needs.input, needs.h_0, needs.c_0, *[needs.weights] * len(fields)]
+    # Every tensor enters through an alias of its own, which stops the walk back at this layer: without it the gradient
+    # with respect to ``input`` would take in the paths that lead from ``input`` to ``h_0`` outside of the layer.
+    aliases: list[Any] = [
+        tensor if tensor is None else tensor.view_as(tensor) if again and tensor.requires_grad else _leaf(tensor)
+        for tensor in (input, h_0, c_0, *fields)
+    ]
+    width = len(Weights._fields)
+    x, h, c = aliases[:3]
+    own = [Weights(*aliases[at : at + width]) for at in range(3, len(aliases), width)]
+    trace = Trace(rows, weights, input, gate_rows) if norms or gate_rows else None
+    with torch.enable_grad():
+        outputs = forward(x, h, c, own, rows, reset=reset, cells=grad_cells is not None, trace=trace)[:4]
+    used = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out is not None and grad is not None]
+    leaves = {k: alias for k, alias in enumerate(aliases) if alias is not None and (wanted[k] or k == 0)}
+    found = torch.autograd.grad(
+        [out for out, _ in used],
+        list(leaves.values()),
+        [grad for _, grad in used],
+        create_graph=again,
+        materialize_grads=True,
+    )
+    if trace is not None:
+        trace.end()
+    by_place = dict(zip(leaves, found, strict=True))
+    result = [by_place.get(k) if want else None for k, want in enumerate(wanted)]
+    return Gradients(
+        result[0],
+        result[1],
+        result[2],
+        tuple(WeightGradients(*result[at : at + width]) for at in range(3, len(result), width)),
+        trace.norms if trace is not None and norms else None,
+        trace.gates if trace is not None else None,
+    )
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
 def _direction(
     inputs: Sequence[Tensor],  # T of (n, I)
     h: Tensor,  # (B, P)
     c: Tensor,  # (B, H)
     weights: Weights,
     resets: Sequence[Tensor | None],  # T of (n, 1)
-    reverse: bool,
+    trace: Trace | None,
+    d: int,  # the direction
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """The loop: every h_t (n, P) and c_t (n, H) in the order of time, then the last state of every row."""
     dtype, state = h.dtype, state_dtype(h.dtype)
@@ -77,7 +211,7 @@ def _direction(
     assert w_hh is not None
     c = c.to(state)
     hs, cs = list(inputs), list(inputs)  # every entry is overwritten
-    for t in range(len(inputs) - 1, -1, -1) if reverse else range(len(inputs)):
+    for t in range(len(inputs) - 1, -1, -1) if d == 1 else range(len(inputs)):
         n = inputs[t].shape[0]  # rows are sorted: the first n are alive, the others keep their state
         h_prev, c_prev = h[:n], c[:n]
         restart = resets[t]
@@ -85,9 +219,12 @@ def _direction(
             h_prev, c_prev = h_prev.masked_fill(restart, 0), c_prev.masked_fill(restart, 0)
         z = linear(inputs[t].to(state), w_ih, b_ih) + linear(h_prev.to(state), w_hh, b_hh)  # (n, 4H)
         z_i, z_f, z_g, z_o = z.chunk(4, dim=-1)
-        c_t = cell.cell_state(z_i.sigmoid(), z_f.sigmoid(), z_g.tanh(), c_prev)
-        h_t = cell.hidden_state(z_o.sigmoid(), c_t.tanh())
+        i, f, g, o = z_i.sigmoid(), z_f.sigmoid(), z_g.tanh(), z_o.sigmoid()
+        c_t = cell.cell_state(i, f, g, c_prev)
+        h_t = cell.hidden_state(o, c_t.tanh())
         h_t = (h_t if w_hr is None else linear(h_t, w_hr)).to(dtype)
+        if trace is not None:
+            trace.step(d, t, (i, f, o), h_t, c_t)
         hs[t], cs[t] = h_t, c_t
         h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
     return hs, cs, h, c

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from lstmcore.kernels.contract import Forward, Gradients, WeightGradients
+from lstmcore.kernels.contract import Forward, GateStatistics, Gradients, WeightGradients
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -224,7 +224,7 @@ class OnDevice:
         assert result.output.device.type == torch.device(DEVICE).type
         return Forward(*(None if t is None else t.cpu() for t in result[:4]), result.saved)
 
-    def backward(self, *grads, input, h_0, c_0, weights, rows, reset, output, saved, needs, norms) -> Gradients:
+    def backward(self, *grads, input, h_0, c_0, weights, rows, reset, output, saved, needs, **flow) -> Gradients:
         result = self.kernels.backward(
             *map(self.there, grads),
             input=self.there(input),
@@ -236,11 +236,12 @@ class OnDevice:
             output=self.there(output),
             saved=saved,
             needs=needs,
-            norms=norms,
+            **flow,
         )
         back = [None if t is None else t.cpu() for t in (result.input, result.h_0, result.c_0, result.norms)]
         weights = tuple(WeightGradients(*(None if t is None else t.cpu() for t in w)) for w in result.weights)
-        return Gradients(*back[:3], weights, back[3])
+        gates = None if result.gates is None else GateStatistics(*(each.cpu() for each in result.gates))
+        return Gradients(*back[:3], weights, back[3], gates)
 
 
 # Every mask of the kernels, small: rows that end early or have no step, resets, projections, both directions.

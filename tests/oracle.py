@@ -55,6 +55,7 @@ class RowByRow:
         lengths = [T] * B if lengths is None else [int(n) for n in lengths]
         outputs: dict[tuple[int, int, int], Tensor] = {}  # by direction, step, row
         self.states: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self.gates: dict[tuple[int, int, int], Tensor] = {}  # (4, H): i, f, g, o
         h_n, c_n = {}, {}
         for d, w in enumerate(weights):
             for b in range(B):
@@ -63,7 +64,7 @@ class RowByRow:
                 for t in reversed(steps) if d else steps:
                     if reset is not None and reset[t, b]:
                         h, c = torch.zeros_like(h), torch.zeros_like(c)
-                    h, c = self.step(x[t, b], h, c, **w)
+                    h, c, self.gates[d, t, b] = self.step(x[t, b], h, c, **w)
                     for state in (h, c):
                         if state.requires_grad:
                             state.retain_grad()
@@ -87,14 +88,15 @@ class RowByRow:
         self.shape = (2, D, T, B)
 
     @staticmethod
-    def step(x, h, c, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None) -> tuple[Tensor, Tensor]:
+    def step(x, h, c, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None) -> tuple[Tensor, ...]:
         z = weight_ih @ x + weight_hh @ h
         if bias_ih is not None:
             z = z + bias_ih + bias_hh
         i, f, g, o = z.chunk(4)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        return (h if weight_hr is None else weight_hr @ h), c
+        i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+        c = f * c + i * g
+        h = o * torch.tanh(c)
+        return (h if weight_hr is None else weight_hr @ h), c, torch.stack([i, f, g, o]).detach()
 
     @property
     def norms(self) -> Tensor:

@@ -10,15 +10,16 @@ import importlib
 import weakref
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 import torch
-from lstmcore.kernels.contract import Forward, Gradients, Layer, Needs, Rows, Weights, state_dtype
+from lstmcore.kernels.contract import Forward, GateStatistics, Gradients, Layer, Needs, Rows, Weights, state_dtype
 from torch import Tensor
 
 import lstmcore.reference
 
 from .oracle import RowByRow
-from .tolerances import ORDER_OF_SUMS, ORDER_OF_SUMS_F32, error
+from .tolerances import NORMS, ORDER_OF_SUMS, ORDER_OF_SUMS_F32, error
 
 EVERYTHING = Needs()
 RAGGED = (4, 0, 6, 1, 6, 3, 2)
@@ -201,7 +202,9 @@ def call_forward(backend, p: Problem, save: bool = True) -> Forward:
     )
 
 
-def call_backward(backend, p: Problem, forward: Forward, needs: Needs = EVERYTHING, norms: bool = True) -> Gradients:
+def call_backward(
+    backend, p: Problem, forward: Forward, needs: Needs = EVERYTHING, norms: bool = True, gate_rows: int = 0
+) -> Gradients:
     g = p.given
     return backend.backward(
         g["grad_output"],
@@ -218,6 +221,7 @@ def call_backward(backend, p: Problem, forward: Forward, needs: Needs = EVERYTHI
         saved=forward.saved,
         needs=needs,
         norms=norms,
+        gate_rows=gate_rows,
     )
 
 
@@ -265,7 +269,65 @@ def kernels():
 def test_against_oracle(kernels, setup, dtype):
     p = pose(replace(setup, dtype=dtype))
     tolerance = ORDER_OF_SUMS if dtype == torch.float64 else ORDER_OF_SUMS_F32
-    assert_close(solve(kernels, p), expected_of(p), tolerance)
+    got, expected = solve(kernels, p), expected_of(p)
+    assert_close(got, expected, tolerance)
+    assert ((got["norms"] - expected["norms"]).abs() <= NORMS[dtype] * expected["norms"]).all()
+
+
+def expected_gates(p: Problem, wanted: int) -> GateStatistics:
+    """From the oracle's gates, by NumPy's histogram, over the rows that the contract names."""
+    s, rows = p.setup, RowByRow(p.dense["input"], p.dense["h_0"], p.dense["c_0"], p.weights, p.setup.lengths, p.reset)
+    order = p.order if s.packed or p.rows.order is None else p.rows.order
+    starting = int(p.alive.any(0).sum())
+    count = min(wanted, starting)
+    sample = [int(order[(k * starting + starting // 2) // count]) for k in range(count)]
+    sums, counts = torch.zeros(3, s.D, s.T, dtype=torch.float64), torch.zeros(3, s.D, s.T, 10, dtype=torch.int32)
+    log_forget = torch.zeros(s.D, s.H, dtype=torch.float64)
+    for (d, t, b), gates in rows.gates.items():
+        if b in sample:
+            log_forget[d] += gates[1].log()
+            for k, gate in enumerate(gates[[0, 1, 3]]):
+                sums[k, d, t] += gate.sum()
+                counts[k, d, t] += torch.from_numpy(np.histogram(gate, np.arange(11) / 10)[0]).int()
+    return GateStatistics(sums, counts, log_forget, p.alive[:, sample].sum(1))
+
+
+def check_gates(backend, setup: Setup, wanted: int, tolerance: float) -> None:
+    p = pose(setup)
+    got = call_backward(backend, p, call_forward(backend, p), norms=False, gate_rows=wanted).gates
+    for name, one, other in zip(GateStatistics._fields, got, expected_gates(p, wanted), strict=True):
+        scale = max(1.0, other.abs().max().item())
+        assert error(one.to(other.dtype), other) <= (tolerance * scale if other.is_floating_point() else 0), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_gate_statistics(kernels, setup, dtype):
+    check_gates(kernels, replace(setup, dtype=dtype), 3, 1e-12 if dtype == torch.float64 else ORDER_OF_SUMS_F32)
+
+
+@pytest.mark.parametrize("wanted", [1, 100])
+def test_gate_statistics_of_as_many_rows_as_there_are(kernels, wanted):
+    """More row panels in a step than a field of the kernel's counters holds; more steps than factors in a product."""
+    check_gates(kernels, Setup("many", T=90, B=33, H=40, lengths=tuple(3 * r % 91 for r in range(33))), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("setup", SOME, ids=str)
+def test_no_gates_unless_asked(kernels, setup):
+    p = pose(setup)
+    gradients = call_backward(kernels, p, call_forward(kernels, p), norms=False)
+    assert gradients.gates is None
+    assert gradients.norms is None
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_reference_backward_against_oracle(setup):
+    """The reference's own backward, with what it tells a recording."""
+    p = pose(setup)
+    got, expected = solve(lstmcore.reference, p), expected_of(p)
+    assert_close(got, expected, ORDER_OF_SUMS)
+    assert ((got["norms"] - expected["norms"]).abs() <= NORMS[torch.float64] * expected["norms"]).all()
+    check_gates(lstmcore.reference, setup, 3, 1e-12)
 
 
 @pytest.mark.parametrize("setup", [*SETUPS, NOTHING], ids=str)

@@ -118,6 +118,13 @@ def test_backward_twice_and_inputs_untouched(triton_kernels, design):
     contract.test_backward_twice_and_inputs_untouched(triton_kernels, SMALL)
 
 
+@pytest.mark.parametrize("setup", [DENSE, SMALL, PACKED, replace(SMALL, batch_first=True)], ids=str)
+def test_gate_statistics(triton_kernels, monkeypatch, setup):
+    """Torch operations on what is saved, in the same order by both designs: one of them shows it."""
+    gpu_designs.use(monkeypatch, "resident")
+    contract.check_gates(triton_kernels, setup, 3, ORDER_OF_SUMS_F32)
+
+
 @pytest.mark.parametrize("off", [*Needs._fields, Needs._fields], ids=str)
 def test_needs(triton_kernels, monkeypatch, off):
     """Also without norms.  What is not needed is left out after the recurrence, so one design shows it."""

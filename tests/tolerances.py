@@ -61,6 +61,10 @@ ORDER_OF_SUMS = 1e-13
 # The same in float32, for the paths that a kernel has in float32 only.
 ORDER_OF_SUMS_F32 = 2e-5
 
+# Recorded norms of gradients, relative to each norm itself, however small: what the project promises.  In float32 the
+# roundings of every step on the way back are in it, so it is stated for hundreds of steps, not for thousands.
+NORMS = {torch.float64: 1e-10, torch.float32: 1e-4}
+
 # torch.autograd.gradcheck in float64: central differences with step 1e-6 have an error of about 1e-10 of the second
 # derivative's scale and 1e-16 / 1e-6 from rounding.
 GRADCHECK = {"eps": 1e-6, "atol": 1e-6, "rtol": 1e-5}

@@ -1,0 +1,220 @@
+"""Statistics of the saved gates of a few rows: one pass over what the backward pass has just read.
+
+For the gates i, f and o: their sum and a histogram at every step, over the sampled rows and all units; and the sum of
+ln f of every unit, which tells how long the unit remembers.
+
+Every lane of an accumulator counts its own histogram, in the ten fields of ``FIELD`` bits of a 64-bit word: a value
+adds one, shifted to its bin.  They are added up before a field can overflow, and at the end of a step.  (Nine
+comparisons a gate, their results counted as bits, took twice as long and more.)  Logarithms are taken of products of
+``FACTORS`` gates, so that they cost next to nothing.
+
+T steps, R sampled rows, H hidden, U panels of ``lanes`` units, H' = U * lanes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.core.extending import intrinsic
+from torch import Tensor
+
+from . import buffers
+from .contract import GateStatistics
+from .gate_statistics import BINS, LEAST
+from .jit import kernel
+from .numba_simd import I32, I64, PTR, SIZE, llvm_call, load_int, simd, splat, sum_lanes, widen_to_double
+from .tiling import Block
+
+FACTORS = 40  # gates in a product: LEAST ** 40 is far from float64's smallest number
+FIELD = 6  # bits of a bin
+FULL = (1 << FIELD) - 1  # what a field can count to
+
+
+def _operations(scalar: str, lanes: int):
+    """What the kernel does to vectors beyond ``numba_simd``: (add to the accumulators, empty them, multiply into)."""
+    vector = simd(scalar, lanes).vector
+    words = ir.VectorType(I64, lanes)
+
+    def constant(value):
+        return ir.Constant(ir.VectorType(I64, lanes), [value] * lanes)
+
+    @intrinsic
+    def accumulate(typingctx, total_at, fields_at, value, count):
+        """Adds the first ``count`` lanes to the sums at ``total_at`` and to the histograms at ``fields_at``."""
+
+        def codegen(context, builder, sig, args):
+            totals, fields = (builder.inttoptr(address, PTR) for address in args[:2])
+            value, count = args[2:]
+            kind = value.type
+            iota = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+            some = builder.icmp_signed("<", iota, splat(builder, builder.trunc(count, I32), lanes))
+            value = builder.select(some, value, ir.Constant(kind, None))
+            before = builder.load(totals, typ=kind, align=8)
+            builder.store(builder.fadd(before, value), totals, align=8)
+            place = builder.fmul(value, splat(builder, ir.Constant(kind.element, float(BINS)), lanes))
+            last = splat(builder, ir.Constant(kind.element, BINS - 0.5), lanes)
+            place = builder.select(builder.fcmp_ordered("<", place, last), place, last)  # 1, and NaN: the last bin
+            place = builder.fptosi(place, words if scalar == "float64" else ir.VectorType(I32, lanes))
+            place = place if scalar == "float64" else builder.zext(place, words)
+            one = builder.select(some, constant(1), constant(0))
+            added = builder.shl(one, builder.mul(place, constant(FIELD)))
+            counted = builder.load(fields, typ=words, align=8)
+            builder.store(builder.add(counted, added), fields, align=8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, vector, types.int64), codegen
+
+    @intrinsic
+    def empty(typingctx, total_at, fields_at, sum_at, counts_at):
+        """Adds the accumulators up into a float64 at ``sum_at`` and BINS int32 at ``counts_at``, and zeroes them."""
+
+        def codegen(context, builder, sig, args):
+            totals, fields, result = (builder.inttoptr(address, PTR) for address in args[:3])
+            kind = vector.llvm
+            total = sum_lanes(builder, widen_to_double(builder, builder.load(totals, typ=kind, align=8)))
+            before = builder.load(result, typ=ir.DoubleType(), align=8)
+            builder.store(builder.fadd(before, total), result, align=8)
+            builder.store(ir.Constant(kind, None), totals, align=8)
+            counted = builder.load(fields, typ=words, align=8)
+            builder.store(constant(0), fields, align=8)
+            # Every other field, so that the lanes' sum has room for twice the bits: two sums over lanes, not ten.
+            every_other = constant(sum(FULL << 2 * FIELD * b for b in range(BINS // 2)))
+            for parity in range(2):
+                some = builder.and_(builder.lshr(counted, constant(FIELD * parity)), every_other)
+                number = llvm_call(builder, f"llvm.vector.reduce.add.v{lanes}i64", I64, [some])
+                for b in range(parity, BINS, 2):
+                    at = builder.inttoptr(builder.add(args[3], I64(4 * b)), PTR)
+                    field = builder.and_(builder.lshr(number, I64(FIELD * (b - parity))), I64((1 << 2 * FIELD) - 1))
+                    field = builder.add(builder.load(at, typ=I32, align=4), builder.trunc(field, I32))
+                    builder.store(field, at, align=4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+
+    @intrinsic
+    def multiply_into(typingctx, address, value):
+        """Multiplies float64 lanes in memory by those of ``value``, which count as LEAST where they are less."""
+
+        def codegen(context, builder, sig, args):
+            pointer = builder.inttoptr(args[0], PTR)
+            value = widen_to_double(builder, args[1])
+            least = splat(builder, ir.Constant(ir.DoubleType(), LEAST), lanes)
+            value = builder.select(builder.fcmp_ordered("<", value, least), least, value)
+            before = builder.load(pointer, typ=value.type, align=8)
+            builder.store(builder.fmul(before, value), pointer, align=8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, vector), codegen
+
+    return accumulate, empty, multiply_into
+
+
+@functools.cache
+def statistics_kernel(scalar: str, storage: str, block: Block):
+    """The compiled kernel, for gates (N, U, 4, lanes) of ``storage``."""
+    ops = simd(scalar, block.lanes)
+    lanes, stored, gate_bytes = block.lanes, SIZE[storage], block.lanes * 8
+    load_storage = ops.make_load(storage)
+    accumulate, empty, multiply_into = _operations(scalar, lanes)
+
+    @kernel(
+        numba.void(
+            numba.float64[:, ::1], numba.int32[:, :, ::1], numba.float64[::1], numba.float64[:, ::1],
+            numba.float64[:, :, ::1], *[numba.int64] * 7,
+        ),
+        f"{scalar}_{storage}_{lanes}",
+    )  # fmt: skip
+    def lstm_gates_kernel(
+        sums,  # (T, 3), zeros
+        counts,  # (T, 3, BINS), zeros
+        log_forget,  # (H,), zeros
+        products,  # (R, H'), ones
+        accumulators,  # (2, 3, lanes) of 8 bytes, zeros
+        gates,
+        rows,  # (R,) int64
+        sampled,  # R
+        row_starts,  # (T + 1,) int64; 0: t * batch
+        steps,
+        batch,
+        hidden,
+    ):
+        panels = -(-hidden // lanes)
+        totals = accumulators.ctypes.data
+        fields, scratch = totals + 3 * gate_bytes, products.ctypes.data
+        for t in range(steps):
+            first, end = t * batch, (t + 1) * batch
+            if row_starts != 0:
+                first, end = load_int(row_starts + 8 * t), load_int(row_starts + 8 * (t + 1))
+            held = 0
+            for s in range(sampled):
+                n = first + load_int(rows + 8 * s)
+                if n < end:
+                    for p in range(panels):
+                        at = gates + (n * panels + p) * 4 * lanes * stored
+                        left = hidden - p * lanes
+                        for k in range(3):  # i, f, o of i, f, g, o
+                            value = load_storage(at + (k + k // 2) * lanes * stored, lanes)
+                            accumulate(totals + k * gate_bytes, fields + k * gate_bytes, value, left)
+                            if k == 1:
+                                multiply_into(scratch + 8 * (s * panels + p) * lanes, value)
+                        held += 1
+                        if held == FULL:
+                            for k in range(3):
+                                empty(
+                                    totals + k * gate_bytes, fields + k * gate_bytes,
+                                    sums.ctypes.data + 8 * (3 * t + k), counts.ctypes.data + 4 * BINS * (3 * t + k),
+                                )  # fmt: skip
+                            held = 0
+            for k in range(3):
+                empty(
+                    totals + k * gate_bytes, fields + k * gate_bytes,
+                    sums.ctypes.data + 8 * (3 * t + k), counts.ctypes.data + 4 * BINS * (3 * t + k),
+                )  # fmt: skip
+            if t % FACTORS == FACTORS - 1 or t == steps - 1:
+                for s in range(sampled):
+                    for u in range(hidden):
+                        log_forget[u] += math.log(products[s, u])
+                products[:] = 1.0
+
+    return lstm_gates_kernel
+
+
+def statistics(
+    kernel: Callable,
+    gates: Sequence[Tensor],  # of each direction, (N, U, 4, lanes)
+    rows: np.ndarray,  # (R,) int64, of the sorted batch
+    batch_sizes: np.ndarray | None,  # (T,)
+    row_starts: np.ndarray | None,  # (T + 1,)
+    steps: int,
+    batch: int,
+    hidden: int,
+    lanes: int,
+) -> GateStatistics:
+    """Of the sampled ``rows`` of each direction."""
+    directions = len(gates)
+    sums = np.zeros((directions, steps, 3))
+    counts = np.zeros((directions, steps, 3, BINS), np.int32)
+    log_forget = np.zeros((directions, hidden))
+    starts = 0 if row_starts is None else row_starts.ctypes.data
+    scratch = buffers.take(2 * 3 * lanes + len(rows) * -(-hidden // lanes) * lanes, torch.float64).numpy()  # aligned
+    accumulators, products = scratch[: 6 * lanes].reshape(2, 3, lanes), scratch[6 * lanes :].reshape(len(rows), -1)
+    accumulators[:], products[:] = 0, 1
+    for d, each in enumerate(gates):
+        kernel(
+            sums[d], counts[d], log_forget[d], products, accumulators,
+            each.data_ptr(), rows.ctypes.data, len(rows), starts, steps, batch, hidden,
+        )  # fmt: skip
+    alive = np.full(steps, len(rows)) if batch_sizes is None else (rows < batch_sizes[:, None]).sum(1)
+    return GateStatistics(
+        torch.from_numpy(sums).permute(2, 0, 1),
+        torch.from_numpy(counts).permute(2, 0, 1, 3),
+        torch.from_numpy(log_forget),
+        torch.from_numpy(alive),
+    )

@@ -1,0 +1,161 @@
+"""Who watches which module's backward pass: the meeting point of the autograd Functions and the recordings.
+
+A module hands its forward pass a :class:`Source`; the node that it leaves in the graph asks :func:`watchers` in
+backward, and shows them an :class:`Observation`.  Nobody watching costs the look into an empty dictionary.
+
+T steps, B rows, R of them sampled, D directions, P features of h.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lstmcore.kernels.contract import GateStatistics, Rows
+from lstmcore.kernels.gate_statistics import sampled_rows
+
+SAMPLE = 4  # rows of the batch of which `entering` is taken
+
+
+class Source(NamedTuple):
+    """Where a node of the graph comes from."""
+
+    module: weakref.ReferenceType[nn.Module]  # weak: a graph may outlive it, and a module may hold a graph's output
+    layer: int
+    unsorted: Tensor | None = None  # (B,) of a PackedSequence: where each row of the caller's lies in the sorted batch
+
+
+class Observation(NamedTuple):
+    """What the backward pass of one layer shows."""
+
+    source: Source
+    norms: Tensor  # (2, D, T, B) of dL/dh_t and dL/dc_t; (1, D, T, B) of a plain RNN; in the caller's order of rows
+    lengths: Tensor | None  # (B,) int64 on the CPU; None: every row has T steps
+    entering: Tensor  # (D, T, R) of a sample of rows: the norms of what comes to h_t and c_t from outside of the layer
+    entering_lengths: Tensor | None  # (R,) int64 on the CPU
+    gates: GateStatistics | None
+
+
+class Watcher(Protocol):
+    """Somebody who records."""
+
+    gate_rows: int  # rows of the batch whose gates are wanted; 0 for none
+
+    def wants(self) -> bool:
+        """Whether this backward pass is recorded; asked once by each node that runs."""
+
+    def observe(self, observation: Observation) -> None:
+        """Takes what a node shows; the tensors are the watcher's to keep."""
+
+
+_watched: dict[nn.Module, tuple[Watcher, ...]] = {}
+_lock = threading.Lock()
+
+
+def watch(modules: Sequence[nn.Module], watcher: Watcher) -> None:
+    """From now on ``watcher`` sees the backward passes of ``modules``, also of graphs that exist already."""
+    with _lock:
+        for module in modules:
+            _watched[module] = (*_watched.get(module, ()), watcher)
+
+
+def unwatch(watcher: Watcher) -> None:
+    """``watcher`` sees no more."""
+    with _lock:
+        for module, present in list(_watched.items()):
+            left = tuple(each for each in present if each is not watcher)
+            if left:
+                _watched[module] = left
+            else:
+                del _watched[module]
+
+
+def watched(module: nn.Module | None) -> bool:
+    """Whether anybody watches ``module``: its forward pass must then leave nodes that can be watched."""
+    return bool(_watched) and module in _watched
+
+
+def source(module: nn.Module | None, layer: int, unsorted: Tensor | None = None) -> Source | None:
+    """The :class:`Source` of a layer of ``module``; None for None."""
+    return None if module is None else Source(weakref.ref(module), layer, unsorted)
+
+
+def watchers(source: Source | None) -> list[Watcher]:
+    """Those who record this backward pass of ``source``."""
+    if not _watched or source is None:
+        return []
+    module = source.module()
+    return [] if module is None else [watcher for watcher in _watched.get(module, ()) if watcher.wants()]
+
+
+def show(
+    watching: Sequence[Watcher],
+    source: Source,
+    rows: Rows,
+    norms: Tensor,
+    gates: GateStatistics | None,
+    grads: tuple[Tensor | None, ...],  # of output (T, B, D * P) or (N, D * P), h_n (D, B, P), c_n (D, B, H)
+) -> None:
+    """Shows an observation to everyone in ``watching``; ``norms`` (·, D, T, B) in the order of ``rows``."""
+    lengths = sampled = None
+    if rows.batch_sizes is not None:
+        lengths = sampled = (rows.batch_sizes[:, None] > torch.arange(rows.batch)).sum(0)
+        if rows.order is not None:
+            lengths = torch.empty_like(sampled).index_copy_(0, rows.order, sampled)
+    sample = sampled_rows(rows.batch if sampled is None else int((sampled > 0).sum()), SAMPLE)
+    sampled = None if sampled is None else sampled[sample]
+    entering = _entering(grads, rows, sample, sampled, norms.shape[1], norms.device)
+    if source.unsorted is not None:
+        assert lengths is not None
+        norms = norms.index_select(-1, source.unsorted)
+        lengths = lengths.index_select(0, source.unsorted.to("cpu"))
+    for watcher in watching:
+        watcher.observe(Observation(source, norms, lengths, entering, sampled, gates))
+
+
+def _entering(
+    grads: tuple[Tensor | None, ...],
+    rows: Rows,
+    sample: Sequence[int],  # R rows of the sorted batch
+    lengths: Tensor | None,  # (R,)
+    directions: int,
+    device: torch.device,
+) -> Tensor:
+    """(D, T, R): the norms of the gradients that come to each step from outside of the layer.
+
+    Norms of what comes from different sides (output, h_n, c_n) are added up.
+    """
+    output, *ends = grads
+    entering = torch.zeros((directions, rows.steps, len(sample)), dtype=torch.float64, device=device)
+    for k, row in enumerate(sample):
+        user = row if rows.order is None else int(rows.order[row])
+        steps = rows.steps if lengths is None else int(lengths[k])
+        if output is not None:
+            if rows.packed:
+                assert rows.batch_sizes is not None
+                at = (rows.batch_sizes.cumsum(0) - rows.batch_sizes)[:steps] + row
+                of_row = output.index_select(0, at.to(device))
+            else:
+                of_row = output[:steps, user]
+            entering[:, :steps, k] = _norms(of_row.unflatten(-1, (directions, -1))).T
+        for state in ends:
+            if state is not None:
+                each = _norms(state[:, user])  # (D,)
+                entering[0, steps - 1, k] += each[0]
+                entering[1:, 0, k] += each[1:]
+    return entering
+
+
+def _norms(grad: Tensor) -> Tensor:
+    """Over the last dimension."""
+    grad = grad.detach()
+    grad = grad if grad.dtype == torch.float64 else grad.float()
+    if grad.device.type == "cpu":  # NumPy's: torch's would wake its threads, which then spin on the kernels' cores
+        return torch.from_numpy(np.sqrt(np.einsum("...p,...p->...", grad.numpy(), grad.numpy())))
+    return torch.linalg.vector_norm(grad, dim=-1)
