@@ -3,13 +3,31 @@
     >>> import torch, lstmcore
     >>> model = lstmcore.LSTM(8, 32)
     >>> output, (h_n, c_n) = model(torch.randn(100, 4, 8))
+    >>> with lstmcore.record_gradient_flow(model) as flow:
+    ...     model(torch.randn(100, 4, 8))[0][-1].sum().backward()
+    >>> print(flow.summary())
 
 Importing it loads no kernel and no compiler; the first call that needs them does.
 """
 
+from lstmcore import init
 from lstmcore._version import __version__
 from lstmcore.backends import explain
+from lstmcore.flow.jacobian import cell_jacobian, rnn_jacobian
+from lstmcore.flow.recorder import record_gradient_flow
 from lstmcore.functional import lstm
 from lstmcore.module import LSTM, LSTMCell
+from lstmcore.rnn import RNN
 
-__all__ = ["LSTM", "LSTMCell", "__version__", "explain", "lstm"]
+__all__ = [
+    "LSTM",
+    "RNN",
+    "LSTMCell",
+    "__version__",
+    "cell_jacobian",
+    "explain",
+    "init",
+    "lstm",
+    "record_gradient_flow",
+    "rnn_jacobian",
+]

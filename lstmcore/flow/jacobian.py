@@ -1,0 +1,576 @@
+"""One step of a recurrent layer taken apart: what a gradient is multiplied with on its way back through time.
+
+The LSTM's cell is c_t = f_t ⊙ c_{t-1} + i_t ⊙ g_t, its gates read h_{t-1} = o_{t-1} ⊙ tanh(c_{t-1}) (through W_hr where
+there is a projection).  With D_{t-1} = diag(o_{t-1} (1 - tanh² c_{t-1})), and W^k the rows of gate k in W_hh (in
+W_hh W_hr), the Jacobian ∂c_t / ∂c_{t-1} is the sum of four terms, exactly, for o_{t-1} does not depend on c_{t-1}:
+
+    A_t = diag(c_{t-1} ⊙ f_t (1 - f_t)) W^f D_{t-1}    through the forget gate
+    B_t = diag(f_t)                                    along the cell: the direct, additive path
+    C_t = diag(g_t ⊙ i_t (1 - i_t)) W^i D_{t-1}        through the input gate
+    E_t = diag(i_t ⊙ (1 - g_t²)) W^g D_{t-1}           through the candidate
+
+Direction 1 walks backwards: read t + 1 for t - 1.  A walk starts from c_0 and h_0, which are given: no output gate has
+made h_0 from c_0, so D is zero at the first step, and the Jacobian with respect to c_0 is B alone.
+
+A product of these Jacobians over several steps is what the gradient meets on its way along the cells, every output gate
+held fixed.  It is not all of dc_t / dc_{t-k} from k = 2 on: it leaves out c_{t-2} → h_{t-2} → o_{t-1} → h_{t-1} → c_t,
+which goes from h to h through the output gate, past the cell.
+
+The plain network's h_t = σ(z_t), z_t = W_ih x_t + W_hh h_{t-1} + b, has one term, diag(σ'(z_t)) W_hh, and a product of
+those is all of dh_t / dh_{t-k}.  Its norm is at most (γ ‖W_hh‖₂)^k, γ the largest σ' (Pascanu et al. 2013).
+
+T time, B batch, I input, H hidden, P projection (H where there is none), L layers, D directions.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.utils.rnn import PackedSequence
+
+from lstmcore import functional
+from lstmcore.rnn import NONLINEARITIES, rnn
+
+# Singular values: H up to which a matrix is formed and decomposed, and how the iteration beyond it ends.
+EXACT = 64
+TOLERANCE = 1e-10  # relative change over CHECK iterations
+CHECK = 8
+ITERATIONS = 400  # by then what is found is good to a few digits at the least
+
+CHUNK = 2**20  # entries of what is worked out for many steps at a time
+STACK = 2**26  # entries of the largest stack of matrices that is handed out: half a GiB
+
+
+class Operators(ABC):
+    """An H×H matrix for every step and row, as products with vectors; formed only where asked for.
+
+    A step ``t`` is one of the input's, in either direction; where it may be a slice, results have its steps in front.
+    """
+
+    shape: tuple[int, int, int]  # T, B, H
+    device: torch.device
+
+    @abstractmethod
+    def jvp(self, t: int | slice, v: Tensor) -> Tensor:
+        """Each matrix of the step times a vector; (..., B, H), or (..., T', B, H) for a slice of T' steps."""
+
+    @abstractmethod
+    def vjp(self, t: int | slice, u: Tensor) -> Tensor:
+        """A vector times each matrix of the step, as a gradient goes back; shapes of :meth:`jvp`."""
+
+    @abstractmethod
+    def matrix(self, t: int | slice) -> Tensor:
+        """The matrices (B, H, H) of a step, or (T', B, H, H) of a slice.
+
+        Raises IndexError for a step that is not there, ValueError for a slice too large to hold.
+        """
+
+    @abstractmethod
+    def frobenius(self) -> Tensor:
+        """(T, B): Frobenius norms, without forming a matrix."""
+
+    def spectral(self) -> Tensor:
+        """(T, B): largest singular values; exact for H up to ``EXACT``, then by Lanczos to a relative 1e-9 or so."""
+        T, B, H = self.shape
+        exact = H <= EXACT
+        steps = max(1, CHUNK // max(1, B * H * (H if exact else 1)))
+        found = []
+        for start in range(0, T, steps):
+            part = slice(start, min(start + steps, T))
+            if exact:
+                found.append(_largest_singular(self.matrix(part)))
+            else:
+                like = _random(part.stop - start, B, H, device=self.device)
+                found.append(_lanczos(partial(self.jvp, part), partial(self.vjp, part), like))
+        return torch.cat(found)
+
+    def norm(self, ord: int | str = 2) -> Tensor:
+        """(T, B): ``spectral`` for 2, ``frobenius`` for "fro"; ValueError for another ``ord``."""
+        if ord == 2:
+            return self.spectral()
+        if ord == "fro":
+            return self.frobenius()
+        raise ValueError(f"norms are known for ord=2 and ord='fro', got {ord!r}")
+
+    def _step(self, t: int | slice) -> int | slice:
+        """``t``, checked."""
+        T, B, H = self.shape
+        if isinstance(t, slice):
+            steps = len(range(*t.indices(T)))
+            if steps * B * H * H > STACK:
+                raise ValueError(
+                    f"{steps} steps of {B} rows of {H} × {H} matrices have {steps * B * H * H} entries, "
+                    f"more than {STACK}; take fewer steps, or one after the other"
+                )
+            return t
+        return self._index(t)
+
+    def _index(self, t: int) -> int:
+        """A step of the input, counted from the front; IndexError where there is none."""
+        T, index = self.shape[0], operator.index(t)
+        if not -T <= index < T:
+            raise IndexError(f"step {t} of a sequence of {T}: expected {-T} to {T - 1}")
+        return index % T
+
+
+class Diagonal(Operators):
+    """diag(values_t)."""
+
+    def __init__(self, values: Tensor) -> None:  # (T, B, H)
+        self.values = values
+        self.shape, self.device = tuple(values.shape), values.device  # type: ignore[assignment]
+
+    def jvp(self, t: int | slice, v: Tensor) -> Tensor:
+        return self.values[t] * v
+
+    def vjp(self, t: int | slice, u: Tensor) -> Tensor:
+        return self.values[t] * u
+
+    def matrix(self, t: int | slice) -> Tensor:
+        return torch.diag_embed(self.values[self._step(t)])
+
+    def frobenius(self) -> Tensor:
+        return torch.linalg.vector_norm(self.values, dim=-1)
+
+    def spectral(self) -> Tensor:
+        return self.values.abs().amax(-1)
+
+
+class Scaled(Operators):
+    """diag(left_t) W diag(right_t)."""
+
+    def __init__(self, left: Tensor, weight: Tensor, right: Tensor) -> None:  # (T, B, H), (H, H), (T, B, H)
+        self.left, self.weight, self.right = left, weight, right
+        self.shape, self.device = tuple(left.shape), left.device  # type: ignore[assignment]
+
+    def jvp(self, t: int | slice, v: Tensor) -> Tensor:
+        return self.left[t] * linear(self.right[t] * v, self.weight)
+
+    def vjp(self, t: int | slice, u: Tensor) -> Tensor:
+        return (self.left[t] * u) @ self.weight * self.right[t]
+
+    def matrix(self, t: int | slice) -> Tensor:
+        t = self._step(t)
+        return self.left[t][..., None] * self.weight * self.right[t][..., None, :]
+
+    def frobenius(self) -> Tensor:
+        return (self.left.square() @ self.weight.square() * self.right.square()).sum(-1).sqrt()
+
+
+class Jacobian(Operators):
+    """The Jacobians of a state with respect to the one before, and what their products do.
+
+    ``end`` is the step of the input that a product ends with; None for the last one that the direction takes, which is
+    step 0 in direction 1.  The product over ``lag`` steps is J_end J_{end-1} ... J_{end-lag+1} (with + for -
+    in direction 1): how the state at ``end`` answers the state ``lag`` steps before.
+    """
+
+    direction = 0
+
+    def norms(self, ord: int | str = 2) -> dict[str, Tensor]:
+        """(T, B) norms of every term, and of their ``"sum"``, the Jacobian.
+
+        ``ord``: 2, the spectral norm (the largest singular value), or "fro", the Frobenius norm.
+        Raises ValueError for another ``ord``.
+        """
+        return {"sum": self.norm(ord)}
+
+    def spectral_radius(self, t: int | slice) -> Tensor:
+        """(B,), of a slice (T', B): the largest absolute value of an eigenvalue."""
+        return torch.linalg.eigvals(self.matrix(t)).abs().amax(-1)
+
+    def product_norm(self, lag: int, end: int | None = None) -> Tensor:
+        """(B,): the spectral norm of the product over ``lag`` steps; 1 for ``lag`` = 0.
+
+        Raises IndexError for an ``end`` that is not there, ValueError for a ``lag`` that goes beyond the first step.
+        """
+        return self.log_product_norm(lag, end).exp()
+
+    def log_product_norm(self, lag: int, end: int | None = None) -> Tensor:
+        """(B,): the natural logarithm of :meth:`product_norm`, also where that is too small for a float64."""
+        steps = self._walk(end)
+        if not 0 <= lag <= len(steps):
+            raise ValueError(f"lag {lag} at step {steps[-1]}: expected 0 to {len(steps)}, the steps up to there")
+        steps = steps[len(steps) - lag :]
+        _, B, H = self.shape
+        if H <= EXACT:
+            matrices, log_scale = deque(self._products(steps), maxlen=1).pop()
+            return _largest_singular(matrices).log() + log_scale
+        # One sweep finds by how much each step scales a vector.  With that divided out, the product is a matrix of
+        # moderate size along all of the way, and still linear.
+        v, scales = _random(B, H, device=self.device), []
+        for t in steps:
+            v, scale = _unit(self.jvp(t, v))
+            scales.append(scale.masked_fill(scale == 0, 1))
+
+        def jvp(v: Tensor) -> Tensor:
+            for t, scale in zip(steps, scales, strict=True):
+                v = self.jvp(t, v) / scale
+            return v
+
+        def vjp(u: Tensor) -> Tensor:
+            for t, scale in zip(reversed(steps), reversed(scales), strict=True):
+                u = self.vjp(t, u) / scale
+            return u
+
+        return _lanczos(jvp, vjp, v).log() + sum((scale.log()[:, 0] for scale in scales), v.new_zeros(B))
+
+    def log_product_norms(self, end: int | None = None) -> Tensor:
+        """(N + 1, B): natural logarithms of the norms of the products over 0, 1, ... N steps, N all up to ``end``.
+
+        -inf where a product is zero.  The product is carried along, H×H for each row, as H vectors that go back
+        together: one pass for all lags, where iterating on vectors would take one for each.  IndexError as above.
+        """
+        products = self._products(self._walk(end))
+        return torch.stack([_largest_singular(matrices).log() + log_scale for matrices, log_scale in products])
+
+    def lyapunov_exponents(self, k: int | None = None) -> Tensor:
+        """(k, B): the leading ``k`` Lyapunov exponents (None: all H), largest first, in nats per step.
+
+        By the QR method (Benettin et al. 1980) over all T steps: of a sequence this long, the mean rates at which the
+        longest axes of an ellipsoid grow.  The vectors start where a sweep of gradients from the end comes out, close
+        to the axes that grow most, so that no steps are lost on turning there.  All H exponents add up to the mean of
+        ln |det J|.  Raises ValueError for ``k`` out of range.
+        """
+        T, B, H = self.shape
+        k = H if k is None else k
+        if not 1 <= k <= H:
+            raise ValueError(f"k = {k} Lyapunov exponents of {H} units: expected 1 to {H}")
+        steps = self._walk(None)
+        q = torch.linalg.qr(_random(B, H, k, device=self.device)).Q
+        for t in reversed(steps):
+            q = torch.linalg.qr(self.vjp(t, q.permute(2, 0, 1)).permute(1, 2, 0)).Q
+        total = q.new_zeros(B, k)
+        for t in steps:
+            q, r = torch.linalg.qr(self.jvp(t, q.permute(2, 0, 1)).permute(1, 2, 0))
+            total += r.diagonal(dim1=-2, dim2=-1).abs().log()
+        return (total / T).sort(-1, descending=True).values.T
+
+    def _walk(self, end: int | None) -> list[int]:
+        """The steps from the first that the direction takes to ``end``."""
+        T = self.shape[0]
+        last = self._index(end) if end is not None else 0 if self.direction else T - 1
+        return list(range(T - 1, last - 1, -1) if self.direction else range(last + 1))
+
+    def _products(self, steps: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of the last 0, 1, ... of ``steps``: the product (B, H, H), scaled, and the logarithm (B,) of the scale."""
+        _, B, H = self.shape
+        rows = torch.eye(H, dtype=torch.float64, device=self.device)[:, None].expand(H, B, H)
+        scale = rows.new_zeros(B)
+        yield rows.transpose(0, 1), scale
+        for t in reversed(steps):
+            rows = self.vjp(t, rows)
+            largest = rows.abs().amax((0, 2))  # (B,)
+            largest = largest.masked_fill(largest == 0, 1)
+            rows, scale = rows / largest[:, None], scale + largest.log()
+            yield rows.transpose(0, 1), scale
+
+
+class Terms(NamedTuple):
+    """The four paths from c_{t-1} to c_t; (B, H, H), or (T', B, H, H)."""
+
+    A: Tensor  # through the forget gate
+    B: Tensor  # along the cell
+    C: Tensor  # through the input gate
+    E: Tensor  # through the candidate
+
+
+class CellJacobian(Jacobian):
+    """∂c_t / ∂c_{t-1} of one layer and direction of an LSTM, for every step and row, in float64.
+
+    The module's docstring has the equations.  The batch has one row where the input had none.
+    """
+
+    def __init__(
+        self,
+        forget: Tensor,  # (T, B, H): f
+        scales: Tensor,  # (T, B, 3, H): what stands in front of W in A, C and E
+        weight: Tensor,  # (3H, H): W^f, W^i, W^g
+        cell: Tensor,  # (T, B, H): the diagonal of D_{t-1}
+        direction: int,
+    ) -> None:
+        self.direction = direction
+        self.shape, self.device = tuple(forget.shape), forget.device  # type: ignore[assignment]
+        self._forget, self._scales, self._weight, self._cell = forget, scales, weight, cell
+        left, each = scales.unbind(-2), weight.chunk(3)
+        self.parts: dict[str, Operators] = {
+            "A": Scaled(left[0], each[0], cell),
+            "B": Diagonal(forget),
+            "C": Scaled(left[1], each[1], cell),
+            "E": Scaled(left[2], each[2], cell),
+        }
+
+    def jvp(self, t: int | slice, v: Tensor) -> Tensor:
+        z = linear(self._cell[t] * v, self._weight).unflatten(-1, (3, -1))  # one product for the three gates
+        return self._forget[t] * v + (self._scales[t] * z).sum(-2)
+
+    def vjp(self, t: int | slice, u: Tensor) -> Tensor:
+        z = (self._scales[t] * u[..., None, :]).flatten(-2)
+        return self._forget[t] * u + z @ self._weight * self._cell[t]
+
+    def terms(self, t: int | slice) -> Terms:
+        """The four terms of a step, or of a slice of them; errors as :meth:`matrix`."""
+        return Terms(*(part.matrix(t) for part in self.parts.values()))
+
+    def matrix(self, t: int | slice) -> Tensor:
+        A, B, C, E = self.terms(t)
+        return A + B + C + E
+
+    def norms(self, ord: int | str = 2) -> dict[str, Tensor]:
+        return {name: part.norm(ord) for name, part in self.parts.items()} | {"sum": self.norm(ord)}
+
+    def frobenius(self) -> Tensor:
+        """The squares of B + K, K = A + C + E, added up: B², then 2 B K on the diagonal, then K² term by term."""
+        scales, weights, cell = self._scales.unbind(-2), self._weight.chunk(3), self._cell.square()
+        on_diagonal = sum(scale * weight.diagonal() for scale, weight in zip(scales, weights, strict=True)) * self._cell
+        square = (self._forget * (self._forget + 2 * on_diagonal)).sum(-1)
+        for p, q in product(range(3), repeat=2):
+            square += ((scales[p] * scales[q]) @ (weights[p] * weights[q]) * cell).sum(-1)
+        return square.clamp(min=0).sqrt()
+
+
+class RNNJacobian(Scaled, Jacobian):
+    """∂h_t / ∂h_{t-1} of one layer of a plain recurrent network, for every step and row, in float64.
+
+    The batch has one row where the input had none.
+    """
+
+    def __init__(self, derivative: Tensor, weight: Tensor, slope: float) -> None:  # (T, B, H), (H, H)
+        super().__init__(derivative, weight, torch.ones_like(derivative[:1, :1]).expand_as(derivative))
+        self.slope = slope
+
+    @property
+    def bound(self) -> float:
+        """γ ‖W_hh‖₂, γ = 1/4 for sigmoid, 1 for tanh and relu: no Jacobian has a larger norm (Pascanu et al. 2013)."""
+        return self.slope * torch.linalg.matrix_norm(self.weight, 2).item()
+
+    def log_bound(self, lag: int) -> float:
+        """The natural logarithm of ``bound`` ** ``lag``, which no product over ``lag`` steps exceeds."""
+        if lag < 0:
+            raise ValueError(f"lag {lag}: expected 0 or more")
+        return 0.0 if lag == 0 else lag * (math.log(self.bound) if self.bound else -math.inf)
+
+
+@torch.no_grad()
+def cell_jacobian(
+    module: nn.RNNBase,
+    input: Tensor,  # (T, B, I), (B, T, I) when batch_first, (T, I) unbatched
+    hx: tuple[Tensor, Tensor] | None = None,  # (L * D, B, P) and (L * D, B, H); without B when unbatched
+    layer: int = 0,
+    direction: int = 0,
+) -> CellJacobian:
+    """The Jacobians ∂c_t / ∂c_{t-1} of one layer and direction of an LSTM, run on ``input`` without dropout.
+
+    Args:
+        module: an ``lstmcore.LSTM`` or ``torch.nn.LSTM``; computed in float64, whatever its dtype.
+        input, hx: as the module takes them, of any floating dtype.
+        layer, direction: which; direction 1 walks from the last step to the first.
+
+    Raises:
+        TypeError: a module of another kind.
+        IndexError: a layer or direction that the module does not have.
+        ValueError: a ``PackedSequence``; input of a wrong rank or dtype; input, states or parameters that are not
+            finite.
+        RuntimeError: sizes that do not fit, T = 0.
+    """
+    if getattr(module, "mode", None) != "LSTM":
+        raise TypeError(f"expected an lstmcore.LSTM or torch.nn.LSTM, got {_kind(module)}")
+    if isinstance(hx, Tensor) or (hx is not None and len(hx) != 2):
+        raise RuntimeError("an LSTM expects two hidden states: hx must be a tuple (h_0, c_0)")
+    directions = 2 if module.bidirectional else 1
+    _check_index("layer", layer, module.num_layers)
+    _check_index("direction", direction, directions)
+    x, (h_0, c_0) = _arguments(module, input, hx, (module.proj_size or module.hidden_size, module.hidden_size))
+    params = _parameters(module)
+
+    def run(x: Tensor, first: int, last: int, cells: bool) -> Any:
+        """The layers from ``first`` to ``last - 1``."""
+        states, part = slice(first * directions, last * directions), len(params) // module.num_layers
+        return functional.lstm(
+            x,
+            (h_0[states], c_0[states]),
+            list(params.values())[first * part : last * part],
+            module.bias,
+            last - first,
+            bidirectional=module.bidirectional,
+            return_cells=cells,
+            backend="reference",
+        )
+
+    if layer:
+        x = run(x, 0, layer, cells=False)[0]
+        _check_finite(x, f"the output of layer {layer - 1}")
+    output, _, _, cells = run(x, layer, layer + 1, cells=True)
+    h, c = output.chunk(directions, -1)[direction], cells.chunk(directions, -1)[direction]
+    _check_finite(c, f"the cell state of layer {layer}", direction)
+
+    name = f"l{layer}" + ("_reverse" if direction else "")
+    w_ih, w_hh, w_hr = params[f"weight_ih_{name}"], params[f"weight_hh_{name}"], params.get(f"weight_hr_{name}")
+    state = layer * directions + direction
+    h_prev, c_prev = _previous(h, h_0[state], direction), _previous(c, c_0[state], direction)
+    z = linear(x, w_ih, params.get(f"bias_ih_{name}")) + linear(h_prev, w_hh, params.get(f"bias_hh_{name}"))
+    i, f, g, o = z.chunk(4, -1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    scales = torch.stack([c_prev * f * (1 - f), g * i * (1 - i), i * (1 - g * g)], -2)
+    cell = o * (1 - c.tanh().square())
+    recurrent = w_hh if w_hr is None else w_hh @ w_hr  # (4H, H)
+    w_i, w_f, w_g, _ = recurrent.chunk(4)
+    cell_prev = _previous(cell, torch.zeros_like(cell[0]), direction)  # h_0 is given: it depends on nothing
+    return CellJacobian(f, scales, torch.cat([w_f, w_i, w_g]), cell_prev, direction)
+
+
+@torch.no_grad()
+def rnn_jacobian(
+    module: nn.RNNBase,
+    input: Tensor,  # (T, B, I), (B, T, I) when batch_first, (T, I) unbatched
+    hx: Tensor | None = None,  # (L, B, H); without B when unbatched
+    layer: int = 0,
+) -> RNNJacobian:
+    """The Jacobians ∂h_t / ∂h_{t-1} of one layer of a plain recurrent network, run on ``input`` without dropout.
+
+    ``module`` is an ``lstmcore.rnn.RNN`` or a ``torch.nn.RNN`` in one direction; everything else, and the errors, as in
+    :func:`cell_jacobian`.  ValueError for a bidirectional module.
+    """
+    if not isinstance(module, nn.RNNBase) or getattr(module, "nonlinearity", None) not in NONLINEARITIES:
+        raise TypeError(f"expected an lstmcore.rnn.RNN or torch.nn.RNN, got {_kind(module)}")
+    if module.bidirectional:
+        raise ValueError("expected an RNN in one direction, got a bidirectional one")
+    _check_index("layer", layer, module.num_layers)
+    x, (h_0,) = _arguments(module, input, None if hx is None else (hx,), (module.hidden_size,))
+    params = _parameters(module)
+    below = list(params.values())[: (layer + 1) * len(params) // module.num_layers]
+    sigma = NONLINEARITIES[module.nonlinearity]  # type: ignore[index]
+    output, _ = rnn(x, h_0[: layer + 1], below, module.nonlinearity, module.bias)  # type: ignore[arg-type]
+    _check_finite(output, f"the hidden state of layer {layer}")
+    return RNNJacobian(sigma.derivative(output), params[f"weight_hh_l{layer}"], sigma.slope)
+
+
+def _kind(module: Any) -> str:
+    return type(module).__name__
+
+
+def _check_index(what: str, index: int, count: int) -> None:
+    if not 0 <= index < count:
+        expected = f"0 to {count - 1}" if count > 1 else "0"
+        raise IndexError(f"{what} {index} of a module that has {count}: expected {expected}")
+
+
+def _arguments(
+    module: nn.RNNBase, input: Tensor, hx: Sequence[Tensor] | None, widths: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """The input (T, B, I) and the initial states (L * D, B, ·) of these widths, checked, in float64."""
+    if isinstance(input, PackedSequence):
+        raise ValueError(
+            "a PackedSequence has rows of different lengths: pass one row, cut to its length and unbatched, "
+            "input[:length, row]"
+        )
+    if input.dim() not in (2, 3):
+        raise ValueError(f"{_kind(module)}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    if not input.is_floating_point():
+        raise ValueError(f"expected input of a floating-point dtype, got {input.dtype}")
+    if input.shape[-1] != module.input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {module.input_size}, got {input.shape[-1]}"
+        )
+    batched = input.dim() == 3
+    x = input.to(torch.float64)
+    x = x.unsqueeze(1) if not batched else x.transpose(0, 1) if module.batch_first else x
+    if not len(x):
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    _check_finite(x, "the input")
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    states = []
+    for index, width in enumerate(widths):
+        shape = (count, x.shape[1], width)
+        if hx is None:
+            states.append(x.new_zeros(shape))
+            continue
+        expected = shape if batched else (count, width)
+        if hx[index].shape != expected:
+            raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {list(hx[index].shape)}")
+        if not hx[index].isfinite().all():
+            raise ValueError(f"hidden[{index}] of hx is not finite: it holds NaN or infinity")
+        states.append(hx[index].to(torch.float64).view(shape))
+    return x, states
+
+
+def _parameters(module: nn.RNNBase) -> dict[str, Tensor]:
+    """The parameters in float64, by name, in the order of the flat list."""
+    params = {name: getattr(module, name).to(torch.float64) for name in module._flat_weights_names}
+    for name, value in params.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{name} is not finite: training has diverged; go back to a checkpoint, "
+                "clip gradients or lower the learning rate"
+            )
+    return params
+
+
+def _check_finite(values: Tensor, what: str, direction: int = 0) -> None:  # (T, B, ·)
+    """ValueError with the first step, in the order of the walk, at which ``values`` are not finite."""
+    bad = (~values.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
+    if bad:
+        hint = "check where it comes from for NaN, infinity and overflow"
+        if what != "the input":
+            hint = "the values grow beyond all bounds; clip gradients or lower the learning rate, or scale the input"
+        raise ValueError(f"{what} is not finite from step {bad[-1 if direction else 0]} on: {hint}")
+
+
+def _previous(states: Tensor, first: Tensor, direction: int) -> Tensor:
+    """Of (T, B, ·): what each step reads of the step before it, ``first`` (B, ·) where there is none."""
+    return torch.cat([states[1:], first[None]] if direction else [first[None], states[:-1]])
+
+
+def _random(*shape: int, device: torch.device) -> Tensor:
+    """Normally distributed, and the same each time; the global generators are left alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+
+
+def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors (..., H) of length one (or zero), and their lengths (..., 1)."""
+    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    return v / length.masked_fill(length == 0, 1), length
+
+
+def _largest_singular(matrices: Tensor) -> Tensor:
+    """(...,): the largest singular values of matrices (..., H, H)."""
+    if matrices.shape[-1] <= EXACT:
+        return torch.linalg.svdvals(matrices)[..., 0]
+    like = _random(*matrices.shape[:-1], device=matrices.device)
+    return _lanczos(
+        lambda v: (matrices @ v[..., None])[..., 0], lambda u: (u[..., None, :] @ matrices)[..., 0, :], like
+    )
+
+
+def _lanczos(jvp: Callable[[Tensor], Tensor], vjp: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """(...,): the largest singular values of linear maps on vectors (..., H), by their products with vectors.
+
+    The power iteration on JᵀJ, which keeps what every iteration finds: Golub & Kahan's bidiagonalisation J V = U S, by
+    Lanczos.  The largest singular value of the small S nears that of J from below, in the square root of the
+    iterations.  Vectors are not made orthogonal to all before them, which costs copies of values, never larger ones.
+    """
+    v, _ = _unit(start)
+    u, alpha = _unit(jvp(v))
+    diagonal, above = [alpha], []
+    best = alpha[..., 0]
+    for iteration in range(2, ITERATIONS + 1):
+        v, beta = _unit(vjp(u) - alpha * v)
+        u, alpha = _unit(jvp(v) - beta * u)
+        diagonal.append(alpha)
+        above.append(beta)
+        if iteration % CHECK == 0:
+            small = torch.diag_embed(torch.cat(diagonal, -1)) + torch.diag_embed(torch.cat(above, -1), offset=1)
+            before, best = best, torch.linalg.svdvals(small)[..., 0]
+            if ((best - before).abs() <= TOLERANCE * best).all():
+                break
+    return best

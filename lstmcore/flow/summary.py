@@ -1,0 +1,478 @@
+"""What a recording means, in plain words: ``print(summarize(records))``.
+
+T steps, B rows of the batch, H hidden units.  A lag counts steps back from the last one that a layer computes.  What is
+judged is the gradient at the cell state, which is the LSTM's memory, or at the hidden state of a plain RNN.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lstmcore.flow.record import GATES, Record
+
+KINDS = ("non-finite", "exploding", "vanishing", "no-gradient", "saturated", "unclear", "short-horizon", "healthy")
+
+# float32 holds 24 bits, 6e-8 of a value: what is a million times smaller than the rest of a sum changes its last few
+# bits, far below the noise between two batches, and no optimizer can learn from that.
+VANISHED = 1e-6
+# The near end then has less than a thousandth of the weights' gradient, and clipping takes away even that.
+EXPLODED = 1e3
+# A step that directly receives less than this share of what is there has got it from afar: even the thousand steps
+# around it could not add up to it.
+FED = 1e-3
+MOSTLY = 0.5  # a gate is called closed where more than half of its activations are
+SWITCHES = 0.9  # hardly an activation is left where the sigmoid's slope exceeds 0.09, so these gates hardly learn
+# A unit keeps 2^-10, a thousandth, over ten times its horizon; chrono's longest has two thirds of the sequence.
+HORIZONS = 10
+WIDTH = 96  # characters a line
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One judgement about one layer."""
+
+    kind: str  # one of KINDS
+    where: str  # the record's name
+    numbers: dict[str, float]  # what the text says, unrounded
+    text: str
+    advice: str = ""  # what to try, one suggestion a line
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What ``summarize`` found; ``str`` of it is a text in lines of up to 96 characters."""
+
+    heading: str
+    findings: list[Finding]  # layer by layer, of each the worst first
+
+    def __str__(self) -> str:
+        blocks = ["\n".join(map(_wrapped, self.heading.splitlines()))]
+        for where in dict.fromkeys(finding.where for finding in self.findings):
+            here = [finding for finding in self.findings if finding.where == where]
+            lines = [f"{where}: {', '.join(dict.fromkeys(finding.kind for finding in here))}"]
+            lines += [_wrapped(finding.text, "  ", 2) for finding in here]
+            advice = dict.fromkeys(line for finding in here for line in finding.advice.splitlines())
+            lines += [_wrapped(line, "       " if n else "  Try: ", 9) for n, line in enumerate(advice)]
+            blocks.append("\n".join(lines))
+        return "\n\n".join(blocks)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The figures of one record's gradient along the lags; NaN where there is nothing to take a figure of."""
+
+    curve: Tensor  # (T,) mean norm by lag: of dL/dc, or of dL/dh where there is no cell
+    start: int | None  # the first lag that has a gradient; None: none has
+    far: int  # the last lag that a row of the batch has
+    peak: int  # the lag of the largest norm
+    reach: int  # the last lag that the loss, or the layer above, feeds
+    vanished: int | None  # the first lag from which the norm stays below VANISHED of its largest value
+    broken: int | None  # the first lag at which a norm, of h or of c, is not finite
+    growth: float  # the largest norm over the first, beyond what more and more steps feeding it would explain
+    rate: float  # what one step back keeps: exp of the slope of the log norms, by least squares
+
+    def ratio(self, lag: int) -> float:
+        """The norm at ``lag`` over the first one."""
+        return float(self.curve[lag] / self.curve[self.start]) if self.start is not None else math.nan
+
+    @property
+    def throughout(self) -> bool:
+        """Whether gradient enters all along the way, so that the norms cannot show what crosses it."""
+        return 2 * self.reach > self.far
+
+
+def summarize(records: Sequence[Record]) -> Summary:
+    """Judges the last recorded pass of every layer and direction, and how it differs from the first one.
+
+    Raises ValueError for an empty recording.
+    """
+    layers = by_layer(records)
+    passes = sorted({record.iteration for record in records})
+    count = _count(len({(record.module, record.layer) for record in records}), "layer")
+    both = ", both directions," if any(record.direction for record in records) else ""
+    heading = f"Gradient flow of {count}{both} in {_count(len(passes), 'recorded backward pass', 'es')}"
+    if len(passes) > 1:
+        heading += f" (iterations {passes[0]} to {passes[-1]})"
+    shortest, longest = min(record.steps for record in records), max(record.steps for record in records)
+    lengths = f"{shortest} to {longest} steps" if shortest < longest else _count(longest, "step")
+    heading += (
+        f", sequences of {lengths}.\nA lag counts the steps back from the last one that a layer computes, which is"
+        " lag 0. What is compared is the size (Euclidean norm) of the gradient at each step."
+    )
+    return Summary(heading, [finding for history in layers.values() for finding in _judge(history, layers)])
+
+
+def by_layer(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of each layer and direction by name, in the order of their iterations.
+
+    Raises ValueError for an empty recording.
+    """
+    if not records:
+        raise ValueError(
+            "there are no records: call loss.backward() inside `with lstmcore.record_gradient_flow(model) as flow:`, on"
+            " a loss that depends on the output of an lstmcore.LSTM in the model"
+        )
+    layers: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: (record.module, record.layer, record.direction, record.call)):
+        layers.setdefault(record.name, []).append(record)
+    for history in layers.values():
+        history.sort(key=lambda record: record.iteration)
+    modules = list(dict.fromkeys(record.module for record in records))  # in the order of the recording
+    return dict(sorted(layers.items(), key=lambda item: modules.index(item[1][0].module)))
+
+
+def measure(record: Record) -> Flow:
+    """The figures of one record."""
+    norms = record.h if record.c is None else record.c
+    curve = norms.mean_by_lag
+    lags = torch.arange(len(curve))
+    alive = ~curve.isnan()
+    far = int(lags[alive].max()) if alive.any() else 0
+    infinite = alive & ~(curve.isfinite() & record.h.mean_by_lag.isfinite())
+    broken = int(lags[infinite].min()) if infinite.any() else None
+    entering = record.entering_by_lag
+    reach = _reach(record, far)
+    usable = alive & curve.isfinite() & (lags < (far + 1 if broken is None else broken))
+    present = usable & (curve > 0)
+    if not present.any():
+        return Flow(curve, None, far, 0, reach, None, broken, math.nan, math.nan)
+    start = int(lags[present].min())
+
+    size = torch.where(usable, curve, -1.0)
+    peak = int(size.argmax())
+    last = int(lags[present & (curve >= VANISHED * curve[peak])].max())
+    vanished = last + 1 if last < far and broken is None else None
+
+    fed = entering.nan_to_num(0, posinf=0).cumsum(0)
+    more = (fed / fed[start]).clamp(min=1) if fed[start] > 0 else torch.ones_like(fed)
+    growth = float((size / (curve[start] * more)).max())
+
+    # The rate is fitted from where no more is added to where the norm has vanished, or to where it is largest.
+    begin, end = (reach if 2 * reach <= far else peak), (far if vanished is None else vanished)
+    if growth > EXPLODED:
+        begin, end = start, peak
+    fitted = present & (lags >= max(begin, start)) & (lags <= end)
+    return Flow(curve, start, far, peak, reach, vanished, broken, growth, _rate(lags[fitted], curve[fitted]))
+
+
+def ragged(record: Record) -> bool:
+    """Whether the rows end at different steps, so that a lag has no step of its own."""
+    norms = record.h
+    turned = norms.mean if record.direction else norms.mean.flip(0)
+    same = (turned == norms.mean_by_lag) | (turned.isnan() & norms.mean_by_lag.isnan())
+    return not bool(same.all())
+
+
+def number(value: float) -> str:
+    """Two significant digits: ``0.51``, ``1200``, ``3e-12``."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    if -3 <= int(exponent) < 5:
+        decimals = max(0, 1 - int(exponent))
+        return f"{float(f'{mantissa}e{exponent}'):.{decimals}f}"
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def share(value: float) -> str:
+    """A share as percentage, a tiny one as a power: ``62%``, ``3e-12``."""
+    return f"{number(100 * value)}%" if value == 0 or value >= 1e-3 else number(value)
+
+
+def _reach(record: Record, far: int) -> int:
+    """The last lag that is fed from outside of the layer."""
+    lags = (record.entering_by_lag > FED * record.h.mean_by_lag).nonzero()  # False for NaN
+    return min(int(lags.max()), far) if len(lags) else 0
+
+
+def _rate(lags: Tensor, norms: Tensor) -> float:
+    """The factor a step of norms that fall or rise geometrically."""
+    if len(lags) < 2:
+        return math.nan
+    x, y = lags.double(), norms.log()
+    x = x - x.mean()
+    return math.exp(float((x * (y - y.mean())).sum() / (x * x).sum()))
+
+
+# ------------------------------------------------------------------------------------------------------ one layer
+
+
+def _judge(history: list[Record], layers: dict[str, list[Record]]) -> list[Finding]:
+    """All findings of one layer and direction, the worst first."""
+    record, flows = history[-1], [measure(record) for record in history]
+    place = (record.module, record.layer + 1, record.call)
+    above = any((other.module, other.layer, other.call) == place for other, *_ in layers.values())
+    short = _short_horizon(record, flows[-1])
+    found = [_non_finite(history, flows), _main(history, flows, above, short is not None), short, *_saturated(record)]
+    return sorted((finding for finding in found if finding), key=lambda finding: KINDS.index(finding.kind))
+
+
+def _main(history: list[Record], flows: list[Flow], above: bool, short: bool) -> Finding | None:
+    """What the curve of the last pass says; None where norms that are not finite hide it.
+
+    ``above``: another layer lies above; ``short``: there is a finding about the horizons.
+    """
+    record, flow, far = history[-1], flows[-1], flows[-1].far
+    if flow.start is None:
+        if flow.broken is not None:
+            return None
+        text = "No gradient arrives at this layer: it is exactly 0 at every step."
+        advice = "a loss that uses this layer's output, with no .detach(), torch.no_grad() or factor of 0 between"
+        return Finding("no-gradient", record.name, {"far": far}, text, advice)
+
+    trend, numbers = _trend(flows)
+    numbers |= {"far": far, "rate": flow.rate, "ratio_far": flow.ratio(far)}
+    if far > 100:
+        numbers["ratio_100"] = flow.ratio(100)
+    if 0 < flow.rate < 1:
+        numbers["half_life"] = math.log(0.5) / math.log(flow.rate)
+
+    exploded = [each.iteration for each, its in zip(history, flows, strict=True) if its.growth > EXPLODED]
+    inherited = above and _grows(record)
+    if flow.growth > EXPLODED or inherited:
+        numbers["growth"] = flow.growth
+        per_step = f"each step back multiplies it by {flow.rate:.3g}, and " if flow.rate > 1 else ""
+        text = f"The gradient explodes: {per_step}at {_place(record, flow.peak)} it is {number(flow.ratio(flow.peak))}"
+        text += f" times what it is at {_place(record, flow.start)}."
+        if inherited and flow.growth <= EXPLODED:
+            text += " What the layer above sends grows like that already: look there first."
+        if len(flows) > 1 and exploded:
+            text += f" It exploded in {len(exploded)} of the {len(flows)} passes."
+        advice = (
+            "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) before optimizer.step()\n"
+            "a smaller learning rate\n"
+            "torch.nn.init.orthogonal_ for each block of the recurrent weights weight_hh"
+        )
+        return Finding("exploding", record.name, numbers, text, advice)
+    if flow.broken is not None:
+        return None
+    if exploded:
+        trend += f" It had exploded in {len(exploded)} of the {len(flows)} passes, the last time in iteration"
+        trend += f" {exploded[-1]}."
+
+    if flow.vanished is not None:
+        numbers["lag"] = flow.vanished
+        if not ragged(record):
+            numbers["step"] = _step(record, flow.vanished)
+        text = f"The gradient vanishes: from {_place(record, flow.vanished)} on, walking back, it stays below"
+        text += f" {number(VANISHED)} of its largest value. {_per_step(flow)}{_left(record, flow)}{trend}"
+        if above and flow.throughout:
+            text += " What the layer above sends fades with it: look there first."
+        return Finding("vanishing", record.name, numbers, text, _remedy(record, far + 1))
+
+    if far == 0:
+        return Finding("unclear", record.name, numbers, "Each sequence is one step long: there is nothing to cross.")
+    if flow.throughout:
+        source = "layer above" if above else "loss"
+        text = f"The {source} sends gradient to almost every step, so what is seen at a step comes mostly from just"
+        text += " after it: that it does not vanish says nothing about long lags." + trend
+        if record.gates is not None and not short:
+            numbers |= _horizon_numbers(record, far + 1)
+            text += f" The forget gates say more: {_horizons(numbers)}."
+        advice = (
+            "output[-1].sum().backward(), recorded once: a loss that reads the last step alone\n" if not above else ""
+        )
+        if record.c is not None:
+            where = f"layer={record.layer}" + (f", direction={record.direction}" if record.direction else "")
+            advice += f"lstmcore.cell_jacobian({_module(record)}, input, {where}) for products of the steps over a lag"
+        return Finding("unclear", record.name, numbers, text, advice)
+
+    text = "The gradient crosses the whole sequence. " + _left(record, flow) + trend
+    if flow.rate < 1 and (lost := math.log(VANISHED) / math.log(flow.rate)) < 10 * (far + 1):
+        text += f" {_per_step(flow)}At that rate a sequence of {number(max(lost, far + 1))} steps would lose it."
+    return Finding("healthy", record.name, numbers, text)
+
+
+def _non_finite(history: list[Record], flows: list[Flow]) -> Finding | None:
+    """Infinite or NaN gradients, in the last pass or in an earlier one."""
+    bad = [index for index, flow in enumerate(flows) if flow.broken is not None]
+    if not bad:
+        return None
+    record, flow = history[bad[-1]], flows[bad[-1]]
+    lag = flow.broken
+    assert lag is not None
+    numbers: dict[str, float] = {"lag": lag, "iteration": record.iteration, "passes": len(bad)}
+    if not ragged(record):
+        numbers["step"] = _step(record, lag)
+    states = [record.h] if record.c is None else [record.h, record.c]
+    many = any(torch.isinf(norms.quantiles_by_lag[2, lag]) for norms in states)  # [2]: the median
+    rows = "at least half of the rows" if many else "less than half of the rows"
+    when = " is not finite (inf or NaN)"
+    if record is not history[-1]:
+        when = f" was not finite (inf or NaN) in iteration {record.iteration}, though it is in the last one"
+    text = f"The gradient{when}: walking back, first at {_place(record, lag)}, in {rows}."
+    if lag == 0:
+        text += " That is where the backward pass begins: the loss or the forward pass brought it in."
+    elif flow.growth > EXPLODED:
+        text += " It had grown until it overflowed."
+    if len(flows) > 1:
+        text += f" That was so in {len(bad)} of the {len(flows)} passes."
+    advice = (
+        "torch.isfinite(input).all() and torch.isfinite(loss): look for NaN in what goes in\n"
+        "a smaller learning rate\n"
+        "in float16, torch.amp.GradScaler, which skips such passes and then scales the loss down"
+    )
+    return Finding("non-finite", record.name, numbers, text, advice)
+
+
+def _saturated(record: Record) -> list[Finding]:
+    """Gates that are shut where that hurts, and gates that have become switches."""
+    if record.gates is None:
+        return []
+    closed = dict(zip(GATES, record.gates.closed.nanmean(-1).tolist(), strict=True))
+    opened = dict(zip(GATES, record.gates.open.nanmean(-1).tolist(), strict=True))
+    numbers = {f"{gate}_closed": closed[gate] for gate in GATES} | {f"{gate}_open": opened[gate] for gate in GATES}
+    calmer = "smaller initial weights, weight decay, or inputs normalised to mean 0 and variance 1"
+    found = []
+
+    def add(text: str, advice: str) -> None:
+        found.append(Finding("saturated", record.name, numbers, text, advice))
+
+    if closed["forget"] > MOSTLY:
+        text = f"The forget gates are mostly closed ({share(closed['forget'])} of their values are below 0.1): a unit"
+        add(f"{text} forgets at once what it held.", f"lstmcore.init.forget_bias_({_module(record)}, 1.0)")
+    if closed["output"] > MOSTLY:
+        text = (
+            f"The output gates are mostly closed ({share(closed['output'])} of their values are below 0.1): little of"
+        )
+        add(f"{text} the cell is shown, and the gradient hardly gets in.", calmer)
+    # Closed beside open forget gates they write little into what is kept for long: chrono means them to.
+    if closed["input"] > MOSTLY and opened["forget"] <= MOSTLY:
+        text = f"The input gates are mostly closed ({share(closed['input'])} of their values are below 0.1): hardly"
+        add(f"{text} anything is written into the cell.", calmer)
+    for gate in ("input", "output"):
+        if closed[gate] <= MOSTLY and closed[gate] + opened[gate] > SWITCHES:
+            text = f"The {gate} gates have become switches ({share(closed[gate])} closed, {share(opened[gate])} open):"
+            add(f"{text} where a gate is at either end it hardly learns any more.", calmer)
+    return found
+
+
+def _short_horizon(record: Record, flow: Flow) -> Finding | None:
+    """Forget gates that cannot carry anything across the sequence."""
+    if record.gates is None or not (flow.vanished is not None or flow.throughout):
+        return None  # without gates, or no problem: the gradient crosses
+    steps = flow.far + 1
+    numbers = _horizon_numbers(record, steps)
+    if not numbers["longest"] * HORIZONS < steps:  # NaN: nothing known
+        return None
+    text = f"The forget gates are too low for {_count(steps, 'step')}: {_horizons(numbers)}."
+    return Finding("short-horizon", record.name, numbers, text, _remedy(record, steps))
+
+
+# ------------------------------------------------------------------------------------------------------- wording
+
+
+def _horizon_numbers(record: Record, steps: int) -> dict[str, float]:
+    assert record.gates is not None
+    horizon = record.gates.horizon[~record.gates.horizon.isnan()]
+    if not len(horizon):
+        return {"median": math.nan, "longest": math.nan, "beyond": math.nan, "steps": steps}
+    median = float(horizon.sort().values[(len(horizon) - 1) // 2])
+    beyond = float((horizon > steps).double().mean())
+    return {"median": median, "longest": float(horizon.max()), "beyond": beyond, "steps": steps}
+
+
+def _horizons(numbers: dict[str, float]) -> str:
+    median, longest = (
+        f"after {number(numbers[key])} steps" if math.isfinite(numbers[key]) else "never"
+        for key in ("median", "longest")
+    )
+    return (
+        f"a typical unit (the median) has lost half of what it held {median}, the one that remembers longest {longest},"
+        f" and {share(numbers['beyond'])} of the units keep half beyond all {_count(int(numbers['steps']), 'step')}"
+    )
+
+
+def _trend(flows: list[Flow]) -> tuple[str, dict[str, float]]:
+    """How much crossed at the start of the recording, as far as both passes go."""
+    then, now = flows[0], flows[-1]
+    lag = min(then.far, now.far)
+    if len(flows) < 2 or lag == 0 or then.start is None or now.start is None or then.broken is not None:
+        return "", {}
+    before, after = then.ratio(lag), now.ratio(lag)
+    if before == after or (before > 0 and 0.5 <= after / before <= 2):
+        text = f" At the start of the recording it was about the same ({share(before)} at lag {lag})."
+    else:
+        text = f" At the start of the recording it was {share(before)} at lag {lag}, now it is {share(after)}."
+    return text, {"first_ratio": before, "last_ratio": after, "trend_lag": lag}
+
+
+def _left(record: Record, flow: Flow) -> str:
+    """How much is there at lag 100 and at the far end."""
+    assert flow.start is not None
+    left = flow.ratio(flow.far)
+    arrives = share(left) if left else "nothing (exactly 0)"
+    hundred = f"{share(flow.ratio(100))} is left at lag 100, and " if flow.start < 100 < flow.far else ""
+    start, far = _place(record, flow.start), _place(record, flow.far)
+    return f"Of the gradient at {start}, {hundred}{arrives} arrives at {far}."
+
+
+def _per_step(flow: Flow) -> str:
+    if not 0 < flow.rate < 1:
+        return ""
+    half = math.log(0.5) / math.log(flow.rate)
+    return f"Each step back keeps {_kept(flow.rate)} of it, so it halves every {number(half)} steps. "
+
+
+def _kept(rate: float) -> str:
+    """Two digits of what is kept, or of what is lost where that says more: 51%, 99.35%."""
+    lost = 100 * (1 - rate)
+    if not 1e-6 < lost < 10:
+        return share(rate)
+    return f"{100 * rate:.{1 - math.floor(math.log10(lost))}f}".rstrip("0").rstrip(".") + "%"
+
+
+def _grows(record: Record) -> bool:
+    """Whether what enters grows with the lag."""
+    entering = record.entering_by_lag
+    entering = entering[entering.isfinite() & (entering > 0)]
+    return len(entering) > 1 and bool(entering.max() > EXPLODED * entering[0])
+
+
+def _step(record: Record, lag: int) -> int:
+    return lag if record.direction else record.steps - 1 - lag
+
+
+def _place(record: Record, lag: int) -> str:
+    return f"lag {lag}" if ragged(record) else f"lag {lag} (step {_step(record, lag)})"
+
+
+def _module(record: Record) -> str:
+    """An expression for the module, given the model."""
+    if not record.module:
+        return "model"
+    parts = record.module.split(".")
+    return (
+        ".".join(["model", *parts]) if all(map(str.isidentifier, parts)) else f'model.get_submodule("{record.module}")'
+    )
+
+
+def _remedy(record: Record, steps: int) -> str:
+    if record.c is None:
+        return f"lstmcore.LSTM in place of {_module(record)}: a plain RNN has no path that keeps a gradient"
+    bias = f"lstmcore.init.forget_bias_({_module(record)}, 1.0)"
+    if steps < 3:
+        return bias
+    return f"lstmcore.init.chrono_({_module(record)}, max_lag={steps}) before training\nor, milder, {bias}"
+
+
+def _count(n: int, thing: str, plural: str = "s") -> str:
+    return f"{n} {thing}" + (plural if n != 1 else "")
+
+
+def _wrapped(text: str, first: str = "", indent: int = 0) -> str:
+    """Lines of up to WIDTH characters; code is not torn apart."""
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
