@@ -126,7 +126,7 @@ STAGES = (
     Stage(
         "environment",
         "device, driver and versions",
-        45,
+        40,
         lambda visit: [_python("bench.gpu_environment")],
         lambda visit: [_python("bench.gpu_environment")],
     ),
@@ -148,11 +148,18 @@ STAGES = (
     Stage(
         "steps",
         "microseconds a step, beside torch's and the prediction",
-        90,
+        65,
         _steps,
         lambda visit: [_python("bench.gpu_experiments", "steps", "--dry-run")],
     ),
     Stage("bench", "the quick benchmark", 205, _bench, lambda visit: [[*_QUICK, "--list"]], again=_bench_again),
+    Stage(
+        "flow",
+        "what recording the gradient flow costs",
+        40,
+        lambda visit: [_python("bench.flow", "--device", "cuda", "--seconds", "1", "--out", str(visit.out))],
+        lambda visit: [_python("bench.flow", "--device", "cuda", "--list")],
+    ),
     Stage(
         "plots",
         "the figures of its rows",
@@ -163,7 +170,7 @@ STAGES = (
     Stage(
         "sanitizer",
         "memory accesses and races of small cases",
-        40,
+        30,
         lambda visit: _sanitizer(dry=False),
         lambda visit: _sanitizer(dry=True),
         unable="Device not supported",

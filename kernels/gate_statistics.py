@@ -14,10 +14,11 @@ BINS = 10  # of a histogram over [0, 1]
 LEAST = 1e-6  # a forget gate below this counts as this: its product with anything is nothing, and ln 0 is not finite
 
 
-def sampled_rows(starting: int, wanted: int) -> list[int]:
-    """``wanted`` of the ``starting`` rows that have a step, evenly spread."""
+def sampled_rows(starting: int, wanted: int) -> range:
+    """``wanted`` of the ``starting`` rows that have a step (or all, where there are fewer), evenly spread."""
     count = min(wanted, starting)
-    return [(index * starting + starting // 2) // count for index in range(count)]
+    stride = starting // count if count else 1
+    return range(stride // 2, starting, stride)[:count]
 
 
 def statistics(gates: Tensor, alive: Tensor | None = None) -> GateStatistics:

@@ -429,7 +429,7 @@ def _magnitudes(flat: FlatRows, squares: Tensor, arrived: list[Tensor]) -> Tenso
 
 
 def _gate_statistics(flat: FlatRows, gates: Tensor, hidden: int, wanted: int) -> GateStatistics:
-    rows = torch.tensor(sampled_rows(flat.starting, wanted), device=flat.device)
+    rows = torch.tensor(list(sampled_rows(flat.starting, wanted)), device=flat.device)
     index, alive = flat.places(rows)
     sample = gates[:, index].float().unflatten(-1, (4, hidden))  # (D, T, R, 4, H)
     return statistics(sample[..., [0, 1, 3], :].movedim(-2, 0), alive)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ def show(
         if rows.order is not None:
             lengths = torch.empty_like(sampled).index_copy_(0, rows.order, sampled)
     sample = sampled_rows(rows.batch if sampled is None else int((sampled > 0).sum()), SAMPLE)
-    sampled = None if sampled is None else sampled[sample]
+    sampled = None if sampled is None else sampled[list(sample)]
     entering = _entering(grads, rows, sample, sampled, norms.shape[1], norms.device)
     if source.unsorted is not None:
         assert lengths is not None
@@ -122,7 +122,7 @@ def show(
 def _entering(
     grads: tuple[Tensor | None, ...],
     rows: Rows,
-    sample: Sequence[int],  # R rows of the sorted batch
+    sample: range,  # R rows of the sorted batch
     lengths: Tensor | None,  # (R,)
     directions: int,
     device: torch.device,
@@ -133,22 +133,28 @@ def _entering(
     """
     output, *ends = grads
     entering = torch.zeros((directions, rows.steps, len(sample)), dtype=torch.float64, device=device)
-    for k, row in enumerate(sample):
-        user = row if rows.order is None else int(rows.order[row])
-        steps = rows.steps if lengths is None else int(lengths[k])
-        if output is not None:
-            if rows.packed:
-                assert rows.batch_sizes is not None
-                at = (rows.batch_sizes.cumsum(0) - rows.batch_sizes)[:steps] + row
-                of_row = output.index_select(0, at.to(device))
+    user: Any = (
+        slice(sample.start, sample.stop, sample.step) if rows.order is None else rows.order[list(sample)].to(device)
+    )
+    if output is not None:
+        if rows.packed:
+            assert rows.batch_sizes is not None
+            starts = rows.batch_sizes.cumsum(0) - rows.batch_sizes
+            at = (starts[:, None] + torch.tensor(list(sample))).clamp(max=len(output) - 1)  # (T, R)
+            of_rows = output[at.to(device)]
+        else:
+            of_rows = output[:, user]
+        entering += _norms(of_rows.unflatten(-1, (directions, -1))).permute(2, 0, 1)
+        if lengths is not None:
+            entering.masked_fill_((torch.arange(rows.steps)[:, None] >= lengths).to(device), 0)
+    for state in ends:
+        if state is not None:
+            each = _norms(state[:, user])  # (D, R)
+            entering[1:, 0] += each[1:]
+            if lengths is None:
+                entering[0, -1] += each[0]
             else:
-                of_row = output[:steps, user]
-            entering[:, :steps, k] = _norms(of_row.unflatten(-1, (directions, -1))).T
-        for state in ends:
-            if state is not None:
-                each = _norms(state[:, user])  # (D,)
-                entering[0, steps - 1, k] += each[0]
-                entering[1:, 0, k] += each[1:]
+                entering[0, (lengths - 1).to(device), torch.arange(len(sample), device=device)] += each[0]
     return entering
 
 

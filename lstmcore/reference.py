@@ -47,7 +47,7 @@ class Trace:
         self._rows = rows
         self._hooks: list[Any] = []
         starting = rows.batch if rows.batch_sizes is None else int(rows.batch_sizes[0])
-        self._sample = torch.tensor(sampled_rows(starting, gate_rows), dtype=torch.int64)
+        self._sample = torch.tensor(list(sampled_rows(starting, gate_rows)), dtype=torch.int64)
         state = state_dtype(like.dtype)
         directions, hidden = len(weights), weights[0].weight_hh.shape[0] // 4
         self._norms = like.new_zeros((2, directions, rows.steps, rows.batch), dtype=torch.float64)

@@ -279,8 +279,8 @@ def expected_gates(p: Problem, wanted: int) -> GateStatistics:
     s, rows = p.setup, RowByRow(p.dense["input"], p.dense["h_0"], p.dense["c_0"], p.weights, p.setup.lengths, p.reset)
     order = p.order if s.packed or p.rows.order is None else p.rows.order
     starting = int(p.alive.any(0).sum())
-    count = min(wanted, starting)
-    sample = [int(order[(k * starting + starting // 2) // count]) for k in range(count)]
+    stride = starting // min(wanted, starting)
+    sample = [int(order[stride // 2 + k * stride]) for k in range(min(wanted, starting))]
     sums, counts = torch.zeros(3, s.D, s.T, dtype=torch.float64), torch.zeros(3, s.D, s.T, 10, dtype=torch.int32)
     log_forget = torch.zeros(s.D, s.H, dtype=torch.float64)
     for (d, t, b), gates in rows.gates.items():

@@ -477,6 +477,7 @@ def test_many_passes_are_worked_up_on_the_way(monkeypatch):
     from lstmcore.flow import recorder
 
     monkeypatch.setattr(recorder, "PENDING", 1000)
+    monkeypatch.setattr(recorder, "PENDING_ROWS", 1)
     module = lstmcore.LSTM(I, H, backend="numba")
     with lstmcore.record_gradient_flow(module) as flow:
         for _ in range(5):

@@ -29,7 +29,7 @@ from .gpu_problems import DEVICE, DTYPES, JITTERS, Layers, OnDevice, draw, ours,
 from .oracle import assert_parity
 from .test_bad_input import assert_same_mistake, raised_by
 from .test_contract import assert_bitwise
-from .tolerances import bound, error
+from .tolerances import NORMS, bound, error
 
 pytestmark = pytest.mark.gpu
 
@@ -97,6 +97,32 @@ def test_contract_against_oracle(kind, setup, monkeypatch):
     use(monkeypatch, kind)
     with precision("fp32"):
         contract.test_against_oracle(OnDevice(), setup, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["resident", "split"])
+def test_recorded_gradient_flow(kind, monkeypatch):
+    """Norms and gates of a stack, against the step loop in float64 on the CPU."""
+    use(monkeypatch, kind)
+    oracle = lstmcore.LSTM(9, 48, 2, bidirectional=True, dtype=torch.float64, backend="reference")
+    module = lstmcore.LSTM(9, 48, 2, bidirectional=True, device=DEVICE, backend="triton")
+    module.load_state_dict(oracle.state_dict())
+    oracle.load_state_dict({name: value.double() for name, value in module.state_dict().items()})
+    x, lengths = torch.randn(40, 5, 9, dtype=torch.float64), [40, 3, 0, 17, 40]
+    flows = []
+    with precision("fp32"):
+        for each, given in ((oracle, x.float().double()), (module, x.float().to(DEVICE))):
+            with lstmcore.record_gradient_flow(each, rows=True) as flow:
+                each(given, lengths=lengths)[0].sum().backward()
+            flows.append(flow.records)
+    for expected, got in zip(*flows, strict=True):
+        for name in ("h", "c"):
+            wanted = getattr(expected, name).rows
+            torch.testing.assert_close(
+                getattr(got, name).rows, wanted, rtol=NORMS[torch.float32], atol=0, equal_nan=True
+            )
+        torch.testing.assert_close(got.gates.mean, expected.gates.mean, rtol=1e-5, atol=0, equal_nan=True)
+        torch.testing.assert_close(got.gates.horizon, expected.gates.horizon, rtol=1e-4, atol=0)
+        torch.testing.assert_close(got.entering, expected.entering, rtol=1e-5, atol=0, equal_nan=True)
 
 
 def test_races():

@@ -13,7 +13,7 @@ from torch import nn
 
 import lstmcore
 
-from . import gpu_designs, test_behaviour
+from . import gpu_designs, test_behaviour, test_flow_recorder
 from .cases import BY_NAME
 from .gpu_designs import Share
 from .oracle import assert_parity
@@ -71,6 +71,23 @@ def test_extended_arguments(triton_kernels):
         results.append((output, h_n, c_n, cells, *torch.autograd.grad(loss, [x, *module.parameters()])))
     for got, expected in zip(*results, strict=True):
         close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["stack", "packed", "everything"])
+def test_recorded_norms_are_autograds(triton_kernels, name):
+    call = next(call for call in test_flow_recorder.CALLS if call.name == name)
+    test_flow_recorder.test_norms_are_autograds(call, torch.float32, "triton")
+
+
+def test_recorded_norms_of_the_split_design(triton_kernels, monkeypatch):
+    gpu_designs.use(monkeypatch, share=Share(units=8, warps=2, chunk=64))
+    test_flow_recorder.test_norms_are_autograds(test_flow_recorder.CALLS[0], torch.float32, "triton")
+
+
+def test_vanishing_norms_are_exact(triton_kernels, monkeypatch):
+    """The sums of squares are in float64 here too."""
+    gpu_designs.use(monkeypatch, "resident")
+    test_flow_recorder.test_vanishing_norms_are_exact(torch.float32, "triton")
 
 
 def test_double_backward(triton_kernels):

@@ -61,11 +61,13 @@ class Norms:
 def entering_of(norms: Tensor, lengths: Tensor | None, direction: int) -> tuple[Tensor, Tensor]:
     """The means (T,), by step and by lag, of the norms (T, R) of what enters each step of R rows."""
     values, by_lag = _both_ways(norms[None], lengths, direction)
+    if lengths is None:
+        mean = values[0].mean(1)
+        return _tensor(mean), _tensor(mean if direction else mean[::-1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # steps without a row are NaN
         mean = np.nanmean(values[0], 1)
-        turned = mean if by_lag is None else np.nanmean(by_lag[0], 1)
-    return _tensor(mean), _tensor(turned[::-1] if lengths is None and not direction else turned)
+        return _tensor(mean), _tensor(mean if by_lag is None else np.nanmean(by_lag[0], 1))
 
 
 def _both_ways(norms: Tensor, lengths: Tensor | None, direction: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -99,7 +101,7 @@ def _over_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         low, high = np.floor(at).astype(np.int64), np.ceil(at).astype(np.int64)
         below, above = np.take_along_axis(ordered, low, 2), np.take_along_axis(ordered, high, 2)
     else:
-        mean = values.mean(2, dtype=np.float64)
+        mean = np.einsum("stb->st", values) / values.shape[2]  # three times as fast as mean() over so short an axis
         at = np.array(QUANTILES) * (values.shape[2] - 1)  # (Q,)
         low = at.astype(np.int64)
         below, above = ordered[:, :, low], ordered[:, :, np.ceil(at).astype(np.int64)]
@@ -119,11 +121,13 @@ class Gates:
     @staticmethod
     def of(statistics: GateStatistics, direction: int) -> Gates:
         """From what a backward pass tells of one direction."""
-        sums, counts, log_forget, rows = (each.to("cpu", torch.float64) for each in statistics)
+        sums, counts, log_forget, rows = (each.cpu().numpy() for each in statistics)
         log_forget = log_forget[direction]
-        total = rows * len(log_forget)  # (T,), 0 / 0 where no row is alive
-        horizon = torch.where(log_forget < 0, math.log(0.5) * rows.sum() / log_forget, math.inf)
-        return Gates(sums[:, direction] / total, counts[:, direction] / total[:, None], horizon)
+        with np.errstate(divide="ignore", invalid="ignore"):  # steps without a row; gates that are one
+            total = rows * len(log_forget)  # (T,)
+            horizon = np.where(log_forget < 0, math.log(0.5) * rows.sum() / log_forget, math.inf)
+            mean, histogram = sums[:, direction] / total, counts[:, direction] / total[:, None]
+        return Gates(_tensor(mean), _tensor(histogram), _tensor(horizon))
 
     @property
     def closed(self) -> Tensor:

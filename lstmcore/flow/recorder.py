@@ -28,7 +28,10 @@ from lstmcore.rnn import RNN
 if TYPE_CHECKING:
     from lstmcore.flow.summary import Summary
 
-PENDING = 64 << 20  # bytes of norms that wait until somebody reads them, so that the training need not wait for a GPU
+# Norms wait as they are until somebody reads them, so that a training waits for nobody.  Means and quantiles take less
+# room only where there are more rows than this; then at most so many bytes wait.
+PENDING_ROWS = 24
+PENDING = 64 << 20
 KINDS = (LSTM, RNN)
 
 
@@ -132,7 +135,8 @@ class GradientFlow:
             observation = observation._replace(norms=norms / scale, entering=entering / scale)
         with self._lock:
             self._pending.append((self._tasks[torch._C._current_graph_task_id()], observation))
-            self._pending_bytes += norms.numel() * norms.itemsize
+            if norms.shape[-1] > PENDING_ROWS:
+                self._pending_bytes += norms.numel() * norms.itemsize
 
     def _ended(self, task: int) -> None:
         with self._lock:
