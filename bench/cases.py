@@ -37,6 +37,7 @@ class Case:
     mean_length: float = 1.0  # below one: packed input, whose lengths spread evenly around this share of ``steps``
     modes: tuple[str, ...] = MODES
     device: str = "cpu"
+    loss: str = "all"  # of all outputs and final states; "last": of each row's last output alone
     strict: bool = False  # float32 products in float32, where a GPU would otherwise round their operands to TF32
     quick: bool = False
     memory: bool = False  # the full run also measures the peak memory of a training step
@@ -119,6 +120,7 @@ QUICK = {
     "proj-h128-p64-b32",
     "float64-h128-b32",
     "bfloat16-h128-b32",
+    "last-h128-b32",
     "call-h16-b1-t1",
 }
 
@@ -163,6 +165,10 @@ def _cases() -> Iterator[Case]:
     for dtype, limit in (("float64", LOOP_GFLOP), ("bfloat16", FUSED_GFLOP), ("float16", LOOP_GFLOP)):
         for hidden, batch in ((64, 8), (128, 32), (256, 32), (512, 32)):
             yield _fit(Case(f"{dtype}-h{hidden}-b{batch}", dtype, hidden, hidden, batch, 0, dtype=dtype), limit)
+    # As a classifier trains: the gradient comes from the last step, and vanishes on its way back.
+    for hidden, batch in ((32, 32), (128, 32), (256, 8)):
+        name = f"last-h{hidden}-b{batch}-t1000"
+        yield Case(name, "last", hidden, hidden, batch, 1000, modes=("training",), loss="last")
     # One step of one row: what a call costs before any arithmetic.
     yield Case("call-h16-b1-t1", "call", 16, 16, 1, 1)
 
@@ -189,6 +195,7 @@ GROUPS = {
     "float64": "float64",
     "bfloat16": "bfloat16",
     "float16": "float16",
+    "last": "a loss of the last step alone: the gradient vanishes on its way",
     "call": "one step of one row: the overhead of a call",
 }
 # Means that are taken over several groups, because a user does not choose between them.

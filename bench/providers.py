@@ -70,7 +70,7 @@ def draw(case: Case, dtype: torch.dtype | None = None, steps: int | None = None)
             return torch.randn(shape, device=case.device).to(case.torch_dtype).to(dtype or case.torch_dtype)
 
         weights = nn.LSTM(**arguments(case), device=case.device).to(case.torch_dtype).to(dtype or case.torch_dtype)
-        return Problem(
+        problem = Problem(
             case=case,
             weights=weights.state_dict(),
             input=normal(max(lengths), case.batch, case.input_size),
@@ -82,6 +82,11 @@ def draw(case: Case, dtype: torch.dtype | None = None, steps: int | None = None)
                 normal(states, case.batch, case.hidden_size),
             ),
         )
+    if case.loss == "last":
+        output, *ends = problem.grad_outputs
+        for unread in (output[:-1], *ends):
+            unread.zero_()
+    return problem
 
 
 class Runner:

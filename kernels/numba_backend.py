@@ -21,7 +21,7 @@ from torch import Tensor
 from . import buffers, threads, tiling
 from .contract import Forward, GateStatistics, Gradients, Layer, Needs, Rows, WeightGradients, Weights, state_dtype
 from .gate_statistics import sampled_rows
-from .numba_gates import statistics, statistics_kernel
+from .numba_flow import norms_kernel, statistics, statistics_kernel
 from .numba_lstm import JOINED_ROWS, NORM_PANELS, BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
 from .numba_pack import column_panels_size, gate_order, packers, share
 from .tiling import ceil_div
@@ -55,7 +55,7 @@ def _variant(dtype: torch.dtype) -> SimpleNamespace:
     return SimpleNamespace(
         compute=compute, size=compute.itemsize, block=block, pack=packers(scalar, block), staged=scalar != storage,
         forward=functools.partial(forward_kernel, *key), backward=functools.partial(backward_kernel, *key),
-        statistics=functools.partial(statistics_kernel, *key[:3]),
+        statistics=functools.partial(statistics_kernel, *key[:3]), norms=functools.partial(norms_kernel, scalar),
     )  # fmt: skip
 
 
@@ -423,7 +423,12 @@ def backward(
     grad_h = x.new_empty((count, batch, width)) if needs.h_0 else None
     grad_c = x.new_empty((count, batch, hidden)) if needs.c_0 else None
     norm_blocks = ceil_div(max(problem.padded_hidden, problem.padded_width), NORM_PANELS * block.lanes)
-    squares = [np.zeros((2, steps, batch, norm_blocks)) for _ in range(count * norms)]
+    squares = [
+        buffers.take(2 * steps * batch * norm_blocks, torch.float64).numpy().reshape(2, steps * batch, norm_blocks)
+        for _ in range(count * norms)
+    ]
+    for each in squares:
+        each.fill(0)  # rows that have ended, and blocks of h beside those of c where there is a projection
     grad_cells_in = [] if grad_cells is None else _cells_in(problem, grad_cells)
 
     with threads.reserve(problem.threads) as available:
@@ -551,12 +556,16 @@ def backward(
 
 
 def _magnitudes(problem: _Problem, squares: list[np.ndarray]) -> Tensor:
-    """(2, D, T, B) norms from the partial sums of squares (2, T, B, ·) of each direction."""
-    blocks = squares[0].shape[-1]  # few: added up one by one, for NumPy's sum over so short an axis is slow
-    norms = np.stack([np.sqrt(sum(each[..., k] for k in range(blocks))) for each in squares], 1)
-    if problem.order is not None:
-        norms = norms[..., np.argsort(problem.order)]
-    return torch.from_numpy(norms).to(problem.variant.compute)
+    """(2, D, T, B) norms from the partial sums of squares (2, T * B, ·) of each direction."""
+    rows = problem.steps * problem.batch
+    each = torch.empty((len(squares), 2, rows), dtype=problem.variant.compute)
+    kernel = problem.variant.norms()
+    for direction, of_direction in enumerate(squares):
+        kernel(each[direction].numpy(), of_direction)
+    norms = each.view(len(squares), 2, problem.steps, problem.batch).transpose(0, 1)
+    if problem.rows.order is None:
+        return norms
+    return torch.empty_like(norms).index_copy_(-1, problem.rows.order, norms)
 
 
 def _gate_statistics(problem: _Problem, gates: tuple[Tensor, ...], wanted: int) -> GateStatistics:

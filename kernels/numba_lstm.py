@@ -17,6 +17,10 @@ Memory, beside the tensors of the caller:
 * ``dz`` (U, rows of a chunk, 4, lanes): panel by panel, so that weight gradients read it straight through.  Row k of
   a chunk of a part counts the (step, row) pairs of that part.
 
+Denormal numbers count as zero inside (float32: below 1.2e-38).  A vanishing gradient, which is what a default LSTM's is
+when its loss reads the last step, passes through them on its way to zero and would stay there for tens of thousands of
+multiplications at a hundred cycles each.
+
 Sharing.  A member of a launch owns a range of rows and a range of panels; ``numba_sync`` keeps members together: once
 a step where panels are shared out (h_t has to be whole before step t + 1), else not at all in forward and twice a
 chunk in backward (where a part has one member: never).  Who owns what never changes a sum, so the bits do not depend
@@ -60,7 +64,7 @@ import numba
 from . import cell
 from .jit import inline, kernel
 from .numba_gemm import make_block
-from .numba_simd import SIZE, fetch, load_byte, load_int, simd, store_double, store_int
+from .numba_simd import SIZE, fetch, flush_denormals, load_byte, load_int, set_mode, simd, store_double, store_int
 from .numba_sync import arrive_and_wait
 from .tiling import Block
 
@@ -418,6 +422,7 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
         lockstep, member, members, counter, started,
     ):  # fmt: skip
         store_int(started, 1)
+        mode = flush_denormals()
         panels = -(-hidden // lanes)
         c_row = panels * vector_bytes
         h_row = -(-width // lanes) * vector_bytes
@@ -536,6 +541,7 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
             if lockstep != 0:
                 turn += 1
                 arrive_and_wait(counter, members, turn)
+        set_mode(mode)
 
     return lstm_fwd_kernel
 
@@ -588,6 +594,7 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
         lockstep, member, members, counter, started,
     ):  # fmt: skip
         store_int(started, 1)
+        mode = flush_denormals()
         panels = -(-hidden // lanes)
         c_row = panels * vector_bytes
         h_vectors = -(-width // lanes)
@@ -814,5 +821,6 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
                             narrow_row(target, dx_stage + k * inputs * size, inputs)
             turn += 1
             arrive_and_wait(counter, members, turn)
+        set_mode(mode)
 
     return lstm_bwd_kernel

@@ -132,11 +132,12 @@ def _entering(
     Norms of what comes from different sides (output, h_n, c_n) are added up.
     """
     output, *ends = grads
-    entering = torch.zeros((directions, rows.steps, len(sample)), dtype=torch.float64, device=device)
-    user: Any = (
-        slice(sample.start, sample.stop, sample.step) if rows.order is None else rows.order[list(sample)].to(device)
-    )
-    if output is not None:
+    user: Any = slice(sample.start, sample.stop, sample.step)
+    if rows.order is not None:
+        user = rows.order[list(sample)].to(device)
+    if output is None:
+        entering = torch.zeros((directions, rows.steps, len(sample)), dtype=torch.float64, device=device)
+    else:
         if rows.packed:
             assert rows.batch_sizes is not None
             starts = rows.batch_sizes.cumsum(0) - rows.batch_sizes
@@ -144,12 +145,12 @@ def _entering(
             of_rows = output[at.to(device)]
         else:
             of_rows = output[:, user]
-        entering += _norms(of_rows.unflatten(-1, (directions, -1))).permute(2, 0, 1)
+        entering = _norms(of_rows, directions)
         if lengths is not None:
             entering.masked_fill_((torch.arange(rows.steps)[:, None] >= lengths).to(device), 0)
     for state in ends:
         if state is not None:
-            each = _norms(state[:, user])  # (D, R)
+            each = _norms(state[:, user], 1)[0]  # (D, R)
             entering[1:, 0] += each[1:]
             if lengths is None:
                 entering[0, -1] += each[0]
@@ -158,10 +159,12 @@ def _entering(
     return entering
 
 
-def _norms(grad: Tensor) -> Tensor:
-    """Over the last dimension."""
+def _norms(grad: Tensor, directions: int) -> Tensor:
+    """(D, ·, R) in float64, from (·, R, D * P)."""
     grad = grad.detach()
     grad = grad if grad.dtype == torch.float64 else grad.float()
-    if grad.device.type == "cpu":  # NumPy's: torch's would wake its threads, which then spin on the kernels' cores
-        return torch.from_numpy(np.sqrt(np.einsum("...p,...p->...", grad.numpy(), grad.numpy())))
-    return torch.linalg.vector_norm(grad, dim=-1)
+    if grad.device.type != "cpu":
+        return torch.linalg.vector_norm(grad.unflatten(-1, (directions, -1)), dim=-1).permute(2, 0, 1).double()
+    # NumPy's: torch's would wake its threads, which then spin on the kernels' cores
+    values = grad.numpy().reshape(*grad.shape[:2], directions, -1)
+    return torch.from_numpy(np.sqrt(np.einsum("trdp,trdp->dtr", values, values), dtype=np.float64))

@@ -1,6 +1,7 @@
-"""Statistics of the saved gates of a few rows: one pass over what the backward pass has just read.
+"""What a backward pass tells a recording, beside its gradients: norms from sums of squares, statistics of gates.
 
-For the gates i, f and o: their sum and a histogram at every step, over the sampled rows and all units; and the sum of
+The statistics are those of the saved gates of a few rows, in one pass over what the backward pass has just read.  For
+the gates i, f and o: their sum and a histogram at every step, over the sampled rows and all units; and the sum of
 ln f of every unit, which tells how long the unit remembers.
 
 Every lane of an accumulator counts its own histogram, in the ten fields of ``FIELD`` bits of a 64-bit word: a value
@@ -184,6 +185,27 @@ def statistics_kernel(scalar: str, storage: str, block: Block):
                 products[:] = 1.0
 
     return lstm_gates_kernel
+
+
+@functools.cache
+def norms_kernel(scalar: str):
+    """The compiled kernel that makes norms of ``scalar`` from partial sums of squares."""
+
+    @kernel(numba.void(getattr(numba, scalar)[:, ::1], numba.float64[:, :, ::1]), scalar)
+    def lstm_norms_kernel(norms, squares):  # (2, T * B), (2, T * B, blocks)
+        blocks = squares.shape[2]
+        for which in range(2):
+            if blocks == 1:
+                for n in range(norms.shape[1]):
+                    norms[which, n] = math.sqrt(squares[which, n, 0])
+            else:
+                for n in range(norms.shape[1]):
+                    total = 0.0
+                    for block in range(blocks):
+                        total += squares[which, n, block]
+                    norms[which, n] = math.sqrt(total)
+
+    return lstm_norms_kernel
 
 
 def statistics(
