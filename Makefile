@@ -1,4 +1,4 @@
-# make bench · make test · make lint: each sets itself up in .venv; only Python >= 3.10 and make have to be there.
+# make bench · demo · test · lint: each sets itself up in .venv; only Python >= 3.10 and make have to be there.
 # make gpu uses $(PYTHON) as it is: PyTorch with CUDA is there already, and a network may not be.
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ TORCH := $(shell grep -o '^torch==[^ ;]*' constraints.txt)
 # what torch 2.11 ships; make kernels compiles with it and with the newest, which is in constraints.txt
 OLD_TRITON := 3.6.0
 
-.PHONY: bench bench-full test gpu kernels lint check clean
+.PHONY: bench bench-full demo test gpu kernels lint check clean
 
 bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by both
 	$(BIN)/python -m bench --quick
@@ -17,6 +17,9 @@ bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by 
 
 bench-full: $(VENV)/.ready  ## every case of the benchmark
 	$(BIN)/python -m bench
+
+demo: $(VENV)/.ready  ## gradient flow: what plain RNNs and LSTMs keep of a gradient, and learn, in under five minutes
+	$(BIN)/python -m lstmcore flow --out out/flow
 
 test: $(VENV)/.ready  ## the tests
 	$(BIN)/pytest tests

@@ -1,4 +1,4 @@
-"""The command line, ``python -m lstmcore``: ``info``, ``prewarm`` and ``check``."""
+"""The command line, ``python -m lstmcore``: ``info``, ``prewarm``, ``check`` and ``flow``."""
 
 from __future__ import annotations
 
@@ -269,6 +269,16 @@ def _error(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return float(torch.stack(errors).max())
 
 
+def flow(arguments: argparse.Namespace) -> int:
+    """Shows what becomes of gradients over long sequences, and what plain RNNs and LSTMs learn of them."""
+    from lstmcore.flow.demo import demo  # needs rich and matplotlib
+
+    try:
+        return demo(arguments)
+    except OSError as error:  # a folder that cannot be written to
+        raise RuntimeError(str(error)) from error
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -319,4 +329,20 @@ def _parser() -> argparse.ArgumentParser:
     parity = add(check, "compare outputs and all gradients with float64 torch.nn.LSTM on this machine")
     parity.add_argument("--backend", choices=backends.NAMES, default="auto", help="what to check (default: auto)")
     parity.add_argument("--device", type=device, default="cpu", help="where to check it (default: cpu)")
+
+    shown = add(flow, "show which gradients survive long sequences, and which models learn from them, in pictures")
+    shown.add_argument("--out", default="out/flow", metavar="FOLDER", help="where it all goes (default: %(default)s)")
+    shown.add_argument(
+        "--steps", type=_size, default=2000, metavar="T", help="steps of the untrained pass (default: %(default)s)"
+    )
+    lengths: dict[str, Any] = {"type": _size, "nargs": "*", "metavar": "T"}
+    shown.add_argument(
+        "--adding", **lengths, default=[100, 400], help="lengths of the adding problem to train on (default: 100 400)"
+    )
+    shown.add_argument("--copy", **lengths, default=[200], help="delays of the copy problem to train on (default: 200)")
+    shown.add_argument("--hidden-size", type=_size, metavar="H", help="hidden units (default: 32 adding, 64 copy)")
+    shown.add_argument("--iterations", type=_size, metavar="N", help="of a training, at most (default: 800 or 1000)")
+    shown.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    shown.add_argument("--minutes", type=float, default=5, help="the most that it may take (default: %(default)s)")
+    shown.add_argument("--quick", action="store_true", help="a few iterations of each training, to see that it works")
     return parser
