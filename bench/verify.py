@@ -47,10 +47,15 @@ class Verdict:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest expected entry; infinite where a shape differs or a NaN appears."""
+    """The largest difference over the largest expected entry; infinite where a shape differs or a NaN appears.
+
+    A tensor all of whose entries are below the smallest normal number of the dtype (of float32 for 16-bit ones) is as
+    good as zero: the gradient of h_0 where it has vanished.
+    """
     if got.shape != expected.shape:
         return float("inf")
-    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    smallest = torch.finfo(torch.promote_types(got.dtype, torch.float32)).tiny
+    scale = expected.abs().max().clamp_min(smallest)
     return ((got.to(expected.dtype) - expected).abs().max() / scale).nan_to_num(nan=float("inf")).item()
 
 

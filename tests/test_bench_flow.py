@@ -32,9 +32,10 @@ def test_a_row(monkeypatch, tmp_path):
         return call
 
     monkeypatch.setattr(flow, "recorded", watch)
+    monkeypatch.setattr(flow, "LIMIT", -1.0)  # so that every tenth step is measured too
     monkeypatch.setattr(flow, "CASES", {"tiny": TINY})
     assert flow.main(["--case", "tiny", "--pairs", "2", "--seconds", "0", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*-flow.csv")
+    (path,) = (tmp_path / "flow").glob("*.csv")
     lines = path.read_text().splitlines()
     assert len(lines) == 3
     columns = lines[0].split(",")
@@ -69,12 +70,13 @@ def test_what_cannot_be_measured(capsys):
 
 
 def test_the_interruption_keeps_what_is_done(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(flow, "LIMIT", -1.0)
     monkeypatch.setattr(flow, "CASES", {"tiny": TINY})
     measured = iter([flow.measure(TINY, 1, 1, 0.0)])
     monkeypatch.setattr(flow, "measure", lambda *_: next(measured, None) or raise_interrupt())
     assert flow.main(["--case", "tiny", "--out", str(tmp_path)]) == 0
     assert "interrupted" in capsys.readouterr().out
-    (path,) = tmp_path.glob("*.csv")
+    (path,) = (tmp_path / "flow").glob("*.csv")
     assert len(path.read_text().splitlines()) == 2
 
 
