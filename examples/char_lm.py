@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
 import sys
 import sysconfig
 import time
@@ -29,7 +28,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import matplotlib
@@ -44,6 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lstmcore
+from lstmcore.flow.interrupt import Interrupt
 
 OURS, PEER = "lstmcore.LSTM", "torch.nn.LSTM"
 COLOURS = {OURS: "#0b6e99", PEER: "#d1782a"}
@@ -241,24 +240,6 @@ def resume(path: Path, options: argparse.Namespace, trainees: Sequence[Trainee])
     for trainee in trainees:
         trainee.load_state_dict(checkpoint["trainees"][trainee.name])
     torch.set_rng_state(checkpoint["rng"])
-
-
-class Interrupt:
-    """Turns the first Ctrl-C into a wish to stop, granted between two steps; the second one acts as always."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.wanted = True
-        signal.signal(signal.SIGINT, self._before)
-
-    def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

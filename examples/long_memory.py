@@ -34,7 +34,8 @@ from torch.nn import functional as F
 
 import lstmcore
 from lstmcore.flow import plots
-from lstmcore.flow.demo import Interrupt, fast_arithmetic
+from lstmcore.flow.demo import fast_arithmetic
+from lstmcore.flow.interrupt import Interrupt
 from lstmcore.flow.recorder import GradientFlow
 from lstmcore.flow.tasks import Model, Recall
 

@@ -550,6 +550,20 @@ def test_gradients_that_are_not_finite(value, backend):
     assert len(flow.records) == 2  # also what was raised for is there to be looked at
 
 
+def test_only_the_cells_gradient_is_not_finite(backend):
+    """Infinity that enters at the cells of the last step, which h does not see there."""
+    module = lstmcore.LSTM(I, H, backend=backend)
+
+    def train() -> None:
+        cells = module(torch.randn(1, B, I), return_cells=True)[2]
+        (cells * float("inf")).sum().backward()
+
+    with pytest.warns(RuntimeWarning, match="layer 0, 0 steps before"), lstmcore.record_gradient_flow(module) as flow:
+        train()
+    assert flow.records[0].c.mean.isinf().all()
+    assert flow.records[0].h.mean.isfinite().all()
+
+
 def test_a_finite_recording_warns_of_nothing():
     module = lstmcore.LSTM(I, H)
     with warnings.catch_warnings():

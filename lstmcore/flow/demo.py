@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import signal
 import statistics
 import sys
 import time
@@ -19,13 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor, nn
 
 from lstmcore.flow import plots
 from lstmcore.flow.export import writing
+from lstmcore.flow.interrupt import Interrupt
 from lstmcore.flow.record import Record
 from lstmcore.flow.recorder import record_gradient_flow
 from lstmcore.flow.summary import measure, number, summarize
@@ -123,24 +122,6 @@ class Run:
         return left(self.records[-1]) if self.records else math.nan
 
 
-class Interrupt:
-    """Turns the first Ctrl-C into a wish to stop, granted between two steps; the second one acts as always."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.wanted = True
-        signal.signal(signal.SIGINT, self._before)
-
-    def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-
 @contextmanager
 def fast_arithmetic() -> Iterator[None]:
     """One thread, without denormal numbers: a vanishing gradient meets them, and a CPU is many times slower with them.
@@ -148,12 +129,13 @@ def fast_arithmetic() -> Iterator[None]:
     torch leaves them out in the calling thread only; and a second one gains nothing where products are this small.
     """
     threads = torch.get_num_threads()
+    flushed = not torch.tensor(torch.finfo(torch.float32).tiny).mul(0.5).item()  # torch has no other way to ask
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(flushed)
         torch.set_num_threads(threads)
 
 

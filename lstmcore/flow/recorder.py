@@ -47,12 +47,12 @@ class GradientFlow:
     def __init__(
         self,
         model: nn.Module,
-        every: int = 1,
-        rows: bool = False,
-        gate_rows: int = 2,
-        scaler: Any = None,
-        error_if_nonfinite: bool = False,
-        log: Any = None,
+        every: int,
+        rows: bool,
+        gate_rows: int,
+        scaler: Any,
+        error_if_nonfinite: bool,
+        log: Any,
     ) -> None:
         if every < 1:
             raise ValueError(f"every is a number of backward passes: expected 1 or more, got {every}")
@@ -264,9 +264,10 @@ def _finite(record: Record) -> bool:
 
 
 def _nonfinite(record: Record) -> str:
-    lags = [int(state.mean_by_lag.isinf().nonzero()[0]) for state in (record.h, record.c) if state is not None]
+    curves = [state.mean_by_lag for state in (record.h, record.c) if state is not None]
+    lag = min(int(curve.isinf().nonzero()[0]) for curve in curves if curve.isinf().any())
     return (
-        f"the gradient is not finite in {record.name}, {min(lags)} steps before the end of the sequence and from there "
+        f"the gradient is not finite in {record.name}, {lag} steps before the end of the sequence and from there "
         f"back, in backward pass {record.iteration}. Look for NaN or infinity in the input and the loss "
         f"(torch.autograd.set_detect_anomaly(True) names the operation), clip gradients, or lower the learning rate; "
         f"under float16 autocast with a GradScaler a few such passes are normal, and are skipped by it"

@@ -8,6 +8,7 @@ T steps, B rows of the batch, K symbols, S of them to copy.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -68,7 +69,7 @@ def recall(steps: int, batch: int, classes: int = 8, generator: torch.Generator 
     return F.one_hot(read, 2 * classes).to(torch.get_default_dtype()), target
 
 
-class Task:
+class Task(ABC):
     """A problem at one length: what a model reads and answers, and how good an answer is."""
 
     name: ClassVar[str]
@@ -76,33 +77,33 @@ class Task:
     length: int  # by which the problem is called: T, or the delay
 
     @property
+    @abstractmethod
     def inputs(self) -> int:
         """Features of a step."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def outputs(self) -> int:
         """Features of an answer."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def steps(self) -> int:
         """T of the input."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def lag(self) -> int:
         """The longest way from what has to be remembered to the answer, in steps."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def chance(self) -> float:
         """The loss of the best answer that does not depend on the input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """A new batch: input (T, B, inputs) and target."""
-        raise NotImplementedError
 
     def loss(self, answer: Tensor, target: Tensor) -> Tensor:
         """The mean loss of a model's answer: (B, outputs), or (T, B, outputs) where every step has one."""
