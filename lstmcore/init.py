@@ -6,8 +6,14 @@ sequence on, halves with every step.  H hidden units.
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+_NO_BIASES = "the module has no biases to initialise; build it with bias=True"
 
 
 def forget_bias_(module: nn.RNNBase, value: float = 1.0) -> nn.RNNBase:
@@ -15,12 +21,14 @@ def forget_bias_(module: nn.RNNBase, value: float = 1.0) -> nn.RNNBase:
 
     A gate starts at sigmoid(value): 0.73 for 1, 0.95 for 3, which keep half of a gradient for 2 and 14 steps.
 
-    Raises ValueError for a module without the biases of an LSTM.
+    Raises ValueError for a module without the biases of an LSTM or with computed ones, or a ``value`` not finite;
+    TypeError for one that is no number.
     """
+    check(value, None)
     with torch.no_grad():
-        for ih, hh in _biases(module):
-            _gate(ih, 1).fill_(value)
-            _gate(hh, 1).zero_()
+        for ih, hh in biases(module):
+            _set(ih, {1: float(value)})
+            _set(hh, {1: 0.0})
     return module
 
 
@@ -31,32 +39,74 @@ def chrono_(module: nn.RNNBase, max_lag: int, generator: torch.Generator | None 
     gates start with time constants spread over all lags up to ``max_lag``, and input gates that let in as little as
     that leaves room for.  The other biases stay as they are.
 
-    Raises ValueError for a module without the biases of an LSTM, or ``max_lag`` below 3.
+    Raises ValueError for a module without the biases of an LSTM or with computed ones, or ``max_lag`` below 3;
+    TypeError for one that is no integer.
     """
-    if max_lag < 3:
-        raise ValueError(f"chrono_ spreads time constants from 1 to max_lag - 1: expected max_lag >= 3, got {max_lag}")
+    check(None, max_lag)
+    device = "cpu" if generator is None else generator.device  # whatever the default device is
     with torch.no_grad():
-        for ih, hh in _biases(module):
-            lags = torch.empty(len(ih) // 4, dtype=torch.float64).uniform_(1, max_lag - 1, generator=generator)
-            _gate(ih, 1).copy_(lags.log())
-            _gate(ih, 0).copy_(-lags.log())
-            _gate(hh, 1).zero_()
-            _gate(hh, 0).zero_()
+        for ih, hh in biases(module):
+            if ih.is_meta:
+                continue  # nothing to set, so nothing is drawn: as torch's initialisations
+            lags = torch.empty(len(ih) // 4, dtype=torch.float64, device=device)
+            lags.uniform_(1, int(max_lag) - 1, generator=generator)
+            _set(ih, {0: -lags.log(), 1: lags.log()})
+            _set(hh, {0: 0.0, 1: 0.0})
     return module
 
 
-def _gate(bias: Tensor, index: int) -> Tensor:
-    """The part of a bias (4H,) that belongs to gate ``index`` of i, f, g, o."""
-    size = len(bias) // 4
-    return bias[index * size : (index + 1) * size]
+def check(forget_bias: float | None, chrono: int | None, bias: bool = True) -> None:
+    """Raises ValueError or TypeError for what ``lstmcore.LSTM`` cannot take as its arguments of these names."""
+    if bias is False and not (forget_bias is None and chrono is None):
+        raise ValueError(_NO_BIASES)
+    if forget_bias is not None and chrono is not None:
+        raise ValueError("forget_bias and chrono exclude each other: both set the forget gates' biases; give one")
+    if forget_bias is not None:
+        if not isinstance(forget_bias, Real) or isinstance(forget_bias, bool):
+            raise TypeError(f"the forget bias should be of type float, got: {type(forget_bias).__name__}")
+        if not math.isfinite(forget_bias):
+            raise ValueError(f"expected a finite forget bias, got {forget_bias}")
+    if chrono is not None:
+        if not isinstance(chrono, Integral) or isinstance(chrono, bool):
+            raise TypeError(f"max_lag, the argument of chrono, should be of type int, got: {type(chrono).__name__}")
+        if chrono < 3:
+            raise ValueError(f"chrono spreads lags from 1 to max_lag - 1: expected max_lag >= 3, got {chrono}")
 
 
-def _biases(module: nn.RNNBase) -> list[tuple[Tensor, Tensor]]:
-    """(bias_ih, bias_hh) of every layer and direction."""
+def biases(module: nn.RNNBase) -> list[tuple[Tensor, Tensor]]:
+    """(bias_ih, bias_hh) of every layer and direction; ValueError where there are none that could be set."""
     if getattr(module, "mode", None) != "LSTM":
         raise ValueError(f"expected an lstmcore.LSTM or torch.nn.LSTM, got {type(module).__name__}")
     if not module.bias:
-        raise ValueError("the module has no biases to initialise; build it with bias=True")
+        raise ValueError(_NO_BIASES)
     ends = ("", "_reverse") if module.bidirectional else ("",)
     names = [f"l{layer}{end}" for layer in range(module.num_layers) for end in ends]
-    return [(getattr(module, f"bias_ih_{name}"), getattr(module, f"bias_hh_{name}")) for name in names]
+    return [(_own(module, f"bias_ih_{name}"), _own(module, f"bias_hh_{name}")) for name in names]
+
+
+def _own(module: nn.Module, name: str) -> Tensor:
+    """The module's tensor ``name``; what is computed from others at each access would forget what it is set to."""
+    for own in (module._parameters, module._buffers):
+        tensor = own.get(name)
+        if tensor is not None:
+            return tensor
+    raise ValueError(
+        f"{name} is no parameter of the module but computed from others (parametrized, weight-normed or pruned), and "
+        "cannot be set; initialise the biases before that"
+    )
+
+
+def _set(bias: Tensor, gates: dict[int, Tensor | float]) -> None:
+    """Writes the parts of a bias (4H,) that belong to some of the gates i, f, g, o: ``gates`` holds values by index."""
+    sharded: Any = bias if hasattr(bias, "full_tensor") else None  # a DTensor, of which slices are no views
+    whole = bias if sharded is None else sharded.full_tensor()
+    parts = whole.chunk(4)
+    for index, value in gates.items():
+        if isinstance(value, Tensor):
+            parts[index].copy_(value)
+        else:
+            parts[index].fill_(value)
+    if sharded is not None:
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded.copy_(distribute_tensor(whole, sharded.device_mesh, sharded.placements))  # the values of rank 0

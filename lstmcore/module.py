@@ -7,13 +7,13 @@ D directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import backends, functional
+from lstmcore import backends, functional, init
 
 
 class LSTM(nn.RNNBase):
@@ -35,12 +35,21 @@ class LSTM(nn.RNNBase):
         device, dtype: of the parameters.  float32, float64, bfloat16 and float16 have kernels.
         backend: ``"auto"`` picks the fastest that runs the call; ``"triton"``, ``"numba"``, ``"torch"`` and
             ``"reference"`` insist on one.  :func:`lstmcore.explain` says what runs and why.
+        forget_bias: what the forget gates' bias of every layer and direction starts at (Jozefowicz et al. 2015);
+            see :func:`lstmcore.init.forget_bias_`.
+        chrono: the longest lag in steps that the memory has to span; the biases of the forget and input gates start
+            with time constants spread up to it (Tallec & Ollivier 2018); see :func:`lstmcore.init.chrono_`.
+
+    ``forget_bias`` and ``chrono`` are part of :meth:`reset_parameters`; what is loaded or copied stays as it is.
 
     Raises:
-        ValueError, TypeError: as ``torch.nn.LSTM``; ValueError for an unknown backend.
+        ValueError, TypeError: as ``torch.nn.LSTM``; ValueError for an unknown backend, for both of ``forget_bias`` and
+            ``chrono``, for either without biases, for a ``forget_bias`` that is not finite or a ``chrono`` below 3.
     """
 
     backend: str = "auto"
+    forget_bias: float | None = None
+    chrono: int | None = None
 
     def __init__(
         self,
@@ -56,8 +65,16 @@ class LSTM(nn.RNNBase):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        forget_bias: float | None = None,
+        chrono: int | None = None,
     ) -> None:
         backends.check_name(backend)
+        init.check(forget_bias, chrono, bias)
+        # before super().__init__(), which calls reset_parameters()
+        if forget_bias is not None:
+            self.forget_bias = float(forget_bias)
+        if chrono is not None:
+            self.chrono = int(chrono)
         super().__init__(
             "LSTM",
             input_size,
@@ -80,7 +97,7 @@ class LSTM(nn.RNNBase):
         *,
         lengths: Tensor | Sequence[int] | None = None,  # (B,)
         reset: Tensor | None = None,  # (T, B), (B, T) when batch_first, (T,) unbatched; or packed (N,)
-        return_cells: bool = False,
+        return_cells: bool | Literal["all"] = False,
     ) -> tuple[Any, ...]:
         """``output, (h_n, c_n)`` as ``torch.nn.LSTM`` returns them; with ``return_cells``, ``cells`` as a third.
 
@@ -112,8 +129,26 @@ class LSTM(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing; callers of RNNs call it.  Parameters are read one by one, wherever they lie."""
 
+    def reset_parameters(self) -> None:
+        """Draws all parameters as ``torch.nn.LSTM`` does, then sets what ``forget_bias`` or ``chrono`` say.
+
+        Raises ValueError, before anything is drawn, where they are given and the biases cannot be set.
+        """
+        if self.forget_bias is not None or self.chrono is not None:
+            init.check(self.forget_bias, self.chrono)
+            init.biases(self)
+        super().reset_parameters()
+        if self.forget_bias is not None:
+            init.forget_bias_(self, self.forget_bias)
+        if self.chrono is not None:
+            init.chrono_(self, self.chrono)
+
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
+        return super().extra_repr() + "".join(
+            f", {name}={getattr(self, name)!r}"
+            for name in ("backend", "forget_bias", "chrono")
+            if getattr(self, name) != getattr(LSTM, name)
+        )
 
 
 class LSTMCell(nn.RNNCellBase):
