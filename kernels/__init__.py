@@ -3,7 +3,7 @@
 The contract
 ------------
 A backend computes one layer of an LSTM, in one direction or both, over a batch of ragged rows.  It is a module with
-four functions; the types they exchange are in :mod:`lstmcore.kernels.contract`.
+five functions; the types they exchange are in :mod:`lstmcore.kernels.contract`.
 
 ``supports(layer: Layer) -> str | None``
     None when the backend runs such a layer on this machine; otherwise one sentence saying what is missing and what
@@ -16,6 +16,9 @@ four functions; the types they exchange are in :mod:`lstmcore.kernels.contract`.
 norms, gate_rows) -> Gradients``
     The gradients of everything that ``needs`` asks for, from the gradients of what forward returned (None: of a result
     that nobody used), forward's own arguments, its ``output`` and what it ``saved``.
+``saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]``
+    Shape and dtype of each of the tensors that ``forward`` saves of such a layer, with room for ``room`` rows, which
+    may be symbolic.
 ``prewarm(layer: Layer, *, training) -> None``
     Compiles what such a layer will need, so that the first call does not wait.
 

@@ -5,6 +5,7 @@ T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +26,20 @@ class Weights(NamedTuple):
     bias_ih: Tensor | None = None  # (4H,)
     bias_hh: Tensor | None = None  # (4H,)
     weight_hr: Tensor | None = None  # (P, H)
+
+
+def directions_of(params: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
+    """The parameters of one layer, in the order of :class:`Weights` without those that are not there, by direction.
+
+    How many there are says which: two, with ``weight_hr`` three, with the biases four, with both five.
+    """
+    fields = len(params) // directions
+    result = []
+    for at in range(0, len(params), fields):
+        weight_ih, weight_hh, *rest = params[at : at + fields]
+        no_biases = (None, None) if fields == 3 else ()
+        result.append(Weights(weight_ih, weight_hh, *no_biases, *rest))
+    return tuple(result)
 
 
 class WeightGradients(NamedTuple):
@@ -48,6 +63,9 @@ class Rows:
     * padded: tensors are ``(T, B, ·)``, of any strides, in the user's order: sorted row r is row ``order[r]`` there
       (None: row r), also in ``h_0``, ``c_0``, ``h_n``, ``c_n``.  New tensors are laid out batch-first in memory when
       ``batch_first`` is set (their shape is ``(T, B, ·)`` all the same).
+    * padded, with ``lengths`` on the device instead of ``batch_sizes`` and ``order``: the host does not know them, and
+      need not wait for them.  Only a backend of that device takes such rows; :meth:`on_host` is for the others.  All
+      that it returns of a row whose length is out of range is NaN, and a later call raises ValueError.
     """
 
     steps: int  # T
@@ -56,6 +74,8 @@ class Rows:
     order: Tensor | None = None  # (B,) int64 on the CPU
     packed: bool = False
     batch_first: bool = False
+    lengths: Tensor | None = None  # (B,) integers on the device, not checked
+    roomy: bool = False  # what forward saves has room for padded steps too: its sizes depend on no values
 
     @staticmethod
     def from_packed(batch_sizes: Tensor) -> Rows:
@@ -63,17 +83,49 @@ class Rows:
         return Rows(len(batch_sizes), int(batch_sizes[0]), batch_sizes, packed=True)
 
     @staticmethod
-    def from_lengths(lengths: Tensor, steps: int, batch_first: bool = False) -> Rows:
-        """The rows of a padded batch with these ``lengths`` (B,): unsorted, zero allowed, none above ``steps``."""
+    def from_lengths(lengths: Tensor, steps: int, batch_first: bool = False, roomy: bool = False) -> Rows:
+        """The rows of a padded batch with these ``lengths`` (B,): integers from 0 to ``steps`` in any order.
+
+        Dense ones where none ends early.  Raises ValueError for others.
+        """
         lengths = lengths.to("cpu", torch.int64)
+        if len(lengths) and not (int(lengths.min()) >= 0 and int(lengths.max()) <= steps):
+            raise ValueError(f"lengths should be from 0 to {steps} (the steps of input), got {lengths.tolist()}")
+        if bool((lengths == steps).all()):
+            return Rows(steps, len(lengths), batch_first=batch_first)
         ordered, order = torch.sort(lengths, descending=True, stable=True)
-        batch_sizes = (ordered[None, :] > torch.arange(steps)[:, None]).sum(1)
-        return Rows(steps, len(lengths), batch_sizes, order, batch_first=batch_first)
+        batch_sizes = (ordered[None, :] > torch.arange(steps, device="cpu")[:, None]).sum(1)
+        return Rows(steps, len(lengths), batch_sizes, order, batch_first=batch_first, roomy=roomy)
+
+    def on_host(self) -> Rows:
+        """These rows with their lengths known to the host, which waits for them where they are on a device."""
+        if self.lengths is None:
+            return self
+        return Rows.from_lengths(self.lengths, self.steps, self.batch_first, self.roomy)
+
+    def row_lengths(self) -> Tensor:
+        """(B,) int64: how many steps each row has, in the order of ``h_0``; on the CPU, or where ``lengths`` are."""
+        if self.lengths is not None:
+            return self.lengths
+        if self.batch_sizes is None:
+            return torch.full((self.batch,), self.steps, device="cpu")
+        lengths = (self.batch_sizes[:, None] > torch.arange(self.batch, device="cpu")).sum(0)
+        return lengths if self.order is None else torch.empty_like(lengths).index_copy_(0, self.order, lengths)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows may end at different steps."""
+        return self.batch_sizes is not None or self.lengths is not None
 
     @property
     def total(self) -> int:
-        """N, the number of (step, row) pairs that are computed."""
+        """N, the number of (step, row) pairs that are computed; T * B where the host does not know it."""
         return self.steps * self.batch if self.batch_sizes is None else int(self.batch_sizes.sum())
+
+    @property
+    def room(self) -> int:
+        """How many rows what forward saves has room for."""
+        return self.steps * self.batch if self.roomy and not self.packed else self.total
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,7 +134,7 @@ class Rows:
 
     def new(self, like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor of these rows, zero where padded; (N, width) or (T, B, width)."""
-        make = like.new_empty if self.batch_sizes is None or self.packed else like.new_zeros
+        make = like.new_zeros if self.ragged and not self.packed else like.new_empty
         if self.batch_first and not self.packed:
             return make((self.batch, self.steps, width), dtype=dtype).transpose(0, 1)
         return make((*self.shape, width), dtype=dtype)
@@ -142,3 +194,8 @@ class Gradients(NamedTuple):
     weights: tuple[WeightGradients, ...]  # one a direction
     norms: Tensor | None  # (2, D, T, B), state dtype
     gates: GateStatistics | None = None
+
+    def of(self, weights: Sequence[Weights]) -> list[Tensor | None]:
+        """The gradients of ``weights``, one for each that is there, as :func:`directions_of` takes them."""
+        pairs = zip(self.weights, weights, strict=True)
+        return [grad for grads, each in pairs for grad, weight in zip(grads, each, strict=True) if weight is not None]

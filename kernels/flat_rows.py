@@ -2,9 +2,20 @@
 
 The order is the one that suits the caller: step by step, row by row where the batch is first in memory, packed where
 rows are ragged.  Padded ragged tensors are gathered first and scattered last.  All of it is torch operations on the
-device; only a ragged call copies a small table there.
+device, none of which the host waits for; only a call whose lengths the host knows copies a small table there.
 
-T time, B batch, B' rows with at least one step, N alive rows over all steps, P features, D directions.
+**Lengths on the device.**  The host does not know N then, and does not wait for it: flat tensors have room for all
+T * B.  The alive rows come first, packed as ever; the *tail* behind them holds the padded positions, in any order, so
+that gathering and scattering permute whole tensors.  The recurrence spends nothing on the tail, whose rows are alive at
+no step, but the large products do run over it, since their size would have to be known to the host.  With lengths on
+the host nothing at all is spent on padding, and the copy of the table is the price.
+
+The tail takes part in products, so what enters one has to read zero there, and not something that zero times it is NaN:
+what ``flat`` gathers does, ``new`` and ``clear`` see to the rest.  A row without a step has a place in the tail where
+others have their first and last step.
+
+T time, B batch, B' rows with at least one step (B where lengths are on the device), N alive rows over all steps (T * B
+where lengths are on the device), P features, D directions.
 """
 
 from __future__ import annotations
@@ -15,51 +26,96 @@ from torch import Tensor
 from .contract import Rows
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on ``device``, for which the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class FlatRows:
     """The kernels' order of a call's rows: (t, row) lies at ``t * step + row * stride``, or ``offsets[t] + row``."""
 
     def __init__(self, rows: Rows, device: torch.device, reset: Tensor | None) -> None:
         self._rows, self.device = rows, device
-        self.steps, self.batch, self.total = rows.steps, rows.batch, rows.total
-        self.ragged = rows.batch_sizes is not None
+        self.steps, self.batch, self.total = rows.steps, rows.batch, rows.room
+        self.ragged = rows.ragged
         self.by_row = rows.batch_first and not self.ragged  # a row's steps lie behind each other
         self.step, self.stride = (1, self.steps) if self.by_row else (self.batch, 1)
         self.starting = self.batch  # B'
         self.index: Tensor | None = None  # (N,) of padded ragged rows: where they lie in the caller's tensor
         self.order: Tensor | None = None  # (B,) of padded ragged rows: the caller's row of each of ours
         self.offsets: Tensor | None = None  # (T + 1,) of ragged rows: where each step begins
-        if rows.batch_sizes is not None:
-            self._ragged(rows, rows.batch_sizes)
+        self.tail: Tensor | None = None  # (N, 1) bool, where lengths are on the device: which places nobody has
+        self.empty: Tensor | None = None  # (B, 1) bool, there: which rows have no step
+        self.wrong: Tensor | None = None  # (B, 1) bool, of lengths from the caller: which are out of range
+        # of ragged rows: where the first step of each lies (None: in the first B' places), and where the last one does
+        self._ends: tuple[Tensor | None, Tensor | None] = None, None
+        if rows.lengths is not None:
+            lengths = rows.lengths.to(torch.int64)
+            wrong = (lengths < 0) | (lengths > self.steps)
+            self._roomy(lengths.masked_fill(wrong, self.steps))  # as many NaNs as there is room for
+            self.wrong = wrong[self.order, None]
+        elif self.ragged and rows.roomy and not rows.packed:  # no size may depend on the lengths
+            self._roomy(upload(rows.row_lengths(), device))
+        elif rows.batch_sizes is not None:
+            self._packed(rows, rows.batch_sizes.to("cpu"))
         self.reset = None if reset is None else self.flat(reset.unsqueeze(-1)).squeeze(-1).view(torch.uint8)  # (N,)
+        if self.reset is not None and self.wrong is not None:
+            self.reset.masked_fill_(self.wrong[self._row_of, 0], 0)  # or they would be rid of the NaN they begin with
 
-    def _ragged(self, rows: Rows, batch_sizes: Tensor) -> None:
-        sizes = batch_sizes.to("cpu")
+    def _packed(self, rows: Rows, sizes: Tensor) -> None:
+        """From the (T,) rows of each step, on the CPU."""
+        self.starting = int(sizes[0])
+        lengths = self.steps - torch.searchsorted(sizes.flip(0), torch.arange(self.starting, device="cpu"), right=True)
         ends = torch.cumsum(sizes, 0)
-        self.starting = int(sizes[0])  # rows with a step at all
-        lengths = self.steps - torch.searchsorted(sizes.flip(0), torch.arange(self.starting), right=True)
-        last = (ends - sizes)[lengths - 1] + torch.arange(self.starting) if self.starting else lengths
-        table = torch.cat([torch.zeros(1, dtype=torch.int64), ends, last]).to(self.device)
-        self.offsets, self._last = table[: self.steps + 1], table[self.steps + 1 :]
+        last = (ends - sizes)[lengths - 1] + torch.arange(self.starting, device="cpu") if self.starting else lengths
+        order = [] if rows.order is None else [rows.order]
+        table = upload(
+            torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), ends, last, sizes, *order]), self.device
+        )
+        parts = (self.steps + 1, self.starting, self.steps, self.batch * len(order))
+        self.offsets, last, sizes, user = table.split(parts)
+        self._ends = None, last
         # of each packed row: its step and its place in the step
         self._step_of = torch.repeat_interleave(
-            torch.arange(self.steps, device=self.device), sizes.to(self.device), output_size=self.total
+            torch.arange(self.steps, device=self.device), sizes, output_size=self.total
         )
         self._row_of = torch.arange(self.total, device=self.device) - self.offsets[self._step_of]
         if not rows.packed:
-            assert rows.order is not None
-            self.order = rows.order.to(self.device)
-            user = self.order[self._row_of]
-            by_row = user * self.steps + self._step_of
-            self.index = by_row if rows.batch_first else self._step_of * self.batch + user
+            self.order = user
+            self._index()
+
+    def _roomy(self, lengths: Tensor) -> None:
+        """From (B,) lengths in the caller's order, on the device, from 0 to T."""
+        lengths, self.order = torch.sort(lengths, descending=True, stable=True)
+        cells = torch.arange(self.total, device=self.device)  # of a table (T, B)
+        alive = (lengths > torch.arange(self.steps, device=self.device)[:, None]).flatten()
+        count = alive.cumsum(0)
+        self.offsets = torch.nn.functional.pad(count[self.batch - 1 :: self.batch], (1, 0))
+        total = count[-1:]
+        # what is alive takes the places from 0 on, what is not those after them
+        place = torch.where(alive, count - 1, total + cells - count)
+        cell_of = torch.empty_like(cells).scatter_(0, place, cells)
+        self._step_of = cell_of // self.batch
+        self._row_of = cell_of - self._step_of * self.batch
+        self.tail, self.empty = (cells >= total)[:, None], (lengths == 0)[:, None]
+        table = place.view(self.steps, self.batch)
+        self._ends = table[0], table.gather(0, (lengths - 1).clamp_(min=0)[None])[0]
+        self._index()
+
+    def _index(self) -> None:
+        assert self.order is not None
+        user = self.order[self._row_of]
+        by_row = user * self.steps + self._step_of
+        self.index = by_row if self._rows.batch_first else self._step_of * self.batch + user
 
     def flat(self, tensor: Tensor) -> Tensor:
-        """(N, ·), contiguous, in the kernels' order, from a tensor of the caller's rows."""
+        """(N, ·), contiguous, in the kernels' order, from a tensor of the caller's rows; zero in the tail."""
         if self._rows.packed:
             return tensor.contiguous()
         if self._rows.batch_first:
             tensor = tensor.transpose(0, 1)
         flat = tensor.reshape(self.steps * self.batch, tensor.shape[-1])
-        return flat.contiguous() if self.index is None else flat.index_select(0, self.index)
+        return flat.contiguous() if self.index is None else self.clear(flat.index_select(0, self.index))
 
     def unflat(self, flat: Tensor) -> Tensor:
         """The inverse of :meth:`flat`, zero where rows are padded; shares memory with ``flat`` where it can."""
@@ -67,10 +123,18 @@ class FlatRows:
             return flat
         shape = (self.batch, self.steps) if self._rows.batch_first else (self.steps, self.batch)
         if self.index is not None:
-            dense = flat.new_zeros(self.steps * self.batch, flat.shape[-1])
-            flat = dense.index_copy_(0, self.index, flat)
+            make = flat.new_zeros if self.tail is None else flat.new_empty  # with a tail, there is a row for each
+            flat = make(self.steps * self.batch, flat.shape[-1]).index_copy_(0, self.index, flat)
         result = flat.view(*shape, flat.shape[-1])
         return result.transpose(0, 1) if self._rows.batch_first else result
+
+    def clear(self, flat: Tensor) -> Tensor:
+        """(N, ·) itself, its tail now zero."""
+        return flat if self.tail is None else flat.masked_fill_(self.tail, 0)
+
+    def new(self, like: Tensor, *shape: int) -> Tensor:
+        """A tensor of which the recurrence writes all that is alive; zero in the tail."""
+        return like.new_empty(shape) if self.tail is None else like.new_zeros(shape)
 
     def sorted(self, state: Tensor) -> Tensor:
         """(D, B, ·) in the kernels' order of rows."""
@@ -87,29 +151,49 @@ class FlatRows:
         return flat.view(self.steps, self.batch, -1)
 
     def take(self, flat: Tensor, direction: int, first: bool) -> Tensor:
-        """(B', ·): what each of the B' rows with a step has at the first or last step of its walk; maybe a view."""
+        """(B', ·): what each row has at the first or last step of its walk, anything if it has none; maybe a view."""
         at_zero = first == (direction == 0)
         if not self.ragged:
             return self.stepwise(flat)[0 if at_zero else -1]
-        return flat[: self.starting] if at_zero else flat.index_select(0, self._last)
+        at = self._ends[not at_zero]
+        return flat[: self.starting] if at is None else flat.index_select(0, at)
+
+    def _put(self, flat: Tensor, at_zero: bool, values: Tensor) -> None:
+        """Writes (B', ·) values to step 0 or the last step of each ragged row; into the tail where it has none."""
+        at = self._ends[not at_zero]
+        if at is None:
+            flat[: self.starting] = values
+        else:
+            flat.index_copy_(0, at, values)
 
     def add_at_first(self, flat: Tensor, direction: int, left: Tensor, right: Tensor) -> None:
         """Adds ``left @ right`` (B', ·) to what each row has at the first step of its walk."""
-        if not self.ragged or direction == 0:
+        if not self.ragged or self._ends[direction] is None:
             self.take(flat, direction, True).addmm_(left, right)
         else:
-            flat.index_copy_(0, self._last, torch.addmm(flat.index_select(0, self._last), left, right))
+            self._put(flat, direction == 0, torch.addmm(self.take(flat, direction, True), left, right))
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether there may be rows without a step, which :meth:`passes` is for."""
+        return self.starting < self.batch or self.empty is not None
+
+    def passes(self, result: Tensor, state: Tensor | None) -> None:
+        """Gives rows without a step in ``result`` what they have in ``state`` (None: zeros); (B, ·), both sorted."""
+        if self.empty is None:
+            result[self.starting :] = 0 if state is None else state[self.starting :]
+        elif state is None:
+            result.masked_fill_(self.empty, 0)
+        else:
+            torch.where(self.empty, state, result, out=result)
 
     def states_before(self, y: Tensor, h_0: Tensor | None, direction: int) -> Tensor:
         """(N, P): the h that entered each step, from (N, P) y of one direction and (B', P) h_0."""
         if self.ragged:
             before = self._neighbour(-1 if direction == 0 else 1)
             result = y.index_select(0, before)
-            first = torch.zeros_like(result[: self.starting]) if h_0 is None else h_0
-            if direction == 0:
-                result[: self.starting] = first
-            else:
-                result.index_copy_(0, self._last, first)
+            self._put(result, direction == 0, torch.zeros_like(result[: self.starting]) if h_0 is None else h_0)
+            self.clear(result)
         else:
             result = y.new_empty(y.shape)
             view, source = self.stepwise(result), self.stepwise(y)
@@ -129,12 +213,8 @@ class FlatRows:
             g = g.masked_fill(self.reset[:, None] != 0, 0)
         if self.ragged:
             result = g.index_select(0, self._neighbour(1 if direction == 0 else -1))
-            last = torch.zeros_like(result[: self.starting]) if h_n is None else h_n
-            if direction == 1:
-                result[: self.starting] = last
-            else:
-                result.index_copy_(0, self._last, last)
-            return result
+            self._put(result, direction == 1, torch.zeros_like(result[: self.starting]) if h_n is None else h_n)
+            return self.clear(result)
         result = g.new_empty(g.shape)
         view, source = self.stepwise(result), self.stepwise(g)
         if direction == 0:
@@ -168,6 +248,10 @@ class FlatRows:
         at = self.offsets[:-1, None] + rows
         alive = at < self.offsets[1:, None]
         return at.clamp(max=self.total - 1), alive
+
+    def begun(self) -> int:
+        """How many rows have a step; the host waits for it where lengths are on the device."""
+        return self.starting if self.empty is None else self.batch - int(self.empty.sum())
 
     def by_step(self, values: Tensor, result: Tensor) -> None:
         """Writes (N,) values to (T, B), rows in the kernels' order."""

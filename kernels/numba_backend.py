@@ -38,6 +38,14 @@ def supports(layer: Layer) -> str | None:
     return None
 
 
+def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """See the contract: the gates of each direction, then their cells."""
+    variant = _variant(layer.dtype)
+    padded = ceil_div(layer.hidden_size, variant.block.lanes) * variant.block.lanes
+    sizes = ((4 * padded, layer.dtype), (padded, variant.compute))
+    return [((room * width,), dtype) for width, dtype in sizes for _ in range(layer.directions)]
+
+
 # Bytes between the state rows of different threads' groups: two pages, for a prefetcher follows its stream through a
 # page and asks for the next.  Where they hold rows of another thread, it fetches what that is about to write: apart,
 # inference gains 1.06 and the forward of training 1.02 to 1.2 at H = 16 and 64 (two threads); one page, half of that.
@@ -151,7 +159,7 @@ class _Problem:
         """Where row n of the internal order lies in a padded tensor flattened to (T * B, ·); None: at n."""
         if self.rows.batch_sizes is None or self.rows.packed:
             return None
-        t, r = (torch.arange(self.batch) < self.rows.batch_sizes[:, None]).nonzero(as_tuple=True)
+        t, r = (torch.arange(self.batch, device="cpu") < self.rows.batch_sizes[:, None]).nonzero(as_tuple=True)
         return t * self.batch + (r if self.rows.order is None else self.rows.order[r])
 
     def alive(self, first: int, last: int) -> np.ndarray | None:
@@ -237,8 +245,8 @@ def forward(
     batch, hidden, width, count = problem.batch, problem.hidden, problem.width, problem.directions
     output = rows.new(x, count * width)
     h_n, c_n = x.new_empty((count, batch, width)), x.new_empty((count, batch, hidden))
-    kept = [buffers.take(problem.total * problem.padded_hidden, compute) for _ in range(count * (save or cells))]
-    gates = [buffers.take(problem.total * 4 * problem.padded_hidden, x.dtype) for _ in range(count * save)]
+    kept = [buffers.take(rows.room * problem.padded_hidden, compute) for _ in range(count * (save or cells))]
+    gates = [buffers.take(rows.room * 4 * problem.padded_hidden, x.dtype) for _ in range(count * save)]
     kernel = variant.forward()
 
     with threads.reserve(problem.threads) as available:
@@ -376,7 +384,7 @@ def _cells_out(problem: _Problem, kept: list[Tensor], like: Tensor) -> Tensor:
     hidden = problem.hidden
     cells = problem.rows.new(like, len(kept) * hidden, problem.variant.compute)
     for direction, internal in enumerate(kept):
-        values = internal.view(problem.total, problem.padded_hidden)[:, :hidden]
+        values = internal.view(-1, problem.padded_hidden)[: problem.total, :hidden]
         target = cells[..., direction * hidden : (direction + 1) * hidden]
         if problem.flat_index is None:
             target.copy_(

@@ -10,10 +10,12 @@ The kernels know neither h_0 nor projections:
 * With a projection, h = W_hr m, the recurrence is one of m with the weights W_hh W_hr, which have the shape that W_hh
   would have without one: one hand-off a step instead of two.  y = W_hr m afterwards, for all steps at once.
 
-Rows are kept flat (``flat_rows.py``).  A dense call can be captured into a CUDA graph, after one outside of it; a
-ragged one copies a table from the host.
+Rows are kept flat (``flat_rows.py``).  A dense call can be captured into a CUDA graph, after one outside of it; where
+the host knows the lengths it copies a table from there.  The host waits for nothing, whoever knows them: what goes
+wrong on the device is told by a later call (``_Status``).
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), D directions.
+T time, B batch, N alive rows over all steps (with lengths on the device: T * B, of which the last are no rows, see
+``flat_rows.py``), I input, H hidden, P projection (H where there is none), D directions.
 """
 
 from __future__ import annotations
@@ -66,6 +68,13 @@ def supports(layer: Layer) -> str | None:
     except ValueError as error:
         return f"{error}; use backend='auto'"
     return None
+
+
+def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """See the contract: the gates, the cells, and with a projection what it is of."""
+    D, H = layer.directions, layer.hidden_size
+    shapes = [((D, room, 4 * H), layer.dtype), ((D, room, H), torch.float32), ((room, D * H), layer.dtype)]
+    return shapes if layer.proj_size else shapes[:2]
 
 
 def measured(device: torch.device) -> bool:
@@ -140,19 +149,42 @@ def _products(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Status:
-    """The word in which kernels say that a wait gave up, one a device; the host reads it without waiting."""
+    """What went wrong on a device, in words that the host reads without waiting: told by a later call, if not the next.
+
+    Kernels set the first, when a wait gave up.  The second is a copy of a count on the device, of rows whose lengths
+    were out of range: added to, never set, so that a call in which all is well does not undo what one before it said.
+    """
 
     words: dict[torch.device, Tensor] = {}  # noqa: RUF012
+    wrong_lengths: dict[torch.device, tuple[Tensor, Tensor]] = {}  # noqa: RUF012 (there, and its copy)
+    told: dict[torch.device, int] = {}  # noqa: RUF012 (of those, how many have been told)
+
+    @staticmethod
+    def _readable(device: torch.device) -> Tensor:
+        """A zero that is page-locked: written by the device, readable by the host."""
+        return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     @classmethod
     def word(cls, device: torch.device) -> Tensor:
-        if device not in cls.words:  # page-locked: written by the device, readable by the host
-            cls.words[device] = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        if device not in cls.words:
+            cls.words[device] = cls._readable(device)
         return cls.words[device]
 
     @classmethod
+    def note(cls, device: torch.device, wrong: Tensor) -> None:
+        """Counts the rows that are ``wrong`` (B, 1), without waiting."""
+        if device not in cls.wrong_lengths:
+            with torch.inference_mode(False):  # what is made in that mode cannot be added to outside of it
+                count = torch.zeros(1, dtype=torch.int32, device=device)
+                cls.wrong_lengths[device] = count, cls._readable(device)
+        count, copy = cls.wrong_lengths[device]
+        wrong = wrong.squeeze(1)
+        count.index_add_(0, torch.zeros_like(wrong, dtype=torch.int64), wrong.to(torch.int32))  # atomic: streams
+        copy.copy_(count, non_blocking=True)
+
+    @classmethod
     def check(cls, device: torch.device) -> Tensor:
-        """Raises RuntimeError if an earlier call on ``device`` gave up."""
+        """The word for kernels.  RuntimeError if an earlier call on ``device`` gave up, ValueError for its lengths."""
         word = cls.word(device)
         if word.item():
             word.zero_()
@@ -161,6 +193,18 @@ class _Status:
                 f"results are NaN from there on. Its programs were not running at the same time, as they have to: "
                 f"is the device shared with other processes (MPS), or being debugged? backend='torch' does not need it"
             )
+        if device in cls.wrong_lengths:
+            _, copy = cls.wrong_lengths[device]
+            if copy.item() > cls.told.get(device, 0):
+                if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+                    torch.cuda.synchronize(device)  # other layers of that call may still be at it: told once
+                cls.told[device] = int(copy.item())
+                raise ValueError(
+                    f"lengths should be from 0 to T, the steps of input; those of an earlier call on {device}, or of "
+                    f"an earlier layer of this one, were not, and its results are NaN in the rows in question. Nothing "
+                    f"waits for lengths that are on the device, so this could not be told before. Pass them on the CPU "
+                    f"(lengths.cpu()) to find the call: there they are checked at once"
+                )
         return word
 
 
@@ -186,9 +230,12 @@ class _Recurrence:
         """H': entries of a row that is read 16 bytes at a time."""
         return (self.hidden + 7) // 8 * 8
 
-    def channel(self, *shape: int) -> Tensor:
-        """Integers of the dtype's size, all -1: nothing written yet."""
-        return torch.full(shape, -1, dtype=BITS[self.dtype.itemsize][1], device=self.device)
+    def channel(self, *shape: int, dim: int) -> Tensor:
+        """Integers of the dtype's size, all -1: nothing written yet; 0 in the tail of N, which is ``shape[dim]``."""
+        dtype, tail = BITS[self.dtype.itemsize][1], self.rows.tail
+        if tail is None:
+            return torch.full(shape, -1, dtype=dtype, device=self.device)
+        return (tail.to(dtype) - 1).view(-1, *[1] * (len(shape) - dim - 1)).expand(shape).contiguous()
 
     def launch(self, tensors: list[Tensor | None], entered: bool = False, **flags: bool) -> None:
         """Runs the recurrence; ``tensors`` are the kernel's up to the weights, in its order, None where not wanted.
@@ -274,12 +321,15 @@ def forward(
         c = torch.zeros(D, batch, H, dtype=torch.float32, device=input.device)
     else:
         c = flat.sorted(c_0).to(torch.float32, copy=True).contiguous()
+    if flat.wrong is not None:
+        _Status.note(call.device, flat.wrong)
+        c.masked_fill_(flat.wrong, torch.nan)  # no number of theirs shall look right
     kept = new(D, N, H, dtype=torch.float32) if keep_cells else None
     if call.design.kind == "resident":
-        m = new(N, D * H)
+        m = flat.new(input, N, D * H)
         tensors = [m, gates, kept, c, recurrent]
     else:
-        bits = call.channel(N, D, call.row)
+        bits = call.channel(N, D, call.row, dim=0)
         m = bits.view(dtype)[..., :H]
         if call.row > H:
             bits[..., H:] = 0  # nobody writes these, and nobody may wait for them
@@ -295,15 +345,16 @@ def forward(
             for d, w in enumerate(weights):
                 assert w.weight_hr is not None
                 torch.mm(m[:, d * H : (d + 1) * H], w.weight_hr.T, out=y[:, d * P : (d + 1) * P])
+        flat.clear(y)  # zero times weights that may be infinite
     h_n = new(D, batch, P)
     for d in range(D):
         h_n[d, : flat.starting] = flat.take(y, d, False)[:, d * P : (d + 1) * P]
-        if flat.starting < batch:  # rows without a step end where they begin
-            h_n[d, flat.starting :] = 0 if h_0 is None else flat.sorted(h_0)[d, flat.starting :]
+        if flat.may_pass:  # rows without a step end where they begin
+            flat.passes(h_n[d], None if h_0 is None else flat.sorted(h_0)[d])
     all_cells = None
     if cells:
         assert kept is not None
-        all_cells = flat.unflat(kept.permute(1, 0, 2).reshape(N, D * H).clone())
+        all_cells = flat.unflat(flat.clear(kept.permute(1, 0, 2).reshape(N, D * H).clone()))
     saved: tuple[Tensor, ...] = ()
     if save:
         assert kept is not None
@@ -360,10 +411,10 @@ def backward(
         squares = torch.zeros(shape, dtype=torch.float64, device=input.device)  # squares of tiny values underflow
     others = [dm, dm_n, dcells, gates, cells, c_first, recurrent]
     if call.design.kind == "resident":
-        dz = new(D, N, 4 * H)
+        dz = flat.new(input, D, N, 4 * H)
         tensors = [dz, dc, squares, *others]
     else:
-        bits = call.channel(D, N, 4 * H)
+        bits = call.channel(D, N, 4 * H, dim=1)
         dz = bits.view(dtype)
         tensors = [bits, bits.view(torch.int32), dc, squares, status, *others]
     call.launch(
@@ -388,7 +439,8 @@ def backward(
                 dx = dz_d @ w.weight_ih if dx is None else dx.addmm_(dz_d, w.weight_ih)
             if dh_0 is not None:
                 dh_0[d, : flat.starting] = flat.unless_reset(flat.take(dz_d, d, True) @ w.weight_hh, d)
-                dh_0[d, flat.starting :] = 0 if dh_n is None else dh_n[d, flat.starting :]
+                if flat.may_pass:
+                    flat.passes(dh_0[d], None if dh_n is None else dh_n[d])
             dh = None
             if call.projected and (needs.weights or norms):
                 dh = flat.from_after(dz_d @ w.weight_hh, None if dh_n is None else dh_n[d, : flat.starting], d)
@@ -410,7 +462,7 @@ def backward(
                 )
             )
     return Gradients(
-        None if dx is None else flat.unflat(dx),
+        None if dx is None else flat.unflat(flat.clear(dx)),
         None if dh_0 is None else flat.unsorted(dh_0),
         flat.unsorted(dc).to(dtype) if needs.c_0 else None,
         tuple(gradients),
@@ -429,7 +481,7 @@ def _magnitudes(flat: FlatRows, squares: Tensor, arrived: list[Tensor]) -> Tenso
 
 
 def _gate_statistics(flat: FlatRows, gates: Tensor, hidden: int, wanted: int) -> GateStatistics:
-    rows = torch.tensor(list(sampled_rows(flat.starting, wanted)), device=flat.device)
+    rows = torch.tensor(list(sampled_rows(flat.begun(), wanted)), dtype=torch.int64, device=flat.device)
     index, alive = flat.places(rows)
     sample = gates[:, index].float().unflatten(-1, (4, hidden))  # (D, T, R, 4, H)
     return statistics(sample[..., [0, 1, 3], :].movedim(-2, 0), alive)

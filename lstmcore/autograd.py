@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lstmcore import backends, recording, reference
-from lstmcore.kernels.contract import Needs, Rows, Weights
+from lstmcore import backends, ops, recording, reference
+from lstmcore.kernels.contract import Needs, Rows, directions_of
 
-_FIELDS = len(Weights._fields)
-_BEFORE = 5  # arguments of _Layer that have no gradient, before those that may
+_BEFORE = 6  # arguments of _Layer that have no gradient, before those that may
 
 
 def layer(
@@ -24,24 +23,26 @@ def layer(
     input: Tensor,  # (T, B, I) or (N, I)
     h_0: Tensor | None,  # (D, B, P); None for zeros
     c_0: Tensor | None,  # (D, B, H); None for zeros
-    weights: Sequence[Weights],
+    weights: Sequence[Tensor],  # as directions_of takes them
+    directions: int,
     rows: Rows,
     reset: Tensor | None = None,  # (T, B) or (N,), bool
     cells: bool = False,
     source: recording.Source | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(output, h_n, c_n, cells) of one layer; with a graph only when autograd will want one."""
-    sized = rows.total and input.shape[-1] and weights[0].weight_hh.numel()
+    each = directions_of(weights, directions)
+    sized = rows.total and input.shape[-1] and weights[1].numel()
     # autograd's own graph of the plain loop cannot be recorded
     plain = backend == "reference" and (source is None or not recording.watched(source.module()))
     if plain or not sized:  # kernels want every size to be 1 at least
-        return reference.forward(input, h_0, c_0, weights, rows, reset=reset, cells=cells)[:4]
+        return reference.forward(input, h_0, c_0, each, rows, reset=reset, cells=cells)[:4]
+    if rows.lengths is not None and backend != "triton":
+        rows = rows.on_host()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *weights, h_0, c_0)):
+        return _Layer.apply(source, backend, rows, cells, directions, reset, input, h_0, c_0, *weights)
     kernels = backends.load(backend)
-    if torch.is_grad_enabled():
-        flat = [tensor for direction in weights for tensor in direction]
-        if any(tensor is not None and tensor.requires_grad for tensor in (input, *flat, h_0, c_0)):
-            return _Layer.apply(source, kernels, rows, cells, reset, input, h_0, c_0, *flat)
-    return kernels.forward(input, h_0, c_0, weights, rows, reset=reset, save=False, cells=cells)[:4]
+    return kernels.forward(input, h_0, c_0, each, rows, reset=reset, save=False, cells=cells)[:4]
 
 
 class _Layer(Function):
@@ -51,19 +52,22 @@ class _Layer(Function):
     def forward(
         ctx: Any,
         source: recording.Source | None,
-        kernels: Any,
+        backend: str,
         rows: Rows,
         cells: bool,
+        directions: int,
         reset: Tensor | None,
         input: Tensor,
         h_0: Tensor | None,
         c_0: Tensor | None,
-        *flat: Tensor | None,
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        result = kernels.forward(input, h_0, c_0, _unflatten(flat), rows, reset=reset, save=True, cells=cells)
-        ctx.source, ctx.kernels, ctx.rows = source, kernels, rows
-        ctx.save_for_backward(reset, input, h_0, c_0, *flat, result.output, *result.saved)
-        ctx.weights = len(flat)
+        given = directions_of(weights, directions)
+        kernels = backends.load(backend)
+        result = kernels.forward(input, h_0, c_0, given, rows, reset=reset, save=True, cells=cells)
+        ctx.source, ctx.backend, ctx.rows = source, backend, rows
+        ctx.save_for_backward(reset, input, h_0, c_0, *weights, result.output, *result.saved)
+        ctx.weights, ctx.directions = len(weights), directions
         ctx.set_materialize_grads(False)  # an output nobody used has no gradient, and costs nothing
         return result[:4]
 
@@ -79,17 +83,27 @@ class _Layer(Function):
 
 def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     reset, input, h_0, c_0, *rest = ctx.saved_tensors
-    flat, output, saved = rest[: ctx.weights], rest[ctx.weights], tuple(rest[ctx.weights + 1 :])
+    weights, output, saved = rest[: ctx.weights], rest[ctx.weights], tuple(rest[ctx.weights + 1 :])
     needs = ctx.needs_input_grad[_BEFORE:]
+    if torch._C._are_functorch_transforms_active():  # vmap over a backward
+        rows = ctx.rows
+        lengths = None if rows.packed or not rows.ragged else rows.row_lengths()
+        tensors = ops.Tensors(input, h_0, c_0, reset, rows.batch_sizes if rows.packed else None, lengths)
+        call = ops.Call(rows.batch, ctx.directions, rows.batch_first, grads[3] is not None, True, ctx.backend)
+        needed = (*needs[:3], False, False, False, *needs[3:])
+        found = ops.gradients(grads, needed, (output, *saved), tensors, weights, call)  # type: ignore[arg-type]
+        return *[None] * _BEFORE, *found[:3], *found[6:]
+    each = directions_of(weights, ctx.directions)
     watching = recording.watchers(ctx.source)
-    # create_graph=True: the gradient itself has to be differentiable
-    kernels = reference if torch.is_grad_enabled() else ctx.kernels
+    # create_graph=True: the gradient itself has to be differentiable; is_grads_batched=True: grads lie nowhere
+    plain = torch.is_grad_enabled() or not all(grad is None or torch._C._has_storage(grad) for grad in grads)
+    kernels = reference if plain else backends.load(ctx.backend)
     result = kernels.backward(
         *grads,
         input=input,
         h_0=h_0,
         c_0=c_0,
-        weights=_unflatten(flat),
+        weights=each,
         rows=ctx.rows,
         reset=reset,
         output=output,
@@ -100,9 +114,4 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     )
     if watching:
         recording.show(watching, ctx.source, ctx.rows, result.norms, result.gates, grads[:3])
-    flat_grads = (w for d in result.weights for w in d)
-    return (*[None] * _BEFORE, result.input, result.h_0, result.c_0, *flat_grads)
-
-
-def _unflatten(flat: Sequence[Tensor | None]) -> tuple[Weights, ...]:
-    return tuple(Weights(*flat[start : start + _FIELDS]) for start in range(0, len(flat), _FIELDS))  # type: ignore[arg-type]
+    return (*[None] * _BEFORE, result.input, result.h_0, result.c_0, *result.of(each))

@@ -25,9 +25,11 @@ NAMES = ("auto", "triton", "numba", "torch", "reference")
 _MODULES = {
     "triton": "lstmcore.kernels.triton_backend",
     "numba": "lstmcore.kernels.numba_backend",
+    "torch": "lstmcore.aten",
     "reference": "lstmcore.reference",
 }
 _DEVICES = {"triton": "cuda", "numba": "cpu"}
+LONG, SOME = 1024, 32  # steps, and rows or inputs, that stand for unknown ones
 OLDEST_TRITON = (3, 6)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -99,7 +101,7 @@ def _why_not(name: str, layers: tuple[Layer, ...], extended: bool, opaque: bool)
             return "ATen's LSTM has no lengths, reset or return_cells, and nothing to record; use backend='auto'"
         return None
     if name != "reference" and opaque:
-        return "torch.func transforms and tensor subclasses do not enter kernels; use backend='torch' or 'reference'"
+        return "tensor subclasses do not enter kernels; use plain tensors, or backend='torch' or 'reference'"
     if layer.dtype not in _FLOATS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
         return f"it computes in {names}, not in {layer.dtype}; convert the module and the input, or use backend='torch'"
@@ -198,6 +200,18 @@ def plan(
     if num_layers > 1:
         layers += (layer(directions * (proj_size or hidden_size)),)
     return choose(name, layers, extended, opaque)
+
+
+def in_graph(name: str, described: Layer, extended: bool) -> str:
+    """The backend of a layer in a compiled or exported graph, or under a transform: chosen once, for every T and B.
+
+    As for a long sequence of some rows: steps and batch may be symbols there.  The hidden size becomes a constant.
+    """
+    return plan(
+        name, described.device, described.dtype, LONG, SOME, SOME, int(described.hidden_size),
+        int(described.proj_size), 1, described.directions, described.bias, described.ragged, described.training,
+        extended, opaque=False,
+    ).name  # fmt: skip
 
 
 def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended: bool = False) -> Choice:

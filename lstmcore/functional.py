@@ -9,16 +9,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import _VF, Tensor
-from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import autograd, backends, recording
-from lstmcore.kernels.contract import Rows, Weights
+from lstmcore import aten, autograd, backends, ops, recording, routing
+from lstmcore.kernels.contract import Rows
+from lstmcore.routing import Way
 
+_KERNELS = ("triton", "numba")
 _dense_rows = functools.lru_cache(maxsize=1024)(Rows)  # finding a frozen dataclass is quicker than building one
 
 
@@ -35,7 +36,7 @@ def lstm(
     *,
     lengths: Tensor | Sequence[int] | None = None,  # (B,)
     reset: Tensor | None = None,  # (T, B), (B, T) when batch_first, (T,) unbatched; or packed (N,)
-    return_cells: bool = False,
+    return_cells: bool | Literal["all"] = False,
     backend: str = "auto",
     module: torch.nn.Module | None = None,
 ) -> tuple[Any, ...]:
@@ -54,31 +55,44 @@ def lstm(
             the dropout between layers on; on the CPU the same seed draws the same masks as torch's.
         lengths: how many steps each row has, integers from 0 to T in any order.  Row b computes what it would compute
             alone, cut to ``lengths[b]`` steps; what lies beyond is not read, and reads zero in the output.  A row of
-            length 0 ends in its initial state.
-        reset: bool; where True, h and c of that row are zeroed before that step, in every layer and direction.
-        return_cells: also return every c_t of the last layer.
+            length 0 ends in its initial state.  Lengths on a GPU are not waited for: values out of range make the next
+            call on that device raise, and the row's results NaN.
+        reset: bool; where True, h and c of that row are zeroed before step t computes, in every layer and direction,
+            and no gradient passes.  Of a rollout with ``done[t]`` (the episode ended with the action of step t) it is
+            ``reset[t] = done[t - 1]``, and ``reset[0]`` the last ``done`` of the rollout before.  With packed input it
+            is packed like the data, in the same order.
+        return_cells: also return every c_t of the last layer; ``"all"``: of every layer.
         backend: ``"auto"``, ``"triton"``, ``"numba"``, ``"torch"`` or ``"reference"``; see :mod:`lstmcore.backends`.
         module: whose call this is, for :func:`lstmcore.record_gradient_flow`; None cannot be recorded.
 
     Returns:
         ``output, h_n, c_n``, and with ``return_cells`` also ``cells``.  output: like ``input``, with D * P features
         (packed if it is packed); h_n (L * D, B, P) and c_n (L * D, B, H), without B when unbatched; cells: like
-        ``output``, with D * H features, in float32 for 16-bit inputs.
+        ``output``, with D * H features, in float32 for 16-bit inputs; a tuple of L of them with ``"all"``.
 
     Raises:
-        ValueError: input of a wrong rank or dtype; unknown backend; ``lengths`` out of range, or with packed input.
+        ValueError: input of a wrong rank or dtype; unknown backend; ``lengths`` out of range, or with packed input;
+            another ``return_cells``.
         RuntimeError: a size or device that does not fit; T = 0; a named backend that cannot run the call.
-        TypeError: ``lengths`` that are not integers, ``reset`` that is not bool.
+        TypeError: ``lengths`` that are not integers, ``reset`` that is not bool; a Tensor subclass that holds its
+            values elsewhere.
     """
+    if return_cells not in (False, True, "all"):
+        raise ValueError(f"return_cells should be False, True or 'all', got: {return_cells!r}")
     packed = isinstance(input, PackedSequence)
+    if torch.compiler.is_dynamo_compiling() and (packed or recording.watched(module)):
+        return _beside_the_graph(
+            input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
+            lengths=lengths, reset=reset, return_cells=return_cells, backend=backend, module=module,
+        )  # fmt: skip
     batched = True
-    sorted_indices = unsorted_indices = None
+    batch_sizes = sorted_indices = unsorted_indices = None
     data: Tensor
     if packed:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        rows = Rows.from_packed(batch_sizes)
+        steps, batch = len(batch_sizes), int(batch_sizes[0])
     else:
         data = input  # type: ignore[assignment]
         rank = data.dim()
@@ -91,7 +105,6 @@ def lstm(
         else:
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
         steps, batch, _ = data.shape
-        rows = _dense_rows(steps, batch, batch_first=batch_first)
     h_0, c_0 = (None, None) if hx is None else _unpack_states(hx, packed, batched)
 
     device, dtype = data.device, data.dtype
@@ -124,64 +137,77 @@ def lstm(
     width = proj_size or hidden_size  # P
     if data.shape[-1] != input_size:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {data.shape[-1]}")
-    _check_params(
-        params, _shapes(input_size, hidden_size, proj_size, num_layers, directions, has_biases), params[0].dtype, device
-    )
+    shapes_of = _shapes if torch.compiler.is_compiling() else _known_shapes  # a compiler looks through no cache
+    shapes = shapes_of(input_size, hidden_size, proj_size, num_layers, directions, has_biases)
+    _check_params(params, shapes, params[0].dtype, device)
 
     states = num_layers * directions
     if h_0 is not None and c_0 is not None:
-        _check_state(0, h_0, (states, rows.batch, width), params[0].dtype, device)
-        _check_state(1, c_0, (states, rows.batch, hidden_size), params[0].dtype, device)
+        _check_state(0, h_0, (states, batch, width), params[0].dtype, device)
+        _check_state(1, c_0, (states, batch, hidden_size), params[0].dtype, device)
         if sorted_indices is not None:
             h_0, c_0 = h_0.index_select(1, sorted_indices), c_0.index_select(1, sorted_indices)
-    if rows.steps == 0:
+    if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if lengths is not None:
-        rows = _ragged_rows(lengths, rows)
+        lengths = _integers(lengths, packed, batch, device)
     if reset is not None:
-        reset = _step_major(reset, rows, batched, device)
+        expected = (batch, steps) if batch_first else (steps, batch)
+        _check_reset(reset, (len(data),) if packed else expected if batched else expected[:1], device)
+        if not packed:
+            reset = reset.T if batch_first else reset if batched else reset[:, None]
 
-    opaque = type(data) not in (Tensor, Parameter) or torch._C._are_functorch_transforms_active()
-    if opaque:
-        module = None  # transforms do not enter what could be recorded
-    name = backends.plan(
-        backend, device, dtype, rows.steps, rows.batch, input_size, hidden_size, proj_size, num_layers, directions,
-        has_biases, rows.batch_sizes is not None,
-        training=torch.is_grad_enabled() and any(t.requires_grad for t in (*params, data, h_0, c_0) if t is not None),
-        extended=lengths is not None or reset is not None or return_cells or recording.watched(module),
-        opaque=opaque,
-    ).name  # fmt: skip
-    cells: Tensor | None = None
-    if name == "torch":
+    tensors = (data, h_0, c_0, *params)
+    way = Way.GRAPH if torch.compiler.is_compiling() else routing.way(tensors, backend)
+    name, rows = backend, None
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
+    if way not in (Way.GRAPH, Way.TRANSFORMED):  # for these the operators choose: sizes may be symbols
+        rows = _rows(steps, batch, batch_sizes, lengths, batch_first)
+        name = backends.plan(
+            "reference" if way is Way.FORWARD_MODE and backend != "torch" else backend,
+            device, dtype, steps, batch, input_size, hidden_size, proj_size, num_layers, directions, has_biases,
+            rows.ragged, training,
+            extended=lengths is not None or reset is not None or bool(return_cells) or recording.watched(module),
+            opaque=way is Way.SUBCLASS,
+        ).name  # fmt: skip
+        if name in _KERNELS and torch._C._len_torch_dispatch_stack():
+            way = Way.GRAPH  # who looks at operators finds one
+
+    cells: list[Tensor] = []
+    if name == "torch" and rows is not None:
         if h_0 is None or c_0 is None:
-            h_0, c_0 = data.new_zeros(states, rows.batch, width), data.new_zeros(states, rows.batch, hidden_size)
-        layout = (data, rows.batch_sizes) if packed else (data,)
-        tail = () if packed else (False,)
+            h_0, c_0 = data.new_zeros(states, batch, width), data.new_zeros(states, batch, hidden_size)
         options = (has_biases, num_layers, dropout, train, bidirectional)
-        output, h_n, c_n = _VF.lstm(*layout, (h_0, c_0), params, *options, *tail)  # type: ignore[call-overload]
-    elif num_layers == 1:
-        weights = _directions(params, has_biases, projected)
-        source = recording.source(module, 0, unsorted_indices)
-        output, h_n, c_n, cells = autograd.layer(name, data, h_0, c_0, weights, rows, reset, return_cells, source)
+        output, h_n, c_n = aten.run(data, batch_sizes, (h_0, c_0), params, *options)
+        if training and device.type == "cuda":
+            aten.differentiable_again((output, h_n, c_n), data, batch_sizes, (h_0, c_0), params, *options)
     else:
-        output = data
-        inner = replace(rows, batch_first=False)  # time-major between layers, as torch: dropout masks depend on it
-        h_0s: Sequence[Tensor | None] = [None] * num_layers if h_0 is None else h_0.split(directions)
-        c_0s: Sequence[Tensor | None] = [None] * num_layers if c_0 is None else c_0.split(directions)
-        h_ns, c_ns = [], []
+        output, h_ns, c_ns = data, [], []
+        h_0s: Sequence[Tensor | None] = [h_0] * num_layers if h_0 is None or num_layers == 1 else h_0.split(directions)
+        c_0s: Sequence[Tensor | None] = [c_0] * num_layers if c_0 is None or num_layers == 1 else c_0.split(directions)
         for index in range(num_layers):
             last = index == num_layers - 1
-            start = index * directions * fields
-            weights = _directions(params[start : start + directions * fields], has_biases, projected)
-            output, h, c, cells = autograd.layer(
-                name, output, h_0s[index], c_0s[index], weights, rows if last else inner, reset, return_cells and last,
-                recording.source(module, index, unsorted_indices),
-            )  # fmt: skip
+            weights = params[index * directions * fields : (index + 1) * directions * fields]
+            wanted = return_cells == "all" or (last and bool(return_cells))
+            by_row = batch_first and last  # time-major between layers, as torch: dropout masks depend on it
+            if rows is None or way is Way.GRAPH:
+                given = ops.Tensors(output, h_0s[index], c_0s[index], reset, batch_sizes, lengths)
+                call = ops.Call(batch, directions, by_row, wanted, training, name)
+                run = ops.transformed if way is Way.TRANSFORMED else ops.in_graph
+                output, h, c, c_all = run(given, weights, call)
+            else:
+                output, h, c, c_all = autograd.layer(
+                    name, output, h_0s[index], c_0s[index], weights, directions,
+                    rows if by_row == rows.batch_first else replace(rows, batch_first=by_row), reset, wanted,
+                    recording.source(module, index, unsorted_indices),
+                )  # fmt: skip
             if dropout and train and not last:
                 output = torch.dropout(output, dropout, True)
             h_ns.append(h)
             c_ns.append(c)
-        h_n, c_n = torch.cat(h_ns), torch.cat(c_ns)
+            if c_all is not None:
+                cells.append(c_all)
+        h_n, c_n = (h_ns[0], c_ns[0]) if num_layers == 1 else (torch.cat(h_ns), torch.cat(c_ns))
 
     if unsorted_indices is not None:
         h_n, c_n = h_n.index_select(1, unsorted_indices), c_n.index_select(1, unsorted_indices)
@@ -190,14 +216,18 @@ def lstm(
 
     def like_input(tensor: Tensor) -> Tensor | PackedSequence:
         if packed:
-            return PackedSequence(tensor, rows.batch_sizes, sorted_indices, unsorted_indices)
+            return PackedSequence(tensor, batch_sizes, sorted_indices, unsorted_indices)
         if not batched:
             return tensor.squeeze(1)
         return tensor.transpose(0, 1) if batch_first else tensor
 
-    if cells is not None:
-        return like_input(output), h_n, c_n, like_input(cells)
-    return like_input(output), h_n, c_n
+    if not return_cells:
+        return like_input(output), h_n, c_n
+    all_cells = tuple(map(like_input, cells))
+    return like_input(output), h_n, c_n, all_cells if return_cells == "all" else all_cells[0]
+
+
+_beside_the_graph = torch._disable_dynamo(lstm)  # torch.compiler.disable would import the compiler
 
 
 def _unpack_states(hx: Any, packed: bool, batched: bool) -> tuple[Tensor, Tensor]:
@@ -244,7 +274,6 @@ def _check_params(
             )
 
 
-@functools.lru_cache(maxsize=1024)
 def _shapes(
     input_size: int, hidden_size: int, proj_size: int, num_layers: int, directions: int, has_biases: bool
 ) -> tuple[tuple[int, ...], ...]:
@@ -264,42 +293,44 @@ def _shapes(
     return tuple(shapes)
 
 
-def _directions(params: Sequence[Tensor], has_biases: bool, projected: bool) -> list[Weights]:
-    """The parameters of one layer, a ``Weights`` a direction."""
-    if has_biases:
-        fields = 4 + projected
-        return [Weights(*params[at : at + fields]) for at in range(0, len(params), fields)]
-    fields = 2 + projected
-    return [
-        Weights(params[at], params[at + 1], weight_hr=params[at + 2] if projected else None)
-        for at in range(0, len(params), fields)
-    ]
+_known_shapes = functools.lru_cache(maxsize=1024)(_shapes)
 
 
-def _ragged_rows(lengths: Tensor | Sequence[int], rows: Rows) -> Rows:
-    """``rows`` cut to ``lengths``, which are checked."""
-    if rows.packed:
+def _rows(steps: int, batch: int, batch_sizes: Tensor | None, lengths: Tensor | None, batch_first: bool) -> Rows:
+    if batch_sizes is not None:
+        return Rows(steps, batch, batch_sizes, packed=True)
+    if lengths is None:
+        return _dense_rows(steps, batch, batch_first=batch_first)
+    if lengths.device.type != "cpu":  # not to be waited for; a copy, because backward reads them again
+        return Rows(steps, batch, batch_first=batch_first, lengths=lengths.to(torch.int64, copy=True))
+    return Rows.from_lengths(lengths, steps, batch_first)
+
+
+def _integers(lengths: Tensor | Sequence[int], packed: bool, batch: int, device: torch.device) -> Tensor:
+    """``lengths`` (B,), checked but for their values."""
+    if packed:
         raise ValueError("lengths go with padded input; a PackedSequence carries its own")
-    lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):
+        lengths = torch.tensor(lengths, device="cpu")  # whatever the default device is
+        lengths = lengths if lengths.numel() else lengths.to(torch.int64)
     if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
         raise TypeError(f"lengths should be of an integer dtype, got: {lengths.dtype}")
-    if lengths.shape != (rows.batch,):
-        raise RuntimeError(f"Expected lengths size ({rows.batch},), got {list(lengths.shape)}")
-    if rows.batch and not (int(lengths.min()) >= 0 and int(lengths.max()) <= rows.steps):
-        raise ValueError(f"lengths should be from 0 to {rows.steps} (the steps of input), got {lengths.tolist()}")
-    return Rows.from_lengths(lengths, rows.steps, rows.batch_first)
+    if lengths.shape != (batch,):
+        raise RuntimeError(f"Expected lengths size ({batch},), got {list(lengths.shape)}")
+    if lengths.device != device and lengths.device.type != "cpu":
+        raise RuntimeError(f"Expected lengths on the CPU or on {device}, as input is, got them on {lengths.device}")
+    return lengths
 
 
-def _step_major(reset: Tensor, rows: Rows, batched: bool, device: torch.device) -> Tensor:
-    """``reset`` as (T, B) or (N,), checked."""
+def _check_reset(reset: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset should be a tensor of dtype torch.bool, got: {type(reset).__name__}")
     if reset.dtype != torch.bool:
         raise TypeError(f"reset should be of dtype torch.bool, got: {reset.dtype}")
     if reset.device != device:
         raise RuntimeError(f"Expected reset on {device}, as input is, got it on {reset.device}")
-    shape = rows.shape[::-1] if rows.batch_first else rows.shape if batched else rows.shape[:1]
     if reset.shape != shape:
         raise RuntimeError(f"Expected reset size {shape} (input's, without features), got {list(reset.shape)}")
-    return reset.T if rows.batch_first else reset if batched else reset[:, None]
 
 
 def _autocast(input: Any, hx: Any, params: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor]]:

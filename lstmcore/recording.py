@@ -55,18 +55,22 @@ class Watcher(Protocol):
 
 
 _watched: dict[nn.Module, tuple[Watcher, ...]] = {}
+_watching = False  # whether there are any: a compiler guards on it, where it would not on what a dictionary holds
 _lock = threading.Lock()
 
 
 def watch(modules: Sequence[nn.Module], watcher: Watcher) -> None:
     """From now on ``watcher`` sees the backward passes of ``modules``, also of graphs that exist already."""
+    global _watching
     with _lock:
+        _watching = True
         for module in modules:
             _watched[module] = (*_watched.get(module, ()), watcher)
 
 
 def unwatch(watcher: Watcher) -> None:
     """``watcher`` sees no more."""
+    global _watching
     with _lock:
         for module, present in list(_watched.items()):
             left = tuple(each for each in present if each is not watcher)
@@ -74,11 +78,12 @@ def unwatch(watcher: Watcher) -> None:
                 _watched[module] = left
             else:
                 del _watched[module]
+        _watching = bool(_watched)
 
 
 def watched(module: nn.Module | None) -> bool:
     """Whether anybody watches ``module``: its forward pass must then leave nodes that can be watched."""
-    return bool(_watched) and module in _watched
+    return _watching and module in _watched
 
 
 def source(module: nn.Module | None, layer: int, unsorted: Tensor | None = None) -> Source | None:
@@ -88,7 +93,7 @@ def source(module: nn.Module | None, layer: int, unsorted: Tensor | None = None)
 
 def watchers(source: Source | None) -> list[Watcher]:
     """Those who record this backward pass of ``source``."""
-    if not _watched or source is None:
+    if not _watching or source is None:
         return []
     module = source.module()
     return [] if module is None else [watcher for watcher in _watched.get(module, ()) if watcher.wants()]
@@ -103,11 +108,12 @@ def show(
     grads: tuple[Tensor | None, ...],  # of output (T, B, D * P) or (N, D * P), h_n (D, B, P), c_n (D, B, H)
 ) -> None:
     """Shows an observation to everyone in ``watching``; ``norms`` (·, D, T, B) in the order of ``rows``."""
+    rows = rows.on_host()
     lengths = sampled = None
-    if rows.batch_sizes is not None:
-        lengths = sampled = (rows.batch_sizes[:, None] > torch.arange(rows.batch)).sum(0)
+    if rows.ragged:
+        lengths = sampled = rows.row_lengths()
         if rows.order is not None:
-            lengths = torch.empty_like(sampled).index_copy_(0, rows.order, sampled)
+            sampled = lengths[rows.order]
     sample = sampled_rows(rows.batch if sampled is None else int((sampled > 0).sum()), SAMPLE)
     sampled = None if sampled is None else sampled[list(sample)]
     entering = _entering(grads, rows, sample, sampled, norms.shape[1], norms.device)

@@ -10,7 +10,7 @@ T time, B batch, N alive rows over all steps, n alive rows of one step, I input,
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ from lstmcore.kernels.gate_statistics import sampled_rows, statistics
 def supports(layer: Layer) -> str | None:
     """None: it runs every layer, on every device."""
     return None
+
+
+def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Nothing: backward computes forward anew."""
+    return []
 
 
 class Trace:
@@ -107,6 +112,7 @@ def forward(
     16-bit types compute in float32 and round where the kernels do: h_t, because the next step and the caller read it.
     ``trace`` takes down what happens on the way.
     """
+    rows = rows.on_host()
     gates, width = weights[0].weight_hh.shape  # (4H, P)
     if h_0 is None:
         h_0 = input.new_zeros(len(weights), rows.batch, width)
@@ -152,43 +158,73 @@ def backward(
 
     Under grad mode the gradients have a graph of their own, and so can be differentiated in turn.
     """
-    again = torch.is_grad_enabled()
     grads = (grad_output, grad_h_n, grad_c_n, grad_cells)
-    fields = [getattr(each, name) for each in weights for name in Weights._fields]
-    wanted = [needs.input, needs.h_0, needs.c_0, *[needs.weights] * len(fields)]
-    # Every tensor enters through an alias of its own, which stops the walk back at this layer: without it the gradient
-    # with respect to ``input`` would take in the paths that lead from ``input`` to ``h_0`` outside of the layer.
-    aliases: list[Any] = [
-        tensor if tensor is None else tensor.view_as(tensor) if again and tensor.requires_grad else _leaf(tensor)
-        for tensor in (input, h_0, c_0, *fields)
-    ]
+    if not norms and not gate_rows:
+        return differentiate(forward, grads, input, h_0, c_0, weights, rows, reset, needs)
+    rows = rows.on_host()
+    trace = Trace(rows, weights, input, gate_rows)
+    traced = functools.partial(forward, trace=trace)
+    result = differentiate(traced, grads, input, h_0, c_0, weights, rows, reset, needs)
+    trace.end()
+    return result._replace(norms=trace.norms if norms else None, gates=trace.gates)
+
+
+def differentiate(
+    forward: Callable[..., Forward],
+    grads: tuple[Tensor | None, ...],  # of output, h_n, c_n, cells
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Weights],
+    rows: Rows,
+    reset: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """The gradients of ``forward``, which autograd differentiates; with a graph of their own under grad mode."""
     width = len(Weights._fields)
-    x, h, c = aliases[:3]
-    own = [Weights(*aliases[at : at + width]) for at in range(3, len(aliases), width)]
-    trace = Trace(rows, weights, input, gate_rows) if norms or gate_rows else None
-    with torch.enable_grad():
-        outputs = forward(x, h, c, own, rows, reset=reset, cells=grad_cells is not None, trace=trace)[:4]
-    used = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out is not None and grad is not None]
-    leaves = {k: alias for k, alias in enumerate(aliases) if alias is not None and (wanted[k] or k == 0)}
-    found = torch.autograd.grad(
-        [out for out, _ in used],
-        list(leaves.values()),
-        [grad for _, grad in used],
-        create_graph=again,
-        materialize_grads=True,
-    )
-    if trace is not None:
-        trace.end()
-    by_place = dict(zip(leaves, found, strict=True))
-    result = [by_place.get(k) if want else None for k, want in enumerate(wanted)]
+    tensors = [input, h_0, c_0, *(getattr(each, name) for each in weights for name in Weights._fields)]
+
+    def run(x: Tensor, h: Tensor | None, c: Tensor | None, *fields: Any) -> tuple[Tensor | None, ...]:
+        own = [Weights(*fields[at : at + width]) for at in range(0, len(fields), width)]
+        return forward(x, h, c, own, rows, reset=reset, cells=grads[3] is not None)[:4]
+
+    found = pull(run, tensors, grads)
+    wanted = [needs.input, needs.h_0, needs.c_0, *[needs.weights] * (len(tensors) - 3)]
+    result = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
     return Gradients(
         result[0],
         result[1],
         result[2],
         tuple(WeightGradients(*result[at : at + width]) for at in range(3, len(result), width)),
-        trace.norms if trace is not None and norms else None,
-        trace.gates if trace is not None else None,
+        None,
     )
+
+
+def pull(
+    run: Callable[..., Sequence[Tensor | None]], tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of ``tensors`` from those of what ``run`` makes of them; with a graph of their own in grad mode."""
+    again = torch.is_grad_enabled()
+    # Every tensor enters through an alias of its own, which stops the walk back at this layer: without it the gradient
+    # with respect to ``input`` would take in the paths that lead from ``input`` to ``h_0`` outside of the layer.
+    aliases = [
+        tensor if tensor is None else tensor.view_as(tensor) if again and tensor.requires_grad else _leaf(tensor)
+        for tensor in tensors
+    ]
+    with torch.enable_grad():
+        outputs = run(*aliases)
+    used = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out is not None and grad is not None]
+    leaves = [alias for alias in aliases if alias is not None]
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in used],
+            leaves,
+            [grad for _, grad in used],
+            create_graph=again,
+            materialize_grads=True,
+        )
+    )
+    return [None if alias is None else next(found) for alias in aliases]
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -246,7 +282,8 @@ def _join(steps: Sequence[Tensor], rows: Rows) -> Tensor:
     """The inverse of :func:`_split`; padded positions read zero."""
     if rows.packed:
         return torch.cat(list(steps))
-    tensor = torch.stack([pad(step, (0, 0, 0, rows.batch - step.shape[0])) for step in steps])
+    padded = [pad(step, (0, 0, 0, rows.batch - step.shape[0])) for step in steps]
+    tensor = torch.stack(padded, 1).transpose(0, 1) if rows.batch_first else torch.stack(padded)
     if rows.order is not None:
         tensor = tensor.index_select(1, torch.argsort(rows.order).to(tensor.device))
     return tensor

@@ -173,6 +173,15 @@ EXTENDED = {  # what torch does not have: the type is ours to choose, and docume
     "reset of ints": (TypeError, {"reset": torch.zeros(5, 2, dtype=torch.int64)}, "torch.bool", "torch.int64"),
     "reset transposed": (RuntimeError, {"reset": torch.zeros(2, 5, dtype=torch.bool)}, "(5, 2)", "[2, 5]"),
     "reset of rank 1": (RuntimeError, {"reset": torch.zeros(5, dtype=torch.bool)}, "(5, 2)", "[5]"),
+    "lengths, none": (RuntimeError, {"lengths": []}, "(2,)", "[0]"),
+    "lengths, a number": (RuntimeError, {"lengths": 5}, "(2,)", "[]"),
+    "lengths, complex": (TypeError, {"lengths": torch.tensor([1j, 1j])}, "integer", "complex64"),
+    "lengths, meta": (RuntimeError, {"lengths": torch.ones(2, dtype=torch.int64, device="meta")}, "CPU", "meta"),
+    "reset, a list": (TypeError, {"reset": [[True, False]] * 5}, "torch.bool", "list"),
+    "reset too short": (RuntimeError, {"reset": torch.zeros(4, 2, dtype=torch.bool)}, "(5, 2)", "[4, 2]"),
+    "reset of floats": (TypeError, {"reset": torch.zeros(5, 2)}, "torch.bool", "torch.float32"),
+    "cells, a number": (ValueError, {"return_cells": 2}, "'all'", "2"),
+    "cells, a name": (ValueError, {"return_cells": "last"}, "'all'", "'last'"),
     "reset, meta": (RuntimeError, {"reset": torch.zeros(5, 2, dtype=torch.bool, device="meta")}, "cpu", "meta"),
 }
 
@@ -189,6 +198,73 @@ def test_extended_arguments(name, backend):
 def test_lengths_with_packed_input(backend):
     with pytest.raises(ValueError, match="PackedSequence"):
         lstmcore.LSTM(3, 4, backend=backend)(packed(3), lengths=[5, 2])
+
+
+LAYOUTS = {  # resets of the wrong shape for how the input lies
+    "batch first": ({"batch_first": True}, (torch.randn(2, 5, 3),), (5, 2), "(2, 5)"),
+    "unbatched": ({}, (torch.randn(5, 3),), (5, 1), "(5,)"),
+    "packed": ({}, (packed(3),), (5, 2), "(7,)"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_resets_follow_the_input(name, backend):
+    options, arguments, shape, expected = LAYOUTS[name]
+    with pytest.raises(RuntimeError) as caught:
+        lstmcore.LSTM(3, 4, **options, backend=backend)(*arguments, reset=torch.zeros(shape, dtype=torch.bool))
+    assert expected in str(caught.value)
+    assert str(list(shape)) in str(caught.value)
+
+
+class Elsewhere(torch.Tensor):
+    """A subclass whose values lie in a tensor of its own, as those of quantized, sharded or nested tensors do."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> torch.Tensor:
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values_of = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda each: each.values_of, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["auto", "numba"])
+@pytest.mark.parametrize("where", ["input", "h_0", "weight", "bias"])
+def test_subclasses_that_hold_their_values_elsewhere(where, name):
+    """Not a wrong number, not a crash; by the reference's torch operations they compute."""
+    module = lstmcore.LSTM(3, 4, backend=name).requires_grad_(False)
+    params, given = dict(module.named_parameters()), {"input": X, "h_0": torch.zeros(GOOD)}
+    chosen = {"weight": "weight_hh_l0", "bias": "bias_ih_l0"}.get(where)
+    if chosen:
+        params[chosen] = Elsewhere(params[chosen])
+    else:
+        given[where] = Elsewhere(given[where])
+    arguments = (given["input"], (given["h_0"], torch.zeros(GOOD)))
+    with pytest.raises(TypeError, match=r"Elsewhere do not enter the kernels.*plain tensors"):
+        torch.func.functional_call(module, params, arguments)
+    module.backend = "reference"
+    output = torch.func.functional_call(module, params, arguments)[0]
+    assert torch.equal(output, module(X, (torch.zeros(GOOD), torch.zeros(GOOD)))[0])
+
+
+class Named(torch.Tensor):
+    """A subclass that changes nothing about where the values are."""
+
+
+@pytest.mark.parametrize("call", [{}, {"lengths": [5, 2]}], ids=str)
+def test_subclasses_with_their_own_memory(call):
+    """Torch operations compute them, as those of torch.nn.LSTM do, and keep the type; kernels refuse by name."""
+    module = lstmcore.LSTM(3, 4)
+    output, _ = module(X.as_subclass(Named), **call)
+    assert type(output) is Named
+    assert torch.allclose(output.as_subclass(torch.Tensor), module(X, **call)[0], atol=1e-6)
+    module.backend = "numba"
+    with pytest.raises(RuntimeError, match="subclasses do not enter kernels; use plain tensors"):
+        module(X.as_subclass(Named), **call)
 
 
 PARAMETERS = {  # lstmcore.lstm: a wrong flat list of parameters

@@ -1,13 +1,16 @@
 """What torch.nn.LSTM does not have: ``lengths``, ``reset``, ``return_cells``, and the functional form."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstmcore
 
-from .tolerances import ORDER_OF_SUMS, error
+from .tolerances import GRADCHECK, ORDER_OF_SUMS, ORDER_OF_SUMS_F32, error
 
 OPTIONS = [
     {},
@@ -171,3 +174,137 @@ def test_functional_is_torch_lstm(options, backend):
     expected = torch._VF.lstm(x, hx, list(theirs.parameters()), *flags, ours.batch_first)
     got = lstmcore.lstm(x, hx, list(ours.parameters()), *flags, batch_first=ours.batch_first, backend=backend)
     assert_close(got, expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("control", ["", "lengths", "reset"])
+def test_cells_of_every_layer(options, control, backend):
+    """Those of a layer are what a module of the layers up to it returns as its last."""
+    ours, _ = modules(options, backend)
+    x, hx = inputs(options)
+    given = {"lengths": {"lengths": [3, 6, 0, 6, 4]}, "reset": {"reset": torch.rand(x.shape[:2]) < 0.3}}.get(
+        control, {}
+    )
+    output, _, cells = ours(x, hx, **given, return_cells="all")
+    assert isinstance(cells, tuple)
+    assert torch.equal(output, ours(x, hx, **given)[0])
+    directions = 2 if ours.bidirectional else 1
+    for index in range(ours.num_layers):
+        part = lstmcore.LSTM(I, H, **options | {"num_layers": index + 1}, dtype=F64, backend=backend)
+        part.load_state_dict({name: ours.state_dict()[name] for name in part.state_dict()})
+        states = tuple(state[: directions * (index + 1)] for state in hx)
+        assert torch.equal(cells[index], part(x, states, **given, return_cells=True)[2])
+    grads = torch.autograd.grad(sum(c.square().sum() for c in cells), [x, *hx])
+    each = [
+        torch.autograd.grad(c.square().sum(), [x, *hx], allow_unused=True)
+        for c in ours(x, hx, **given, return_cells="all")[2]
+    ]
+    assert_close(grads, [sum(g if g is not None else 0 for g in parts) for parts in zip(*each, strict=True)])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, list], ids=str)
+def test_lengths_of_any_integers(dtype, backend):
+    ours, _ = modules(OPTIONS[0], backend)
+    x, hx = inputs(OPTIONS[0])
+    lengths = [3, 0, 1, 6, 4]
+    got = ours(x, hx, lengths=lengths if dtype is list else torch.tensor(lengths, dtype=dtype))[0]
+    assert torch.equal(got, ours(x, hx, lengths=torch.tensor(lengths))[0])
+
+
+def test_lengths_of_all_steps_are_no_lengths(backend):
+    ours, _ = modules(OPTIONS[2], backend)
+    x, hx = inputs(OPTIONS[2])
+    assert torch.equal(ours(x, hx, lengths=[T] * B)[0], ours(x, hx)[0])
+
+
+def test_what_lies_beyond_the_lengths_is_not_read(backend):
+    """NaN in the padding of the input, and of the gradient that comes in, reaches nothing."""
+    ours, _ = modules(OPTIONS[2], backend)
+    x, hx = inputs(OPTIONS[2])
+    lengths = torch.tensor([3, 6, 0, 6, 4])
+    beyond = torch.arange(T)[:, None] >= lengths
+    poisoned = x.detach().masked_fill(beyond[..., None], torch.nan).requires_grad_()
+    results = []
+    for fed, bad in ((x, 0.0), (poisoned, torch.nan)):
+        output, states = ours(fed, hx, lengths=lengths)
+        grad = torch.ones_like(output).masked_fill(beyond[..., None], bad)
+        leaves = [fed, *hx, *ours.parameters()]
+        results.append((output, *states, *torch.autograd.grad(output, leaves, grad)))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "proj_size": 3, "batch_first": True}], ids=str)
+def test_a_rollout_is_its_episodes(options, dtype, backend):
+    """To the bit: outputs, final states, and the gradients of inputs and initial states; of weights up to rounding.
+
+    The reference's products are torch's, whose sums depend on how many rows there are.
+    """
+    tolerance = ORDER_OF_SUMS if dtype == F64 else ORDER_OF_SUMS_F32
+
+    def assert_same(one, other, exactly=backend != "reference"):
+        if exactly:
+            assert torch.equal(one, other)
+        else:
+            assert error(one, other) <= tolerance * max(1.0, other.abs().max().item())
+
+    steps, rows = 40, 7
+    ours = lstmcore.LSTM(I, H, **options, dtype=dtype, backend=backend)
+    done = torch.rand(steps, rows) < 0.1
+    reset = torch.cat([torch.rand(1, rows) < 0.5, done[:-1]])
+    x = torch.randn(steps, rows, I, dtype=dtype, requires_grad=True)
+    hx = [torch.randn(ours.num_layers, rows, width, dtype=dtype) for width in (ours.proj_size or H, H)]
+    leaves = [x, *(state.requires_grad_() for state in hx)]
+    first = options.get("batch_first", False)
+    output, ends = ours(x.transpose(0, 1) if first else x, tuple(hx), reset=reset.T if first else reset)
+    output = output.transpose(0, 1) if first else output
+    weight = torch.randn_like(output)
+    got = torch.autograd.grad((output * weight).sum() + sum(s.sum() for s in ends), [*leaves, *ours.parameters()])
+    loss = 0
+    for row in range(rows):
+        starts = [0, *(t for t in range(1, steps) if reset[t, row]), steps]
+        for begin, end in itertools.pairwise(starts):
+            fresh = begin > 0 or bool(reset[0, row])
+            states = None if fresh else tuple(state[:, row] for state in hx)
+            alone, last = ours(x[begin:end, row], states)
+            assert_same(alone, output[begin:end, row])
+            loss = loss + (alone * weight[begin:end, row]).sum()
+            if end == steps:
+                for one, other in zip(last, ends, strict=True):
+                    assert_same(one, other[:, row])
+                loss = loss + sum(state.sum() for state in last)
+    wanted = torch.autograd.grad(loss, [*leaves, *ours.parameters()])
+    for which, (one, other) in enumerate(zip(got, wanted, strict=True)):
+        if which < len(leaves):
+            assert_same(one, other)
+        else:  # sums over steps and rows, in another order
+            assert_same(one, other, exactly=False)
+
+
+CONTROL = [
+    {"lengths": [2, 0, 3]},
+    {"reset": [[0, 1, 0], [1, 0, 0], [0, 0, 1]]},
+    {"lengths": [2, 3, 0], "reset": [[0, 1, 0], [1, 1, 0], [0, 1, 1]]},
+]
+
+
+@pytest.mark.parametrize("control", CONTROL, ids=lambda c: "+".join(c))
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "proj_size": 1, "num_layers": 2}], ids=str)
+def test_gradcheck_and_gradgradcheck(options, control, backend):
+    """Lengths, resets and cells of every layer, against central differences of first and second derivatives."""
+    module = lstmcore.LSTM(2, 2, **options, dtype=F64, backend=backend)
+    given = {name: torch.tensor(v, dtype=torch.bool if name == "reset" else torch.int64) for name, v in control.items()}
+    states = module.num_layers * (2 if module.bidirectional else 1)
+    leaves = [torch.randn(3, 3, 2, dtype=F64), torch.randn(states, 3, module.proj_size or 2, dtype=F64)]
+    leaves = [leaf.requires_grad_() for leaf in (*leaves, torch.randn(states, 3, 2, dtype=F64))]
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(x, h_0, c_0, *params):
+        params = dict(zip(names, params, strict=True))
+        output, final, cells = functional_call(module, params, (x, (h_0, c_0)), {**given, "return_cells": "all"})
+        return output, *final, *cells
+
+    arguments = [*leaves, *(p.detach().clone().requires_grad_() for p in module.parameters())]
+    assert torch.autograd.gradcheck(function, arguments, **GRADCHECK, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, arguments, **GRADCHECK, fast_mode=True)

@@ -29,6 +29,7 @@ from .gpu_problems import DEVICE, DTYPES, JITTERS, Layers, OnDevice, draw, ours,
 from .oracle import assert_parity
 from .test_bad_input import assert_same_mistake, raised_by
 from .test_contract import assert_bitwise
+from .test_device_lengths import Changed, on_device
 from .tolerances import NORMS, bound, error
 
 pytestmark = pytest.mark.gpu
@@ -97,6 +98,64 @@ def test_contract_against_oracle(kind, setup, monkeypatch):
     use(monkeypatch, kind)
     with precision("fp32"):
         contract.test_against_oracle(OnDevice(), setup, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setup"), [(kind, s) for kind, s in gpu_problems.CONTRACT if s.name.startswith("lengths")], ids=str
+)
+def test_lengths_on_the_device_against_oracle(kind, setup, monkeypatch):
+    use(monkeypatch, kind)
+    there = Changed(OnDevice(), lambda rows: on_device(rows, torch.device(DEVICE)))
+    with precision("fp32"):
+        contract.test_against_oracle(there, setup, torch.float32)
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize(("H", "P"), [(128, 0), (512, 64)], ids=["resident", "split-proj"])
+def test_nothing_waits_for_lengths(H, P, where):
+    """Wherever the lengths are, the host goes on: it would be told otherwise, and its results are the same."""
+    torch.manual_seed(0)
+    B, T, dtype = 16, 40, torch.bfloat16
+    options = {"proj_size": P, "bidirectional": True, "batch_first": True}
+    module = lstmcore.LSTM(64, H, **options, device=DEVICE, dtype=dtype, backend="triton")
+    x = torch.randn(B, T, 64, device=DEVICE, dtype=dtype, requires_grad=True)
+    hx = tuple(torch.randn(2, B, width, device=DEVICE, dtype=dtype, requires_grad=True) for width in (P or H, H))
+    seeds = [torch.randn(B, T, 2 * (P or H), device=DEVICE, dtype=dtype), *(torch.randn_like(state) for state in hx)]
+    reset = torch.rand(B, T, device=DEVICE) < 0.1
+    lengths = torch.arange(B) * 7 % (T + 1)
+    wanted = [x, *hx, *module.parameters()]
+
+    def train(lengths: torch.Tensor) -> list[torch.Tensor]:
+        output, states = module(x, hx, lengths=lengths, reset=reset)
+        return [output, *states, *torch.autograd.grad((output, *states), wanted, seeds)]
+
+    expected = train(lengths)
+    given = lengths.to(DEVICE) if where == "device" else lengths
+    train(given)  # loads kernels and fills caches, which may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            seeds[0].sum().item()
+        got = train(given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    names = ["output", "h_n", "c_n", "input", "h_0", "c_0", *(name for name, _ in module.named_parameters())]
+    for name, one, other in zip(names, got, expected, strict=True):
+        assert error(one.double(), other.double()) <= 8 * torch.finfo(dtype).eps * other.abs().max(), name
+    assert not got[0][lengths == 0].any()
+
+
+def test_lengths_out_of_range_are_told_later():
+    module = lstmcore.LSTM(8, 32, device=DEVICE, backend="triton")
+    x = torch.randn(5, 3, 8, device=DEVICE)
+    output, _ = module(x, lengths=torch.tensor([5, 6, -1], device=DEVICE))
+    assert output[:, 0].isfinite().all()
+    assert output[:, 1:].isnan().all()
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="lengths should be from 0 to T"):
+        module(x)
+    assert module(x)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["resident", "split"])
@@ -327,3 +386,21 @@ def test_the_same_bits_again():
     data = draw(p)
     one, two = ours(p, data), ours(p, data)
     assert_bitwise(one, two)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+def test_double_backward_of_cudnn(options):
+    """``backend="torch"``: cuDNN's gradient cannot be differentiated, and the hook on its node can."""
+    module = lstmcore.LSTM(5, 17, **options, dtype=torch.float32, device=DEVICE, backend="torch")
+    judge = nn.LSTM(5, 17, **options, dtype=torch.float64)
+    judge.load_state_dict(module.state_dict())
+    data, results = torch.randn(6, 6, 5), []
+    with precision("fp32"):
+        for each, x in ((module, data.to(DEVICE)), (judge, data.double())):
+            leaves = [x.requires_grad_(), *each.parameters()]
+            output, (h_n, c_n) = each(x)
+            loss = output.square().sum() + h_n.sum() + c_n.square().sum()
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            results.append((*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)))
+    for got, expected in zip(*results, strict=True):
+        assert error(got.cpu().double(), expected) <= 2e-4 * max(1.0, expected.abs().max().item())

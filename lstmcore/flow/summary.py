@@ -131,7 +131,7 @@ def measure(record: Record) -> Flow:
     """The figures of one record."""
     norms = record.h if record.c is None else record.c
     curve = norms.mean_by_lag
-    lags = torch.arange(len(curve))
+    lags = torch.arange(len(curve), device=curve.device)
     alive = ~curve.isnan()
     far = int(lags[alive].max()) if alive.any() else 0
     infinite = alive & ~(curve.isfinite() & record.h.mean_by_lag.isfinite())

@@ -1,0 +1,54 @@
+"""Which way a call takes: most run the kernels at once; some are looked at, transformed or differentiated by others."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+_PLAIN = (Tensor, Parameter)
+
+
+class Way(enum.Enum):
+    """How the layers of a call are computed."""
+
+    EAGER = enum.auto()  # by an autograd Function on kernels, or by ATen
+    GRAPH = enum.auto()  # by the operators of ops.py: a compiler, an export or a mode is looking
+    TRANSFORMED = enum.auto()  # by the same operators, under torch.func's vmap, grad, vjp, jacrev
+    FORWARD_MODE = enum.auto()  # by the reference's torch operations, which have tangents
+    SUBCLASS = enum.auto()  # by torch operations, for a Tensor subclass with __torch_function__
+
+
+def way(tensors: Sequence[Tensor | None], backend: str) -> Way:
+    """The way of an eager call with these tensors.
+
+    Raises TypeError for a subclass of Tensor that holds its values elsewhere: kernels would read what is not there.
+    """
+    if torch._C._are_functorch_transforms_active():
+        kinds = {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()}
+        return Way.FORWARD_MODE if torch._C._functorch.TransformType.Jvp in kinds else Way.TRANSFORMED
+    if forward_ad._current_level >= 0 and any(_has_tangent(each) for each in tensors if each is not None):
+        return Way.FORWARD_MODE
+    odd = {type(each) for each in tensors if each is not None and type(each) not in _PLAIN}
+    if not odd:
+        return Way.EAGER
+    from torch._subclasses import FakeTensor  # slow to import, and seldom needed
+
+    if any(issubclass(kind, FakeTensor) for kind in odd):
+        return Way.GRAPH
+    for kind in odd:
+        elsewhere = kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+        if elsewhere and backend not in ("torch", "reference"):
+            raise TypeError(
+                f"LSTM: tensors of type {kind.__name__} do not enter the kernels: expected torch.Tensor or Parameter. "
+                "Convert them to plain tensors (nested ones to padded, with lengths=), or use backend='reference'"
+            )
+    return Way.SUBCLASS
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
