@@ -101,7 +101,10 @@ def _why_not(name: str, layers: tuple[Layer, ...], extended: bool, opaque: bool)
             return "ATen's LSTM has no lengths, reset or return_cells, and nothing to record; use backend='auto'"
         return None
     if name != "reference" and opaque:
-        return "tensor subclasses do not enter kernels; use plain tensors, or backend='torch' or 'reference'"
+        return (
+            "tensor subclasses do not enter kernels, and torch.jit's tracer does not see them; use plain tensors, or "
+            "backend='torch' or 'reference'"
+        )
     if layer.dtype not in _FLOATS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
         return f"it computes in {names}, not in {layer.dtype}; convert the module and the input, or use backend='torch'"
@@ -129,8 +132,8 @@ def choose(name: str, layers: tuple[Layer, ...], extended: bool = False, opaque:
     """The backend for a stack of layers.
 
     ``layers``: the first layer, and the others' common shape where there are more.  ``extended``: the call uses what
-    ATen's LSTM does not have (lengths, reset, cells, a recording).  ``opaque``: its tensors have no memory that a
-    kernel could read (torch.func transforms, tensor subclasses).  A named backend that cannot run them raises
+    ATen's LSTM does not have (lengths, reset, cells, a recording).  ``opaque``: its tensors are
+    of a subclass, or torch.jit traces it.  A named backend that cannot run them raises
     RuntimeError with the reason; ``"auto"`` always finds one.
     """
     check_name(name)

@@ -85,6 +85,10 @@ def lstm(
             input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
             lengths=lengths, reset=reset, return_cells=return_cells, backend=backend, module=module,
         )  # fmt: skip
+    if packed and torch.compiler.is_exporting():
+        raise RuntimeError(
+            "a PackedSequence cannot be exported, because its sizes are values: pass padded input, and lengths="
+        )
     batched = True
     batch_sizes = sorted_indices = unsorted_indices = None
     data: Tensor
@@ -168,7 +172,7 @@ def lstm(
             device, dtype, steps, batch, input_size, hidden_size, proj_size, num_layers, directions, has_biases,
             rows.ragged, training,
             extended=lengths is not None or reset is not None or bool(return_cells) or recording.watched(module),
-            opaque=way is Way.SUBCLASS,
+            opaque=way is Way.OPERATIONS,
         ).name  # fmt: skip
         if name in _KERNELS and torch._C._len_torch_dispatch_stack():
             way = Way.GRAPH  # who looks at operators finds one

@@ -29,12 +29,6 @@ _OPSET = 14  # the LSTM that is meant; opset 22 added bfloat16 to it, which the 
 _DTYPES = (torch.float32, torch.float64, torch.float16)
 
 
-@torch.compiler.assume_constant_result
-def exporting() -> bool:
-    """Whether ``torch.onnx.export`` is looking; torch's own function says no wherever Dynamo traces it."""
-    return torch.onnx.is_in_onnx_export()
-
-
 def layer(
     input: Tensor,  # (T, B, I)
     h_0: Tensor | None,  # (D, B, P); None for zeros
@@ -54,8 +48,6 @@ def layer(
 
     Raises ValueError for what cannot be exported.
     """
-    if torch.compiler.is_dynamo_compiling():  # the exporter's second attempt; it then shows the error of the first
-        raise RuntimeError("Dynamo cannot trace what stands for an ONNX operator; export with strict=False")
     if batch_sizes is not None:
         raise ValueError("a PackedSequence cannot be exported to ONNX: pass padded input, and lengths=")
     given = directions_of(weights, directions)

@@ -119,6 +119,8 @@ def _unsaved(tensors: Tensors, layer: Layer, room: Any, call: Call) -> list[Tens
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     tensors, weights, call = Tensors(*args[:6]), args[6], Call(*args[7:])
     rows = _rows(tensors, call)
+    if not rows.steps:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     layer = _described(tensors, weights, rows, call)
     given = directions_of(weights, call.directions)
     result = _kernels(tensors, layer, rows, call).forward(
@@ -221,10 +223,10 @@ def in_graph(tensors: Tensors, weights: Sequence[Tensor], call: Call) -> tuple[T
     """(output, h_n, c_n, cells or None): one node in the graph of whoever is looking."""
     layer: Any = torch.ops.lstmcore.layer
     if torch.compiler.is_exporting():
-        from lstmcore import onnx
-
         call = call._replace(save=False)  # mostly for inference; a training computes forward anew
-        if onnx.exporting():
+        if torch.onnx.is_in_onnx_export():  # here for inference mode, below for programs that were exported before
+            from lstmcore import onnx
+
             layer = onnx.layer
     output, h_n, c_n, kept = layer(*tensors, list(weights), *call)
     return output, h_n, c_n, kept[0] if call.cells else None
@@ -425,6 +427,10 @@ def _unfold(results: Sequence[Tensor], rows: Sequence[int], V: int) -> tuple[Any
 
 
 def _autograd_layer(keys: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    if torch.onnx.is_in_onnx_export():
+        from lstmcore import onnx
+
+        return onnx.layer(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         output, h_n, c_n, *kept = _Layer.apply(Call(*args[7:]), *args[:6], *args[6])
         return output, h_n, c_n, kept

@@ -20,7 +20,7 @@ class Way(enum.Enum):
     GRAPH = enum.auto()  # by the operators of ops.py: a compiler, an export or a mode is looking
     TRANSFORMED = enum.auto()  # by the same operators, under torch.func's vmap, grad, vjp, jacrev
     FORWARD_MODE = enum.auto()  # by the reference's torch operations, which have tangents
-    SUBCLASS = enum.auto()  # by torch operations, for a Tensor subclass with __torch_function__
+    OPERATIONS = enum.auto()  # by torch operations: torch.jit's tracer or a subclass's __torch_function__ sees each
 
 
 def way(tensors: Sequence[Tensor | None], backend: str) -> Way:
@@ -33,6 +33,8 @@ def way(tensors: Sequence[Tensor | None], backend: str) -> Way:
         return Way.FORWARD_MODE if torch._C._functorch.TransformType.Jvp in kinds else Way.TRANSFORMED
     if forward_ad._current_level >= 0 and any(_has_tangent(each) for each in tensors if each is not None):
         return Way.FORWARD_MODE
+    if torch._C._get_tracing_state() is not None:
+        return Way.OPERATIONS
     odd = {type(each) for each in tensors if each is not None and type(each) not in _PLAIN}
     if not odd:
         return Way.EAGER
@@ -47,7 +49,7 @@ def way(tensors: Sequence[Tensor | None], backend: str) -> Way:
                 f"LSTM: tensors of type {kind.__name__} do not enter the kernels: expected torch.Tensor or Parameter. "
                 "Convert them to plain tensors (nested ones to padded, with lengths=), or use backend='reference'"
             )
-    return Way.SUBCLASS
+    return Way.OPERATIONS
 
 
 def _has_tangent(tensor: Tensor) -> bool:
