@@ -77,15 +77,16 @@ def lstm(
         TypeError: ``lengths`` that are not integers, ``reset`` that is not bool; a Tensor subclass that holds its
             values elsewhere.
     """
-    if return_cells not in (False, True, "all"):
+    if return_cells and return_cells not in (True, "all"):
         raise ValueError(f"return_cells should be False, True or 'all', got: {return_cells!r}")
     packed = isinstance(input, PackedSequence)
-    if torch.compiler.is_dynamo_compiling() and (packed or recording.watched(module)):
+    compiling = torch.compiler.is_compiling()
+    if compiling and torch.compiler.is_dynamo_compiling() and (packed or recording.watched(module)):
         return _beside_the_graph(
             input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
             lengths=lengths, reset=reset, return_cells=return_cells, backend=backend, module=module,
         )  # fmt: skip
-    if packed and torch.compiler.is_exporting():
+    if compiling and packed and torch.compiler.is_exporting():
         raise RuntimeError(
             "a PackedSequence cannot be exported, because its sizes are values: pass padded input, and lengths="
         )
@@ -141,7 +142,7 @@ def lstm(
     width = proj_size or hidden_size  # P
     if data.shape[-1] != input_size:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {data.shape[-1]}")
-    shapes_of = _shapes if torch.compiler.is_compiling() else _known_shapes  # a compiler looks through no cache
+    shapes_of = _shapes if compiling else _known_shapes  # a compiler looks through no cache
     shapes = shapes_of(input_size, hidden_size, proj_size, num_layers, directions, has_biases)
     _check_params(params, shapes, params[0].dtype, device)
 
@@ -162,7 +163,7 @@ def lstm(
             reset = reset.T if batch_first else reset if batched else reset[:, None]
 
     tensors = (data, h_0, c_0, *params)
-    way = Way.GRAPH if torch.compiler.is_compiling() else routing.way(tensors, backend)
+    way = Way.GRAPH if compiling else routing.way(tensors, backend)
     name, rows = backend, None
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     if way not in (Way.GRAPH, Way.TRANSFORMED):  # for these the operators choose: sizes may be symbols
@@ -180,7 +181,8 @@ def lstm(
     cells: list[Tensor] = []
     if name == "torch" and rows is not None:
         if h_0 is None or c_0 is None:
-            h_0, c_0 = data.new_zeros(states, batch, width), data.new_zeros(states, batch, hidden_size)
+            h_0 = data.new_zeros(states, batch, width)
+            c_0 = h_0 if width == hidden_size else data.new_zeros(states, batch, hidden_size)
         options = (has_biases, num_layers, dropout, train, bidirectional)
         output, h_n, c_n = aten.run(data, batch_sizes, (h_0, c_0), params, *options)
         if training and device.type == "cuda":

@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
+# looked up once: every call asks
+_transforming = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 
 
 class Way(enum.Enum):
@@ -28,16 +31,16 @@ def way(tensors: Sequence[Tensor | None], backend: str) -> Way:
 
     Raises TypeError for a subclass of Tensor that holds its values elsewhere: kernels would read what is not there.
     """
-    if torch._C._are_functorch_transforms_active():
+    if _transforming():
         kinds = {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()}
         return Way.FORWARD_MODE if torch._C._functorch.TransformType.Jvp in kinds else Way.TRANSFORMED
     if forward_ad._current_level >= 0 and any(_has_tangent(each) for each in tensors if each is not None):
         return Way.FORWARD_MODE
-    if torch._C._get_tracing_state() is not None:
+    if _tracing() is not None:
         return Way.OPERATIONS
-    odd = {type(each) for each in tensors if each is not None and type(each) not in _PLAIN}
-    if not odd:
+    if _PLAIN.issuperset(map(type, tensors)):
         return Way.EAGER
+    odd = set(map(type, tensors)) - _PLAIN
     from torch._subclasses import FakeTensor  # slow to import, and seldom needed
 
     if any(issubclass(kind, FakeTensor) for kind in odd):
