@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,14 +89,16 @@ class Rows:
 
         Dense ones where none ends early.  Raises ValueError for others.
         """
-        lengths = lengths.to("cpu", torch.int64)
-        if len(lengths) and not (int(lengths.min()) >= 0 and int(lengths.max()) <= steps):
-            raise ValueError(f"lengths should be from 0 to {steps} (the steps of input), got {lengths.tolist()}")
-        if bool((lengths == steps).all()):
-            return Rows(steps, len(lengths), batch_first=batch_first)
-        ordered, order = torch.sort(lengths, descending=True, stable=True)
-        batch_sizes = (ordered[None, :] > torch.arange(steps, device="cpu")[:, None]).sum(1)
-        return Rows(steps, len(lengths), batch_sizes, order, batch_first=batch_first, roomy=roomy)
+        # NumPy's operations, a tenth of torch's time on a few numbers
+        each = lengths.detach().to("cpu", torch.int64).numpy()
+        least, most = (int(each.min()), int(each.max())) if len(each) else (steps, steps)
+        if not 0 <= least <= most <= steps:
+            raise ValueError(f"lengths should be from 0 to {steps} (the steps of input), got {each.tolist()}")
+        if least == steps:
+            return Rows(steps, len(each), batch_first=batch_first)
+        order = torch.from_numpy(np.argsort(-each, kind="stable"))
+        sizes = torch.from_numpy(len(each) - np.cumsum(np.bincount(each, minlength=steps + 1))[:steps])
+        return Rows(steps, len(each), sizes, order, batch_first=batch_first, roomy=roomy)
 
     def on_host(self) -> Rows:
         """These rows with their lengths known to the host, which waits for them where they are on a device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def way(tensors: Sequence[Tensor | None], backend: str) -> Way:
         return Way.OPERATIONS
     if _PLAIN.issuperset(map(type, tensors)):
         return Way.EAGER
-    odd = set(map(type, tensors)) - _PLAIN
+    odd: set[Any] = set(map(type, tensors)) - _PLAIN
     from torch._subclasses import FakeTensor  # slow to import, and seldom needed
 
     if any(issubclass(kind, FakeTensor) for kind in odd):

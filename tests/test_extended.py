@@ -196,7 +196,7 @@ def test_cells_of_every_layer(options, control, backend):
         assert torch.equal(cells[index], part(x, states, **given, return_cells=True)[2])
     grads = torch.autograd.grad(sum(c.square().sum() for c in cells), [x, *hx])
     each = [
-        torch.autograd.grad(c.square().sum(), [x, *hx], allow_unused=True)
+        torch.autograd.grad(c.square().sum(), [x, *hx], allow_unused=True, retain_graph=True)
         for c in ours(x, hx, **given, return_cells="all")[2]
     ]
     assert_close(grads, [sum(g if g is not None else 0 for g in parts) for parts in zip(*each, strict=True)])
