@@ -1,6 +1,6 @@
 """What sequence control costs: ``lengths``, ``reset`` and ``return_cells`` of a call, and what they save.
 
-    python -m bench.control            # four to five minutes on two cores; updates out/bench/control/<device>.csv
+    python -m bench.control            # seven minutes on two cores; updates out/bench/control/<device>.csv
     python -m bench.control --save     # updates bench/results/control/<device>.csv
     python -m bench.control --quick    # some of the shapes, a few repetitions
     python -m bench.control --slow     # also torch's packed training where a single call takes seconds

@@ -61,12 +61,12 @@ def differentiable_again(
     """Lets cuDNN's gradient, of the :func:`run` that gave ``results``, be differentiated in turn.
 
     ATen does so by itself on the CPU.  For cuDNN a hook on its node in the graph puts, under ``create_graph=True``, the
-    reference's gradient in the place of its own.
+    reference's gradient in the place of its own; not where there is dropout between layers.
     """
     node = results[0].grad_fn
     for _ in range(3):  # views may be in between
         if node is not None and node.name() == "CudnnRnnBackward0":
-            node.register_hook(functools.partial(_again, input, batch_sizes, hx, params, *options))
+            node.register_hook(functools.partial(_again, input, batch_sizes, hx, params, options))
             return
         node = None if node is None or not node.next_functions else node.next_functions[0][0]
 
@@ -76,21 +76,14 @@ def _again(
     batch_sizes: Tensor | None,
     hx: tuple[Tensor, Tensor],
     params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
+    options: tuple[Any, ...],
     grad_inputs: tuple[Tensor | None, ...],  # of input, the parameters, h_0 and c_0; None where not needed
     grad_outputs: tuple[Tensor | None, ...],  # of output, h_n, c_n, and of what else the node puts out
 ) -> tuple[Tensor | None, ...] | None:
-    if not torch.is_grad_enabled():
+    _, num_layers, dropout, train, bidirectional = options
+    masked = dropout and train and num_layers > 1  # by masks that cuDNN alone knows: its gradient stays as it is
+    if masked or not torch.is_grad_enabled():
         return None
-    if dropout and train and num_layers > 1:
-        raise RuntimeError(
-            "the gradient of cuDNN's LSTM with dropout cannot be differentiated: its masks are not known. "
-            "Use backend='triton' or 'reference', or dropout=0"
-        )
     directions = 2 if bidirectional else 1
     steps, batch = input.shape[:2]
     rows = Rows(steps, batch) if batch_sizes is None else Rows.from_packed(batch_sizes)

@@ -55,8 +55,8 @@ def lstm(
             the dropout between layers on; on the CPU the same seed draws the same masks as torch's.
         lengths: how many steps each row has, integers from 0 to T in any order.  Row b computes what it would compute
             alone, cut to ``lengths[b]`` steps; what lies beyond is not read, and reads zero in the output.  A row of
-            length 0 ends in its initial state.  Lengths on a GPU are not waited for: values out of range make the next
-            call on that device raise, and the row's results NaN.
+            length 0 ends in its initial state.  The Triton kernels do not wait for lengths on the GPU: values out of
+            range make the next call on that device raise, and the row's results NaN.
         reset: bool; where True, h and c of that row are zeroed before step t computes, in every layer and direction,
             and no gradient passes.  Of a rollout with ``done[t]`` (the episode ended with the action of step t) it is
             ``reset[t] = done[t - 1]``, and ``reset[0]`` the last ``done`` of the rollout before.  With packed input it
