@@ -132,9 +132,9 @@ def choose(name: str, layers: tuple[Layer, ...], extended: bool = False, opaque:
     """The backend for a stack of layers.
 
     ``layers``: the first layer, and the others' common shape where there are more.  ``extended``: the call uses what
-    ATen's LSTM does not have (lengths, reset, cells, a recording).  ``opaque``: its tensors are
-    of a subclass, or torch.jit traces it.  A named backend that cannot run them raises
-    RuntimeError with the reason; ``"auto"`` always finds one.
+    ATen's LSTM does not have (lengths, reset, cells, a recording).  ``opaque``: its tensors are of a subclass,
+    or torch.jit traces it.  A named backend that cannot run them raises RuntimeError with the reason; ``"auto"`` always
+    finds one.
     """
     check_name(name)
     if name != "auto":

@@ -367,7 +367,11 @@ def _mapped_backward(
     end = 10 + weights
     if needs[3] or len(given) > end or any(dim is not None for dim in dims[10:]):
         kept: Sequence[Tensor] = ()
-        if len(given) == end and all(dim is None for dim in dims[4:]) and not _transforming():
+        if (
+            len(given) == end
+            and all(dim is None for dim in dims[4:])
+            and not torch._C._are_functorch_transforms_active()
+        ):
             output, _, _, *kept = _Layer.forward(call._replace(save=True), *given[4:])  # the same for all members
             kept = (output, *kept[call.cells :])
         return _stacked([run(call, needs, weights, *_member(given, dims, v), *kept) for v in range(V)])
@@ -379,10 +383,6 @@ def _mapped_backward(
     folded = _fold(Tensors(*given[4:10]), dims[4:10], V)
     results = run(call._replace(batch=call.batch * V), needs, weights, *grads, *folded, *given[10:])
     return _unfold(results, [at for at, want in zip((row, 1, 1), needs, strict=False) if want], V)
-
-
-def _transforming() -> bool:
-    return torch._C._are_functorch_transforms_active()
 
 
 def _member(given: Sequence[Any], dims: Sequence[int | None], v: int) -> list[Any]:

@@ -261,7 +261,8 @@ def test_subclasses_with_their_own_memory(call):
     module = lstmcore.LSTM(3, 4)
     output, _ = module(X.as_subclass(Named), **call)
     assert type(output) is Named
-    assert torch.allclose(output.as_subclass(torch.Tensor), module(X, **call)[0], atol=1e-6)
+    plain = module(X, **call)[0]  # maybe by another backend: a few roundings of values below one
+    assert torch.allclose(output.as_subclass(torch.Tensor), plain, atol=1e-6)
     module.backend = "numba"
     with pytest.raises(RuntimeError, match=r"subclasses do not enter kernels.*use plain tensors"):
         module(X.as_subclass(Named), **call)

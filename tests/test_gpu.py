@@ -30,7 +30,7 @@ from .oracle import assert_parity
 from .test_bad_input import assert_same_mistake, raised_by
 from .test_contract import assert_bitwise
 from .test_device_lengths import Changed, on_device
-from .tolerances import NORMS, bound, error
+from .tolerances import NORMS, ORDER_OF_SUMS_F32, bound, error
 
 pytestmark = pytest.mark.gpu
 
@@ -403,4 +403,5 @@ def test_double_backward_of_cudnn(options):
             first = torch.autograd.grad(loss, leaves, create_graph=True)
             results.append((*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)))
     for got, expected in zip(*results, strict=True):
-        assert error(got.cpu().double(), expected) <= 2e-4 * max(1.0, expected.abs().max().item())
+        # float32 in two passes, of which the second sums squares of the first: ten times the order of one's sums
+        assert error(got.cpu().double(), expected) <= 10 * ORDER_OF_SUMS_F32 * max(1.0, expected.abs().max().item())
