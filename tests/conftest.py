@@ -66,14 +66,17 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def triton_kernels():
-    """The module of the Triton backend, its kernels interpreted on the CPU."""
+def triton_kernels(monkeypatch):
+    """The module of the Triton backend, its kernels interpreted on the CPU; no test hears what another left behind."""
     if not INTERPRETED:
         pytest.skip("Triton compiles its kernels here, for the CUDA device: tests/test_gpu.py runs them")
     try:
-        return backends.load("triton")
+        kernels = backends.load("triton")
     except ImportError as error:
         pytest.skip(f"Triton cannot be used here: {error}")
+    for name in ("words", "wrong_lengths", "told"):
+        monkeypatch.setattr(kernels._Status, name, {})
+    return kernels
 
 
 @pytest.fixture

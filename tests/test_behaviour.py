@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import lstmcore
 
-from .tolerances import ORDER_OF_SUMS, ORDER_OF_SUMS_F32, error
+from .tolerances import ORDER_OF_SUMS, ORDER_OF_SUMS_F32, assert_same, error
 
 
 def pair(*args, backend: str, **kwargs) -> tuple[lstmcore.LSTM, nn.LSTM]:
@@ -150,6 +150,8 @@ def test_autocast(packed, dtype, backend):
     x = torch.randn(4, 2, 3).to(dtype)
     results = []
     for module in (ours, theirs):
+        if module is theirs and not packed:  # which autocast does next; but of float32 torch asks oneDNN for an LSTM
+            x = x.bfloat16()  # in bfloat16, and raises where the processor has none
         fed = pack_padded_sequence(x, torch.tensor([4, 2])) if packed else x
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output, (h_n, c_n) = module(fed)
@@ -232,7 +234,8 @@ def test_backward_twice(backend):
     loss = ours(torch.randn(4, 2, 3))[0].square().sum()
     first = torch.autograd.grad(loss, list(ours.parameters()), retain_graph=True)
     second = torch.autograd.grad(loss, list(ours.parameters()))
-    assert all(map(torch.equal, first, second))
+    for one, other in zip(first, second, strict=True):
+        assert_same(one, other, backend)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, list(ours.parameters()))
 

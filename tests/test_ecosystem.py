@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lstmcore
 
 from .test_behaviour import close, pair
-from .tolerances import ORDER_OF_SUMS, error
+from .tolerances import ORDER_OF_SUMS, assert_same, error
 
 F64 = torch.float64
 T, B, I, H = 6, 4, 3, 17
@@ -76,10 +76,10 @@ def agree(got: Iterable[Tensor], expected: Iterable[Tensor], tolerance=None) -> 
         close(one, other, tolerance)
 
 
-def same_bits(got: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+def same(got: Iterable[Tensor], expected: Iterable[Tensor], backend: str = "numba") -> None:
+    """Two runs by ``backend`` gave the same."""
     for one, other in zip(got, expected, strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
+        assert_same(one, other, backend)
 
 
 def train(module: nn.Module, x: Tensor, steps: int = 3, optimizer=None, **call) -> list[Tensor]:
@@ -133,7 +133,7 @@ def test_autocast(call, dtype, any_backend, x):
     wanted = torch.autograd.grad(loss_of(expected), [x64, *theirs.parameters()])
     assert [t.dtype for t in results] == [dtype] * 3 + [torch.float32] * (call == "cells")
     if any_backend != "reference":  # the plain loop is torch's own operations, which backward casts inside of a region
-        same_bits(*found)
+        same(*found, any_backend)
     for got, value in zip((*results, *found[0], *found[1]), (*expected, *wanted, *wanted), strict=True):
         assert error(got.double(), value) <= 4 * torch.finfo(dtype).eps * max(1.0, value.abs().max().item())
     assert {grad.dtype for grads in found for grad in grads} == {torch.float32}
@@ -146,7 +146,7 @@ def test_autocast_regions(any_backend, x):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.autocast("cpu", enabled=False):
             output = ours(x)[0]
-            same_bits(gradients(ours, x), expected)
+            same(gradients(ours, x), expected, any_backend)
             with pytest.raises(ValueError, match="does not match weight dtype"):
                 ours(x.bfloat16())
         with torch.autocast("cpu", dtype=torch.float16):
@@ -207,7 +207,7 @@ def test_autocast_with_a_graph_of_the_gradient(call, x):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
             (grad,) = torch.autograd.grad(loss, x, create_graph=True)
         found.append([grad, *torch.autograd.grad(grad.square().sum(), list(ours.parameters()))])
-    same_bits(*found)
+    same(*found)
 
 
 def test_grad_scaler(any_backend, x):
@@ -231,7 +231,7 @@ def test_grad_scaler(any_backend, x):
         assert (scaler.get_scale() == scale) == finite
         skipped.append(not finite)
         if not finite:
-            same_bits(ours.parameters(), before)
+            same(ours.parameters(), before, any_backend)
         else:
             losses.append(loss.item())
     assert skipped[0], "a scale of 2^40 should not fit into float16"
@@ -288,7 +288,7 @@ def test_checkpoint(call, use_reentrant, any_backend, x):
 
     expected = backward(run, x, ours)
     calls.clear()
-    same_bits(backward(lambda x: checkpoint(run, x, use_reentrant=use_reentrant), x, ours), expected)
+    same(backward(lambda x: checkpoint(run, x, use_reentrant=use_reentrant), x, ours), expected, any_backend)
     assert calls == ([False, True] if use_reentrant else [True, True]), "nothing was computed again"
 
 
@@ -304,7 +304,7 @@ def test_checkpoint_takes_the_call_itself(any_backend, x):
 
         expected = backward(lambda x: run(x, ours), x, ours)
         got = backward(lambda x: run(x, lambda *a, **k: checkpoint(ours, *a, use_reentrant=False, **k)), x, ours)
-        same_bits(got, expected)
+        same(got, expected, any_backend)
 
 
 # hooks on what autograd saves: offloading, compression; and how much that is
@@ -359,7 +359,7 @@ def test_saved_tensors_hooks(kind, call, backend, x, tmp_path):
     with hooks[kind]():
         loss = loss_of(ours(x, **call))
     grads = torch.autograd.grad(loss, [*ours.parameters(), x])
-    (same_bits if backend == "numba" else agree)(grads, expected)  # ATen's products round by how their operands lie
+    same(grads, expected, backend)
     assert packed or kind == "save_on_cpu"
 
 
@@ -386,7 +386,7 @@ def test_no_saving_where_it_is_not_wanted(backend, x):
     ours = lstmcore.LSTM(I, H, dtype=F64, backend=backend)
     expected = gradients(ours, x)
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
-        same_bits(gradients(ours, x), expected)
+        same(gradients(ours, x), expected, backend)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), torch.no_grad():
         ours(x)
@@ -402,7 +402,7 @@ def test_mutation_of_saved_tensors_where_it_is_allowed(x):
             loss = loss_of(ours(x))
         x.zero_()
         ours.weight_hh_l0.zero_()
-        same_bits(torch.autograd.grad(loss, list(ours.parameters())), expected)
+        same(torch.autograd.grad(loss, list(ours.parameters())), expected)
 
 
 # hooks on modules, tensors and gradients
@@ -455,7 +455,7 @@ def test_multi_grad_hooks(backend, x):
     for _ in range(2):
         loss_of(ours(x)).backward()
     assert [len(calls) for calls in seen.values()] == [2, 2]
-    same_bits(seen["all"][0], expected)
+    same(seen["all"][0], expected, backend)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 3, "bidirectional": True}], ids=str)
@@ -596,7 +596,7 @@ def test_copies_of_computed_weights(kind, backend, x):
     ours, theirs = computed(kind, backend=backend).eval(), computed(kind, nn.LSTM).eval()
     if hasattr(ours, "parametrizations"):  # the others leave a computed tensor in the module, which torch does not copy
         twin = copy.deepcopy(ours)
-        same_bits(tensors(twin(x)), tensors(ours(x)))
+        same(tensors(twin(x)), tensors(ours(x)), backend)
         with torch.no_grad():
             next(twin.parameters()).add_(1.0)
         assert not torch.equal(twin(x)[0], ours(x)[0])
@@ -608,12 +608,12 @@ def test_copies_of_computed_weights(kind, backend, x):
     file.seek(0)
     assert ours.load_state_dict(torch.load(file, weights_only=True)) == ([], [])
     agree(tensors(ours(x)), tensors(ByTorch(theirs)(x)), 10 * ORDER_OF_SUMS)
-    same_bits(ours.state_dict().values(), theirs.state_dict().values())
+    same(ours.state_dict().values(), theirs.state_dict().values())
     if hasattr(ours, "parametrizations"):
         with pytest.raises(RuntimeError, match="only supported through state_dict"):
             pickle.dumps(ours)
     elif kind == "pruned":
-        same_bits(tensors(pickle.loads(pickle.dumps(ours))(x)), tensors(ours(x)))
+        same(tensors(pickle.loads(pickle.dumps(ours))(x)), tensors(ours(x)), backend)
 
 
 # one tensor in several places, and parameters that are views of others
@@ -749,7 +749,7 @@ def test_inference_tensors_later(what, any_backend, x):
         with torch.no_grad():
             without = tensors(module(fed, hx))
         with torch.inference_mode():
-            same_bits(tensors(module(fed, hx)), without)
+            same(tensors(module(fed, hx)), without, any_backend)
         found.append((without, outcome(lambda module=module, fed=fed, hx=hx: gradients(module, fed, hx))))
     agree(found[0][0], found[1][0])
     for results in found:
@@ -778,7 +778,7 @@ def test_deterministic_algorithms(call, any_backend, x):
     with deterministic():
         assert torch.empty(3).isnan().all(), "memory is not filled"
         for _ in range(3):
-            same_bits(backward(lambda x: ours(x, **call), x, ours), expected)
+            same(backward(lambda x: ours(x, **call), x, ours), expected, any_backend)
 
 
 # optimizers and what stands between them and the gradients
@@ -864,7 +864,7 @@ def test_distributed_data_parallel(options, any_backend, process_group, x):
                 loss_of(module(x)).backward()
             loss_of(module(x.flip(0))).backward()
         agree((p.grad for p in ours.parameters()), (p.grad for p in theirs.parameters()))
-        same_bits(gradients(wrapped, x, **CALLS["lengths"]), gradients(ours, x, **CALLS["lengths"]))
+        same(gradients(wrapped, x, **CALLS["lengths"]), gradients(ours, x, **CALLS["lengths"]), any_backend)
 
 
 @pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")
@@ -1005,7 +1005,7 @@ def test_surroundings(call, surrounding, any_backend, x):
     expected = results()
     with SURROUNDINGS[surrounding]() as mode:
         operators = isinstance(mode, TorchDispatchMode | FlopCounterMode) and any_backend != "numba"
-        (agree if operators else same_bits)(results(), expected)
+        same(results(), expected, "auto" if operators else any_backend)
     assert getattr(mode, "seen", 1) > 0
 
 
@@ -1025,7 +1025,7 @@ def test_profiler(any_backend, x):
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, profile_memory=True, with_stack=True
     ) as profile:
-        same_bits(gradients(ours, x), expected)
+        same(gradients(ours, x), expected, any_backend)
     names = [event.key for event in profile.key_averages()]
     assert any("lstm" in name.lower() or "_Layer" in name or "linear" in name for name in names), names
     if any_backend == "numba":

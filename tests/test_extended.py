@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstmcore
 
-from .tolerances import GRADCHECK, ORDER_OF_SUMS, ORDER_OF_SUMS_F32, error
+from .tolerances import GRADCHECK, ORDER_OF_SUMS, assert_library, assert_same, error
 
 OPTIONS = [
     {},
@@ -56,7 +56,7 @@ def test_lengths_are_packing_without_packing(options, backend):
         for rs, m in ((results, ours), (wanted, theirs))
     ]
     assert_close(*grads)
-    assert torch.equal(output, ours(x, hx, lengths=lengths.tolist())[0])
+    assert_same(output, ours(x, hx, lengths=lengths.tolist())[0], backend)
 
 
 @pytest.mark.parametrize("lengths", [[0, 6, 0, 2, 0], [0] * 5], ids=str)
@@ -187,13 +187,13 @@ def test_cells_of_every_layer(options, control, backend):
     )
     output, _, cells = ours(x, hx, **given, return_cells="all")
     assert isinstance(cells, tuple)
-    assert torch.equal(output, ours(x, hx, **given)[0])
+    assert_same(output, ours(x, hx, **given)[0], backend)
     directions = 2 if ours.bidirectional else 1
     for index in range(ours.num_layers):
         part = lstmcore.LSTM(I, H, **options | {"num_layers": index + 1}, dtype=F64, backend=backend)
         part.load_state_dict({name: ours.state_dict()[name] for name in part.state_dict()})
         states = tuple(state[: directions * (index + 1)] for state in hx)
-        assert torch.equal(cells[index], part(x, states, **given, return_cells=True)[2])
+        assert_same(cells[index], part(x, states, **given, return_cells=True)[2], backend)
     grads = torch.autograd.grad(sum(c.square().sum() for c in cells), [x, *hx])
     each = [
         torch.autograd.grad(c.square().sum(), [x, *hx], allow_unused=True, retain_graph=True)
@@ -208,13 +208,13 @@ def test_lengths_of_any_integers(dtype, backend):
     x, hx = inputs(OPTIONS[0])
     lengths = [3, 0, 1, 6, 4]
     got = ours(x, hx, lengths=lengths if dtype is list else torch.tensor(lengths, dtype=dtype))[0]
-    assert torch.equal(got, ours(x, hx, lengths=torch.tensor(lengths))[0])
+    assert_same(got, ours(x, hx, lengths=torch.tensor(lengths))[0], backend)
 
 
 def test_lengths_of_all_steps_are_no_lengths(backend):
     ours, _ = modules(OPTIONS[2], backend)
     x, hx = inputs(OPTIONS[2])
-    assert torch.equal(ours(x, hx, lengths=[T] * B)[0], ours(x, hx)[0])
+    assert_same(ours(x, hx, lengths=[T] * B)[0], ours(x, hx)[0], backend)
 
 
 def test_what_lies_beyond_the_lengths_is_not_read(backend):
@@ -231,7 +231,7 @@ def test_what_lies_beyond_the_lengths_is_not_read(backend):
         leaves = [fed, *hx, *ours.parameters()]
         results.append((output, *states, *torch.autograd.grad(output, leaves, grad)))
     for got, expected in zip(*results, strict=True):
-        assert torch.equal(got, expected)
+        assert_same(got, expected, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
@@ -241,14 +241,6 @@ def test_a_rollout_is_its_episodes(options, dtype, backend):
 
     The reference's products are torch's, whose sums depend on how many rows there are.
     """
-    tolerance = ORDER_OF_SUMS if dtype == F64 else ORDER_OF_SUMS_F32
-
-    def assert_same(one, other, exactly=backend != "reference"):
-        if exactly:
-            assert torch.equal(one, other)
-        else:
-            assert error(one, other) <= tolerance * max(1.0, other.abs().max().item())
-
     steps, rows = 40, 7
     ours = lstmcore.LSTM(I, H, **options, dtype=dtype, backend=backend)
     done = torch.rand(steps, rows) < 0.1
@@ -268,18 +260,18 @@ def test_a_rollout_is_its_episodes(options, dtype, backend):
             fresh = begin > 0 or bool(reset[0, row])
             states = None if fresh else tuple(state[:, row] for state in hx)
             alone, last = ours(x[begin:end, row], states)
-            assert_same(alone, output[begin:end, row])
+            assert_same(alone, output[begin:end, row], backend)
             loss = loss + (alone * weight[begin:end, row]).sum()
             if end == steps:
                 for one, other in zip(last, ends, strict=True):
-                    assert_same(one, other[:, row])
+                    assert_same(one, other[:, row], backend)
                 loss = loss + sum(state.sum() for state in last)
     wanted = torch.autograd.grad(loss, [*leaves, *ours.parameters()])
     for which, (one, other) in enumerate(zip(got, wanted, strict=True)):
         if which < len(leaves):
-            assert_same(one, other)
+            assert_same(one, other, backend)
         else:  # sums over steps and rows, in another order
-            assert_same(one, other, exactly=False)
+            assert_library(one, other)
 
 
 CONTROL = [

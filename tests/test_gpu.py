@@ -28,9 +28,8 @@ from .gpu_designs import use
 from .gpu_problems import DEVICE, DTYPES, JITTERS, Layers, OnDevice, draw, ours, precision, run
 from .oracle import assert_parity
 from .test_bad_input import assert_same_mistake, raised_by
-from .test_contract import assert_bitwise
 from .test_device_lengths import Changed, on_device
-from .tolerances import NORMS, ORDER_OF_SUMS_F32, bound, error
+from .tolerances import NORMS, ORDER_OF_SUMS_F32, assert_library, bound, error
 
 pytestmark = pytest.mark.gpu
 
@@ -201,7 +200,7 @@ def test_races():
             patch.setattr(backends.load("triton"), "JITTER", jitter)
             first = [t.clone() for t in repeat()]
             for name, value in zip(expected, first, strict=True):
-                assert torch.equal(value.cpu().double(), expected[name]), name
+                assert_library(value.cpu(), expected[name], name, DTYPES[p.dtype])
             wanted = -(-REPETITIONS * (index + 1) // len(designs))
             while done < wanted:
                 patch.setattr(backends.load("triton"), "PATIENCE", 4_000_000 + done)  # seeds the delays
@@ -235,16 +234,16 @@ class Repeat:
 
 
 @pytest.mark.parametrize("p", gpu_problems.INFERENCE, ids=str)
-def test_inference_gives_the_bits_of_training(p):
+def test_inference_gives_the_results_of_training(p):
     data = draw(p)
     trained, inferred = ours(p, data), ours(p, data, grad=False)
     for name, value in inferred.items():
-        assert torch.equal(value, trained[name]), name
+        assert_library(value, trained[name], name, DTYPES[p.dtype])
 
 
 @pytest.mark.parametrize("H", [128, 512], ids=["resident", "split"])
 def test_cuda_graph(H):
-    """A captured training step gives the bits of an eager one, on new data too."""
+    """A captured training step gives what an eager one does, on new data too."""
     p = Layers(H, 16, 40, "bf16")
     repeat = Repeat(p, draw(p))
     side = torch.cuda.Stream()
@@ -266,7 +265,7 @@ def test_cuda_graph(H):
         graph.replay()
         got = [t.clone() for t in captured]
         for index, (one, other) in enumerate(zip(got, repeat(), strict=True)):
-            assert torch.equal(one, other), index
+            assert_library(one, other, str(index))
 
 
 def test_two_streams_at_once():
@@ -283,7 +282,7 @@ def test_two_streams_at_once():
         torch.cuda.synchronize()
         for got, wanted in zip(results, expected, strict=True):
             for index, (one, other) in enumerate(zip(got, wanted, strict=True)):
-                assert torch.equal(one, other), index
+                assert_library(one, other, str(index))  # cuBLAS promises no bits across streams
 
 
 @pytest.mark.parametrize(("kind", "setup"), gpu_problems.POISONED, ids=str)
@@ -374,18 +373,20 @@ def test_another_device():
         output, _ = module(x)
         with torch.cuda.device(1):
             same, _ = module(x)
-        assert torch.equal(output, same)
+        assert_library(output, same)
         output.sum().backward()
         assert module.weight_hh_l0.grad.device == x.device
         assert torch.cuda.current_device() == 0
 
 
-def test_the_same_bits_again():
-    """Two modules of the same parameters: the bits of one are those of the other."""
+def test_the_same_again():
+    """Two modules of the same parameters."""
     p = Layers(512, 16, 60, "bf16")
     data = draw(p)
     one, two = ours(p, data), ours(p, data)
-    assert_bitwise(one, two)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert_library(value, two[name], name, torch.bfloat16)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)

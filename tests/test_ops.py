@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstmcore
 
-from .tolerances import ORDER_OF_SUMS, ORDER_OF_SUMS_F32, error
+from .tolerances import ORDER_OF_SUMS, ORDER_OF_SUMS_F32, assert_library, error
 from .toolchain import needs_cpp
 
 T, B, I = 4, 3, 2
@@ -150,6 +150,12 @@ class Model(nn.Module):
         return self.head(output), states, *cells
 
 
+def same(got, expected) -> None:
+    """Two runs of a model, whose linear layers are torch's."""
+    for one, other in zip(got, expected, strict=True):
+        assert_library(one, other)
+
+
 def results(model, *args, **kwargs) -> list[torch.Tensor]:
     """Outputs, then the gradients of the parameters."""
     torch.manual_seed(0)
@@ -183,7 +189,7 @@ CONTROL = {
 
 @pytest.mark.parametrize("name", CONTROL)
 def test_compiled_is_eager(name, fresh_compiler):
-    """A whole graph, forward and backward, and the same bits: the operator runs the kernels that an eager call runs."""
+    """A whole graph, forward and backward: the operator runs the kernels that an eager call runs."""
     model = Model(num_layers=2, bidirectional=True, batch_first=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x, control = torch.randn(4, 5, I), dict(CONTROL[name])
@@ -192,12 +198,9 @@ def test_compiled_is_eager(name, fresh_compiler):
     if control.get("reset"):
         control["reset"] = torch.rand(4, 5) < 0.3
     got, wanted = (results(each, x, **control) for each in (compiled, model))
-    assert all(map(torch.equal, got, wanted))
+    same(got, wanted)
     with torch.no_grad():
-        for one, other in zip(
-            *(torch.utils._pytree.tree_leaves(m(x, **control)) for m in (compiled, model)), strict=True
-        ):
-            assert torch.equal(one, other)
+        same(*(torch.utils._pytree.tree_leaves(m(x, **control)) for m in (compiled, model)))
 
 
 def test_steps_and_batch_are_dynamic(compiler):
@@ -208,7 +211,7 @@ def test_steps_and_batch_are_dynamic(compiler):
         x = torch.randn(steps, batch, I)
         # inductor's own code around it, and its random numbers for dropout, are not eager's
         if compiler == "aot_eager":
-            assert all(map(torch.equal, results(compiled, x), results(model, x)))
+            same(results(compiled, x), results(model, x))
         else:
             model.lstm.dropout = 0.0
             for got, wanted in zip(results(compiled, x), results(model, x), strict=True):
@@ -222,7 +225,7 @@ def test_no_second_graph_where_shapes_are_marked(fresh_compiler):
     for steps, batch in ((5, 4), (7, 4), (9, 6)):
         lengths = torch.randint(0, steps + 1, (batch,))
         x = torch.randn(steps, batch, I)
-        assert all(map(torch.equal, results(compiled, x, lengths=lengths), results(model, x, lengths=lengths)))
+        same(results(compiled, x, lengths=lengths), results(model, x, lengths=lengths))
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -280,7 +283,7 @@ def test_a_compiled_model_can_be_recorded(fresh_compiler):
         within = results(compiled, x)
     assert len(flow.records) == 1
     for each in (within, results(compiled, x)):
-        assert all(map(torch.equal, before, each))
+        same(before, each)
 
 
 WRONG = {

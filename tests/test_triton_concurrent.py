@@ -22,7 +22,7 @@ import torch
 from . import gpu_designs
 from . import test_contract as contract
 from .gpu_designs import Share
-from .test_contract import Setup, assert_bitwise, pose
+from .test_contract import Setup, pose
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and shared memory")
 
@@ -109,4 +109,4 @@ def test_programs_at_the_same_time(triton_kernels, monkeypatch, change, share):
         assert len(kernel.programs) == 1
         assert kernel.programs[0] > 1
     assert not triton_kernels._Status.word(torch.device("cpu")).item(), "a program gave up waiting"
-    assert_bitwise(got, expected)
+    contract.assert_same(triton_kernels, got, expected)
