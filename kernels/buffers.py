@@ -1,66 +1,101 @@
 """Memory that is used again: the saved gates of training, and scratch.
 
 Fresh pages cost more than the arithmetic that fills them (the kernel zeroes each before it hands it out), and a
-training step asks for the same large buffers every time.  ``take`` gives a tensor whose memory comes back here when
-the last reference to it dies, by whatever path: no caller has to give anything back.  At most ``LIMIT`` bytes lie
-unused.
+training step asks for the same large buffers every time.  ``take`` gives a tensor whose memory is free again when the
+last reference to it dies, by whatever path.  No caller has to give anything back, and no code runs then that a signal's
+exception could strike: a block is lent for as long as somebody holds the view of it that was lent.  All blocks
+together, lent and free, are at most ``LIMIT`` bytes; what goes beyond is memory like any other.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import process
+
 LIMIT = 512 << 20  # bytes
+SMALL = 128 << 10  # bytes: less is left to malloc, which does not ask the system for each
 ALIGN = 64  # a cache line, and a vector register of AVX-512
 SLACK = 64 << 10  # a free block may be larger than what is asked for by this and an eighth
 
-_free: list[np.ndarray] = []
-_lock = threading.RLock()  # re-entrant: a collection inside `take` may run a finalizer that gives back
+
+class _Block:
+    """Memory, and the view of it that was lent last."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self.memory = memory
+        self.lent: Callable[[], np.ndarray | None] = lambda: None  # a weak reference
+
+    def fits(self, size: int) -> bool:
+        return size <= self.memory.nbytes <= size + size // 8 + SLACK and self.lent() is None
 
 
+_blocks: list[_Block] = []  # those lent last come last
+_lock = process.RLock()
+
+
+@process.after_fork
 def _forget() -> None:
     global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    _lock = process.RLock()
 
 
 def take(count: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised, aligned, one-dimensional tensor of ``count`` values."""
+    """An uninitialised, aligned, one-dimensional tensor of ``count`` values.
+
+    Raises RuntimeError, in torch's words, where there is no memory left.
+    """
     size = max(count * dtype.itemsize, ALIGN)
+    # (a garbage collection inside of `_lend` may run code that takes)
+    memory = _allocate(size) if size < SMALL or _lock._is_owned() else _lend(size)
+    return torch.from_numpy(memory).view(dtype)[:count]
+
+
+def _lend(size: int) -> np.ndarray:
+    """``size`` bytes of a block that nobody uses."""
     with _lock:
-        fitting = [block for block in _free if size <= block.nbytes <= size + size // 8 + SLACK]
-        memory = min(fitting, key=lambda block: block.nbytes, default=None)
-        if memory is not None:
-            _free[:] = [block for block in _free if block is not memory]
-    if memory is None:
+        fitting = [block for block in _blocks if block.fits(size)]
+        block = min(fitting, key=lambda each: each.memory.nbytes, default=None)
+        if block is None:
+            block = _Block(_allocate(size))
+            _make_room(size)
+        else:
+            _blocks.remove(block)
+        lent = block.memory[:size]
+        block.lent = weakref.ref(lent)
+        if sum(each.memory.nbytes for each in _blocks) + block.memory.nbytes <= LIMIT:
+            _blocks.append(block)
+    return lent
+
+
+def _make_room(size: int) -> None:
+    """Lets free blocks go, the oldest first, until a new one of ``size`` bytes is within the limit."""
+    excess = sum(block.memory.nbytes for block in _blocks) + size - LIMIT
+    for block in list(_blocks):
+        if excess > 0 and block.lent() is None:
+            _blocks.remove(block)
+            excess -= block.memory.nbytes
+
+
+def _allocate(size: int) -> np.ndarray:
+    try:
         raw = np.empty(size + ALIGN, np.uint8)
-        start = -raw.ctypes.data % ALIGN
-        memory = raw[start : start + size]
-    lease = memory[:size]
-    weakref.finalize(lease, _give_back, memory).atexit = False
-    return torch.from_numpy(lease).view(dtype)[:count]
-
-
-def _give_back(memory: np.ndarray) -> None:
-    with _lock:
-        _free.append(memory)
-        while sum(block.nbytes for block in _free) > LIMIT:
-            _free.pop(0)
+    except MemoryError:
+        clear()
+        raw = torch.empty(size + ALIGN, dtype=torch.uint8).numpy()  # raises what torch raises
+    start = -raw.ctypes.data % ALIGN
+    return raw[start : start + size]
 
 
 def clear() -> None:
     """Gives all unused memory back to the system."""
     with _lock:
-        _free.clear()
+        _blocks[:] = [block for block in _blocks if block.lent() is not None]
 
 
 def carve(*sizes: int) -> tuple[Tensor, list[int]]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import buffers, threads, tiling
+from . import buffers, process, threads, tiling
 from .contract import Forward, GateStatistics, Gradients, Layer, Needs, Rows, WeightGradients, Weights, state_dtype
 from .gate_statistics import sampled_rows
 from .numba_flow import norms_kernel, statistics, statistics_kernel
@@ -109,7 +109,7 @@ class _Problem:
         self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
         work = self.total * 4 * self.hidden * (self.inputs + self.width)
         self.threads = tiling.useful_threads(work * self.directions, threads.count())
-        self.available = 1  # of those, while they are reserved
+        self.available = 1  # of those, when the work begins
 
     def geometry(self, tensor: Tensor) -> tuple[int, np.ndarray]:
         """(bytes from step to step, byte offset of each sorted row) of a user's tensor of these rows."""
@@ -213,20 +213,18 @@ def _at(owner: Tensor, address: int, dtype: torch.dtype, *shape: int) -> Tensor:
 
 def _launch(kernel, launches: list[list], count: int) -> None:
     """Runs ``launches``, each a list of its members' arguments: as many side by side as ``count`` threads allow."""
-    sync = np.zeros(16 * len(launches) + sum(map(len, launches)), np.int64)  # counters on lines of their own
-    started = sync[16 * len(launches) :]
-    calls: list = []
-    base = sync.ctypes.data
-    for index, launch in enumerate(launches):
-        for arguments in launch:
-            at = base + 8 * (16 * len(launches) + len(calls))
-            calls.append(arguments._replace(counter=base + 128 * index, started=at))
+    counters = np.zeros((len(launches), 16), np.int64)  # on lines of their own
+    base, line = counters.ctypes.data, counters.strides[0]
+    calls = [
+        arguments._replace(counter=base + index * line) for index, launch in enumerate(launches) for arguments in launch
+    ]
     members = len(launches[0])
     together = members * max(1, count // members)  # calls; a launch is never cut: its members wait for one another
     for at in range(0, len(calls), together):
-        threads.run(kernel, calls[at : at + together], started[at : at + together])
+        threads.run(kernel, calls[at : at + together], counters)
 
 
+@process.one_torch_thread
 def forward(
     input: Tensor,
     h_0: Tensor | None,
@@ -249,75 +247,74 @@ def forward(
     gates = [buffers.take(rows.room * 4 * problem.padded_hidden, x.dtype) for _ in range(count * save)]
     kernel = variant.forward()
 
-    with threads.reserve(problem.threads) as available:
-        problem.available = available
-        plan = tiling.plan(
-            problem.steps, batch, hidden, width, problem.inputs, problem.block, size, max(1, available // count)
+    problem.available = available = threads.available(problem.threads)
+    plan = tiling.plan(
+        problem.steps, batch, hidden, width, problem.inputs, problem.block, size, max(1, available // count)
+    )
+    chunk, fused = plan.chunk, plan.fused and not variant.staged
+    chunk_rows = chunk * batch
+    x_step, x_rows = problem.geometry(x)
+    y_step, y_rows = problem.geometry(output)
+    reset_step, reset_rows = problem.geometry(problem.reset) if problem.reset is not None else (0, problem.index)
+    h_rows, m_rows = _multiples(batch, problem.padded_width * size), _multiples(batch, problem.padded_hidden * size)
+    shared = problem.shape() | {
+        "x": x.data_ptr(), "chunk": chunk, "chunk_rows": chunk_rows, "fused": int(fused),
+        "reset": 0 if problem.reset is None else problem.reset.data_ptr(),
+        "x_step": x_step, "x_rows": x_rows.ctypes.data, "y_step": y_step, "y_rows": y_rows.ctypes.data,
+        "reset_step": reset_step, "reset_rows": reset_rows.ctypes.data,
+        "h_rows": h_rows.ctypes.data, "m_rows": m_rows.ctypes.data,
+    }  # fmt: skip
+    gate_size = 4 * problem.padded_hidden
+    borders = problem.row_groups(plan, 0, batch)
+    h_half, c_bytes = (problem.state_bytes(n, borders) for n in (problem.padded_width, problem.padded_hidden))
+    shared["h_half"] = h_half
+    owners, states, launches = [], [], []
+    for direction, parameters in enumerate(weights):
+        owner, (h, c, m, z, stage, table, w_x, w_h, w_r, bias) = buffers.carve(
+            2 * h_half,
+            c_bytes,
+            c_bytes * problem.projected,
+            chunk_rows * gate_size * size * (not fused and (not save or variant.staged)),
+            plan.members * chunk_rows * problem.inputs * size * variant.staged,
+            plan.members * 2 * chunk_rows * 8 * (not fused),
+            gate_size * problem.inputs * size,
+            gate_size * width * size,
+            column_panels_size(hidden, width, problem.block.lanes) * size * problem.projected,
+            gate_size * size,
         )
-        chunk, fused = plan.chunk, plan.fused and not variant.staged
-        chunk_rows = chunk * batch
-        x_step, x_rows = problem.geometry(x)
-        y_step, y_rows = problem.geometry(output)
-        reset_step, reset_rows = problem.geometry(problem.reset) if problem.reset is not None else (0, problem.index)
-        h_rows, m_rows = _multiples(batch, problem.padded_width * size), _multiples(batch, problem.padded_hidden * size)
-        shared = problem.shape() | {
-            "x": x.data_ptr(), "chunk": chunk, "chunk_rows": chunk_rows, "fused": int(fused),
-            "reset": 0 if problem.reset is None else problem.reset.data_ptr(),
-            "x_step": x_step, "x_rows": x_rows.ctypes.data, "y_step": y_step, "y_rows": y_rows.ctypes.data,
-            "reset_step": reset_step, "reset_rows": reset_rows.ctypes.data,
-            "h_rows": h_rows.ctypes.data, "m_rows": m_rows.ctypes.data,
+        # NumPy's fill: torch's would wake its thread pool, whose threads then spin on the cores of this launch
+        # (and would hang in a forked child).
+        owner.numpy()[: c + c_bytes - owner.data_ptr()].fill(0)
+        h_states = [problem.state_groups(owner, at, problem.padded_width, borders) for at in (h, h + h_half)]
+        c_state = problem.state_groups(owner, c, problem.padded_hidden, borders)
+        if h_0 is not None:
+            for h_state in h_states:
+                problem.load_state(h_state, h_0, direction)
+        if c_0 is not None:
+            problem.load_state(c_state, c_0, direction)
+        _pack_gates(problem, w_x, parameters.weight_ih)
+        _pack_gates(problem, w_h, parameters.weight_hh)
+        if parameters.bias_ih is None or parameters.bias_hh is None:
+            _at(owner, bias, compute, gate_size).zero_()
+        else:
+            both = parameters.bias_ih.detach().to(compute) + parameters.bias_hh.detach().to(compute)
+            _pack_gates(problem, bias, both[:, None])
+        if parameters.weight_hr is not None:
+            _pack_columns(problem, w_r, parameters.weight_hr.detach().T, _multiples(hidden, 1))
+        owners.append(owner)
+        states.append((h_states, c_state))
+        base = shared | {
+            "y": output.data_ptr() + direction * width * output.itemsize,
+            "gates": gates[direction].data_ptr() if save else 0,
+            "cells": kept[direction].data_ptr() if kept else 0,
+            "z": z, "x_stage": stage, "table": table,
+            "w_x": w_x, "w_h": w_h, "w_r": w_r, "bias": bias, "reverse": direction, "counter": 0,
         }  # fmt: skip
-        gate_size = 4 * problem.padded_hidden
-        borders = problem.row_groups(plan, 0, batch)
-        h_half, c_bytes = (problem.state_bytes(n, borders) for n in (problem.padded_width, problem.padded_hidden))
-        shared["h_half"] = h_half
-        owners, states, launches = [], [], []
-        for direction, parameters in enumerate(weights):
-            owner, (h, c, m, z, stage, table, w_x, w_h, w_r, bias) = buffers.carve(
-                2 * h_half,
-                c_bytes,
-                c_bytes * problem.projected,
-                chunk_rows * gate_size * size * (not fused and (not save or variant.staged)),
-                plan.members * chunk_rows * problem.inputs * size * variant.staged,
-                plan.members * 2 * chunk_rows * 8 * (not fused),
-                gate_size * problem.inputs * size,
-                gate_size * width * size,
-                column_panels_size(hidden, width, problem.block.lanes) * size * problem.projected,
-                gate_size * size,
-            )
-            # NumPy's fill: torch's would wake its thread pool, whose threads then spin on the cores of this launch
-            # (and would hang in a forked child).
-            owner.numpy()[: c + c_bytes - owner.data_ptr()].fill(0)
-            h_states = [problem.state_groups(owner, at, problem.padded_width, borders) for at in (h, h + h_half)]
-            c_state = problem.state_groups(owner, c, problem.padded_hidden, borders)
-            if h_0 is not None:
-                for h_state in h_states:
-                    problem.load_state(h_state, h_0, direction)
-            if c_0 is not None:
-                problem.load_state(c_state, c_0, direction)
-            _pack_gates(problem, w_x, parameters.weight_ih)
-            _pack_gates(problem, w_h, parameters.weight_hh)
-            if parameters.bias_ih is None or parameters.bias_hh is None:
-                _at(owner, bias, compute, gate_size).zero_()
-            else:
-                both = parameters.bias_ih.detach().to(compute) + parameters.bias_hh.detach().to(compute)
-                _pack_gates(problem, bias, both[:, None])
-            if parameters.weight_hr is not None:
-                _pack_columns(problem, w_r, parameters.weight_hr.detach().T, _multiples(hidden, 1))
-            owners.append(owner)
-            states.append((h_states, c_state))
-            base = shared | {
-                "y": output.data_ptr() + direction * width * output.itemsize,
-                "gates": gates[direction].data_ptr() if save else 0,
-                "cells": kept[direction].data_ptr() if kept else 0,
-                "z": z, "x_stage": stage, "table": table,
-                "w_x": w_x, "w_h": w_h, "w_r": w_r, "bias": bias, "reverse": direction, "counter": 0, "started": 0,
-            }  # fmt: skip
-            launches.append([
-                ForwardArgs(**base | _moved(group, h=h, c=c, m=m), **member)
-                for group, member in problem.sharing(plan, borders, by_columns=False)
-            ])  # fmt: skip
-        _launch(kernel, launches, available)
+        launches.append([
+            ForwardArgs(**base | _moved(group, h=h, c=c, m=m), **member)
+            for group, member in problem.sharing(plan, borders, by_columns=False)
+        ])  # fmt: skip
+    _launch(kernel, launches, available)
 
     for direction, (h_states, c_state) in enumerate(states):
         problem.store_state(c_n[direction], _joined(c_state))
@@ -346,9 +343,16 @@ def _last(problem: _Problem, even: Tensor, odd: Tensor, direction: int) -> Tenso
     return torch.where(torch.from_numpy(lengths & 1)[:, None] == 1, odd, even)
 
 
+def _matrix(problem: _Problem, weight: Tensor) -> Tensor:
+    """``weight`` in the compute dtype, its rows one behind another."""
+    if weight.dtype == problem.variant.compute and weight.is_contiguous():
+        return weight
+    return weight.detach().to(problem.variant.compute).contiguous()
+
+
 def _pack_gates(problem: _Problem, packed: int, weight: Tensor) -> None:
     """Packs a (4H, K) weight into gate panels at ``packed``."""
-    weight = weight.detach().to(problem.variant.compute).contiguous()
+    weight = _matrix(problem, weight)
     rows, depth = weight.shape
     sizes = (rows // 4, depth)
     share(
@@ -364,7 +368,7 @@ def _pack_gates(problem: _Problem, packed: int, weight: Tensor) -> None:
 
 def _pack_columns(problem: _Problem, packed: int, weight: Tensor, rows: np.ndarray) -> None:
     """Packs a (·, columns) weight into column panels at ``packed``, its rows in the order ``rows``."""
-    weight = weight.detach().to(problem.variant.compute).contiguous()
+    weight = _matrix(problem, weight)
     columns = weight.shape[1]
     arguments = (packed, weight.data_ptr(), rows.ctypes.data, len(rows), columns)
     panels = ceil_div(columns, problem.block.panel)
@@ -397,6 +401,7 @@ def _cells_out(problem: _Problem, kept: list[Tensor], like: Tensor) -> Tensor:
     return cells
 
 
+@process.one_torch_thread
 def backward(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
@@ -439,112 +444,109 @@ def backward(
         each.fill(0)  # rows that have ended, and blocks of h beside those of c where there is a projection
     grad_cells_in = [] if grad_cells is None else _cells_in(problem, grad_cells)
 
-    with threads.reserve(problem.threads) as available:
-        problem.available = available
-        parts = problem.parts()
-        share_of = max(1, available // (count * len(parts)))
-        most = max(last - first for first, last, _ in parts)
-        plan = tiling.plan(steps, most, hidden, width, inputs, block, size, share_of, backward=True)
-        chunk_rows = plan.chunk * most
-        index = problem.index
-        x_step, x_rows = problem.geometry(x)
-        y_step, y_rows = problem.geometry(y)
-        dx_step, dx_rows = problem.geometry(grad_input[0]) if needs.input else (0, index)
-        dy_step, dy_rows = problem.geometry(grad_output) if grad_output is not None else (0, index)
-        reset_step, reset_rows = problem.geometry(problem.reset) if problem.reset is not None else (0, index)
-        h_rows, m_rows = _multiples(batch, problem.padded_width * size), _multiples(batch, problem.padded_hidden * size)
-        panel_rows = _multiples(max(batch, JOINED_ROWS), block.panel * size)
-        shared = problem.shape() | {
-            "x": x.data_ptr(), "chunk": plan.chunk, "chunk_rows": chunk_rows,
-            "reset": 0 if problem.reset is None else problem.reset.data_ptr(),
-            "x_step": x_step, "x_rows": x_rows.ctypes.data, "y_step": y_step, "y_rows": y_rows.ctypes.data,
-            "dx_step": dx_step, "dx_rows": dx_rows.ctypes.data, "dy_step": dy_step, "dy_rows": dy_rows.ctypes.data,
-            "reset_step": reset_step, "reset_rows": reset_rows.ctypes.data,
-            "h_rows": h_rows.ctypes.data, "m_rows": m_rows.ctypes.data, "panel_rows": panel_rows.ctypes.data,
-            "counter": 0, "started": 0,
+    problem.available = available = threads.available(problem.threads)
+    parts = problem.parts()
+    share_of = max(1, available // (count * len(parts)))
+    most = max(last - first for first, last, _ in parts)
+    plan = tiling.plan(steps, most, hidden, width, inputs, block, size, share_of, backward=True)
+    chunk_rows = plan.chunk * most
+    index = problem.index
+    x_step, x_rows = problem.geometry(x)
+    y_step, y_rows = problem.geometry(y)
+    dx_step, dx_rows = problem.geometry(grad_input[0]) if needs.input else (0, index)
+    dy_step, dy_rows = problem.geometry(grad_output) if grad_output is not None else (0, index)
+    reset_step, reset_rows = problem.geometry(problem.reset) if problem.reset is not None else (0, index)
+    h_rows, m_rows = _multiples(batch, problem.padded_width * size), _multiples(batch, problem.padded_hidden * size)
+    panel_rows = _multiples(max(batch, JOINED_ROWS), block.panel * size)
+    shared = problem.shape() | {
+        "x": x.data_ptr(), "chunk": plan.chunk, "chunk_rows": chunk_rows,
+        "reset": 0 if problem.reset is None else problem.reset.data_ptr(),
+        "x_step": x_step, "x_rows": x_rows.ctypes.data, "y_step": y_step, "y_rows": y_rows.ctypes.data,
+        "dx_step": dx_step, "dx_rows": dx_rows.ctypes.data, "dy_step": dy_step, "dy_rows": dy_rows.ctypes.data,
+        "reset_step": reset_step, "reset_rows": reset_rows.ctypes.data,
+        "h_rows": h_rows.ctypes.data, "m_rows": m_rows.ctypes.data, "panel_rows": panel_rows.ctypes.data,
+        "counter": 0,
+    }  # fmt: skip
+    gate_size = 4 * problem.padded_hidden
+    column_size = problem.columns * hidden * block.panel * problem.projected
+    shares = [problem.row_groups(plan, first, last) for first, last, _ in parts]
+    borders = [0, *(last for rows in shares for last in rows[1:])]
+    h_bytes, c_bytes = (problem.state_bytes(n, borders) for n in (problem.padded_width, problem.padded_hidden))
+    whole_bytes = [
+        max(problem.padded_hidden, problem.padded_width) * size,
+        h_bytes,
+        c_bytes,
+        batch * problem.padded_width * size,
+        batch * problem.padded_hidden * size,
+        c_bytes * problem.projected,
+        column_panels_size(gate_size, width, block.lanes) * size,
+        column_panels_size(gate_size, inputs, block.lanes) * size * needs.input,
+        column_panels_size(width, hidden, block.lanes) * size * problem.projected,
+    ]
+    gradient_sizes = [n * needs.weights for n in (gate_size * inputs, gate_size * width, gate_size, column_size)]
+    part_sizes = [
+        chunk_rows * gate_size,
+        problem.columns * chunk_rows * block.panel * problem.projected,
+        chunk_rows * inputs * needs.weights,
+        chunk_rows * width * needs.weights,
+        chunk_rows * hidden * problem.projected * needs.weights,
+        chunk_rows * inputs * variant.staged,
+    ]
+    results, launches = [], []
+    for direction, parameters in enumerate(weights):
+        owner, (zero, dh, dc, h_first, c_first, dm, w_h, w_x, w_r) = buffers.carve(*whole_bytes)
+        owner.numpy()[: (dm or w_h) - owner.data_ptr()].fill(0)  # NumPy's: see forward
+        dh_state = problem.state_groups(owner, dh, problem.padded_width, borders)
+        dc_state = problem.state_groups(owner, dc, problem.padded_hidden, borders)
+        for state, given in ((dh_state, grad_h_n), (dc_state, grad_c_n)):
+            if given is not None:
+                problem.load_state(state, given, direction)
+        if h_0 is not None:
+            problem.load_state([_at(owner, h_first, compute, batch, problem.padded_width)], h_0, direction)
+        if c_0 is not None:
+            problem.load_state([_at(owner, c_first, compute, batch, problem.padded_hidden)], c_0, direction)
+        order = gate_order(hidden, block.lanes)
+        _pack_columns(problem, w_h, parameters.weight_hh, order)
+        if needs.input:
+            _pack_columns(problem, w_x, parameters.weight_ih, order)
+        if parameters.weight_hr is not None:
+            _pack_columns(problem, w_r, parameters.weight_hr, _multiples(width, 1))
+        dy = 0
+        if grad_output is not None:
+            dy = grad_output.data_ptr() + direction * width * grad_output.itemsize
+        whole = shared | {
+            "dx": grad_input[direction].data_ptr() if needs.input else 0,
+            "norms": squares[direction].ctypes.data if norms else 0,
+            "dy": dy,
+            "dcells": grad_cells_in[direction].data_ptr() if grad_cells_in else 0,
+            "gates": gates[direction].data_ptr(), "cells": kept[direction].data_ptr(),
+            "y": y.data_ptr() + direction * width * y.itemsize,
+            "h_0": h_first, "c_0": c_first, "zero": zero,
+            "w_h": w_h, "w_x": w_x, "w_r": w_r, "reverse": direction,
         }  # fmt: skip
-        gate_size = 4 * problem.padded_hidden
-        column_size = problem.columns * hidden * block.panel * problem.projected
-        shares = [problem.row_groups(plan, first, last) for first, last, _ in parts]
-        borders = [0, *(last for rows in shares for last in rows[1:])]
-        h_bytes, c_bytes = (problem.state_bytes(n, borders) for n in (problem.padded_width, problem.padded_hidden))
-        whole_bytes = [
-            max(problem.padded_hidden, problem.padded_width) * size,
-            h_bytes,
-            c_bytes,
-            batch * problem.padded_width * size,
-            batch * problem.padded_hidden * size,
-            c_bytes * problem.projected,
-            column_panels_size(gate_size, width, block.lanes) * size,
-            column_panels_size(gate_size, inputs, block.lanes) * size * needs.input,
-            column_panels_size(width, hidden, block.lanes) * size * problem.projected,
-        ]
-        gradient_sizes = [n * needs.weights for n in (gate_size * inputs, gate_size * width, gate_size, column_size)]
-        part_sizes = [
-            chunk_rows * gate_size,
-            problem.columns * chunk_rows * block.panel * problem.projected,
-            chunk_rows * inputs * needs.weights,
-            chunk_rows * width * needs.weights,
-            chunk_rows * hidden * problem.projected * needs.weights,
-            chunk_rows * inputs * variant.staged,
-        ]
-        results, launches = [], []
-        for direction, parameters in enumerate(weights):
-            owner, (zero, dh, dc, h_first, c_first, dm, w_h, w_x, w_r) = buffers.carve(*whole_bytes)
-            owner.numpy()[: (dm or w_h) - owner.data_ptr()].fill(0)  # NumPy's: see forward
-            dh_state = problem.state_groups(owner, dh, problem.padded_width, borders)
-            dc_state = problem.state_groups(owner, dc, problem.padded_hidden, borders)
-            for state, given in ((dh_state, grad_h_n), (dc_state, grad_c_n)):
-                if given is not None:
-                    problem.load_state(state, given, direction)
-            if h_0 is not None:
-                problem.load_state([_at(owner, h_first, compute, batch, problem.padded_width)], h_0, direction)
-            if c_0 is not None:
-                problem.load_state([_at(owner, c_first, compute, batch, problem.padded_hidden)], c_0, direction)
-            order = gate_order(hidden, block.lanes)
-            _pack_columns(problem, w_h, parameters.weight_hh, order)
-            if needs.input:
-                _pack_columns(problem, w_x, parameters.weight_ih, order)
-            if parameters.weight_hr is not None:
-                _pack_columns(problem, w_r, parameters.weight_hr, _multiples(width, 1))
-            dy = 0
-            if grad_output is not None:
-                dy = grad_output.data_ptr() + direction * width * grad_output.itemsize
-            whole = shared | {
-                "dx": grad_input[direction].data_ptr() if needs.input else 0,
-                "norms": squares[direction].ctypes.data if norms else 0,
-                "dy": dy,
-                "dcells": grad_cells_in[direction].data_ptr() if grad_cells_in else 0,
-                "gates": gates[direction].data_ptr(), "cells": kept[direction].data_ptr(),
-                "y": y.data_ptr() + direction * width * y.itemsize,
-                "h_0": h_first, "c_0": c_first, "zero": zero,
-                "w_h": w_h, "w_x": w_x, "w_r": w_r, "reverse": direction,
+        packed, groups_before = [], 0
+        for (first, last, starts), rows_shared in zip(parts, shares, strict=True):
+            part_owner, addresses = buffers.carve(*(n * size for n in (*gradient_sizes, *part_sizes)), chunk_rows * 8)
+            dw_x, dw_h, db, dw_r, dz, dh_chunk, x_strips, h_strips, m_strips, dx_stage, table = addresses
+            packed.append((part_owner, (dw_x, dw_h, db, dw_r)))
+            base = whole | {
+                "dw_x": dw_x, "dw_h": dw_h, "dw_r": dw_r, "db": db, "dz": dz, "dh_chunk": dh_chunk,
+                "x_strips": x_strips, "h_strips": h_strips, "m_strips": m_strips, "dx_stage": dx_stage,
+                "table": table, "part_begin": first, "part_end": last,
+                "part_starts": 0 if starts is None else starts.ctypes.data,
             }  # fmt: skip
-            packed, groups_before = [], 0
-            for (first, last, starts), rows_shared in zip(parts, shares, strict=True):
-                part_owner, addresses = buffers.carve(
-                    *(n * size for n in (*gradient_sizes, *part_sizes)), chunk_rows * 8
-                )
-                dw_x, dw_h, db, dw_r, dz, dh_chunk, x_strips, h_strips, m_strips, dx_stage, table = addresses
-                packed.append((part_owner, (dw_x, dw_h, db, dw_r)))
-                base = whole | {
-                    "dw_x": dw_x, "dw_h": dw_h, "dw_r": dw_r, "db": db, "dz": dz, "dh_chunk": dh_chunk,
-                    "x_strips": x_strips, "h_strips": h_strips, "m_strips": m_strips, "dx_stage": dx_stage,
-                    "table": table, "part_begin": first, "part_end": last,
-                    "part_starts": 0 if starts is None else starts.ctypes.data,
-                }  # fmt: skip
-                launches.append([
-                    BackwardArgs(**base | _moved(groups_before + group, dh=dh, dc=dc, dm=dm), **member)
-                    for group, member in problem.sharing(plan, rows_shared, by_columns=True)
-                ])  # fmt: skip
-                groups_before += plan.row_groups
-            results.append((packed, dh_state, dc_state, owner))
-        _launch(kernel, launches, available)
+            launches.append([
+                BackwardArgs(**base | _moved(groups_before + group, dh=dh, dc=dc, dm=dm), **member)
+                for group, member in problem.sharing(plan, rows_shared, by_columns=True)
+            ])  # fmt: skip
+            groups_before += plan.row_groups
+        results.append((packed, dh_state, dc_state, owner))
+    _launch(kernel, launches, available)
 
-        gradients = [
-            _weight_gradients(problem, parameters, packed, sum(gradient_sizes)) if needs.weights else WeightGradients()
-            for parameters, (packed, *_) in zip(weights, results, strict=True)
-        ]
+    gradients = [
+        _weight_gradients(problem, parameters, packed, sum(gradient_sizes)) if needs.weights else WeightGradients()
+        for parameters, (packed, *_) in zip(weights, results, strict=True)
+    ]
 
     for direction, (_, dh_state, dc_state, _) in enumerate(results):
         if grad_h is not None:

@@ -128,7 +128,6 @@ class ForwardArgs(NamedTuple):
     member: int
     members: int
     counter: int
-    started: int
 
 
 class BackwardArgs(NamedTuple):
@@ -206,7 +205,6 @@ class BackwardArgs(NamedTuple):
     member: int
     members: int
     counter: int
-    started: int
 
 
 @inline
@@ -419,9 +417,8 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
         steps, batch, inputs, hidden, width, chunk, chunk_rows, fused, reverse, batch_sizes, row_starts, packed,
         x_step, x_rows, y_step, y_rows, reset_step, reset_rows, h_rows, h_half, m_rows,
         row_begin, row_end, panel_begin, panel_end, column_begin, column_end,
-        lockstep, member, members, counter, started,
+        lockstep, member, members, counter,
     ):  # fmt: skip
-        store_int(started, 1)
         mode = flush_denormals()
         panels = -(-hidden // lanes)
         c_row = panels * vector_bytes
@@ -591,9 +588,8 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
         x_step, x_rows, y_step, y_rows, dx_step, dx_rows, dy_step, dy_rows, reset_step, reset_rows,
         h_rows, m_rows, panel_rows,
         row_begin, row_end, panel_begin, panel_end, column_begin, column_end,
-        lockstep, member, members, counter, started,
+        lockstep, member, members, counter,
     ):  # fmt: skip
-        store_int(started, 1)
         mode = flush_denormals()
         panels = -(-hidden // lanes)
         c_row = panels * vector_bytes

@@ -21,7 +21,7 @@ import numpy as np
 
 from . import threads
 from .jit import inline, kernel
-from .numba_simd import load_int, simd, store_int
+from .numba_simd import load_int, simd
 from .tiling import Block, ceil_div
 
 WORTH_A_THREAD = 1 << 18  # values: some 100 microseconds of packing
@@ -66,9 +66,8 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
             for r in range(rows):
                 copy_one(target + k * target_row + r * size, source + r * source_row + k * size)
 
-    @kernel(numba.void(*[numba.int64] * 7), f"{scalar}{lanes}")
-    def pack_gates(packed, weight, hidden, depth, begin, end, started):  # (U * K * 4 * lanes,), (4H, K)
-        store_int(started, 1)
+    @kernel(numba.void(*[numba.int64] * 6), f"{scalar}{lanes}")
+    def pack_gates(packed, weight, hidden, depth, begin, end):  # (U * K * 4 * lanes,), (4H, K)
         for p in range(begin, end):
             units = min(lanes, hidden - p * lanes)
             for gate in range(4):
@@ -79,9 +78,8 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
                 source = weight + (gate * hidden + p * lanes) * depth * size
                 transpose(target, panel_bytes, source, depth * size, units, depth)
 
-    @kernel(numba.void(*[numba.int64] * 7), f"{scalar}{lanes}")
-    def unpack_gates(weight, packed, hidden, depth, begin, end, started):  # (4H, K), (U * K * 4 * lanes,)
-        store_int(started, 1)
+    @kernel(numba.void(*[numba.int64] * 6), f"{scalar}{lanes}")
+    def unpack_gates(weight, packed, hidden, depth, begin, end):  # (4H, K), (U * K * 4 * lanes,)
         for p in range(begin, end):
             units = min(lanes, hidden - p * lanes)
             for gate in range(4):
@@ -96,9 +94,8 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
                     for u in range(units):
                         copy_one(target + (u * depth + k) * size, source + k * panel_bytes + u * size)
 
-    @kernel(numba.void(*[numba.int64] * 8), f"{scalar}{lanes}")
-    def pack_columns(packed, weight, rows, depth, columns, begin, end, started):  # (K * columns,), (·, columns), (K,)
-        store_int(started, 1)
+    @kernel(numba.void(*[numba.int64] * 7), f"{scalar}{lanes}")
+    def pack_columns(packed, weight, rows, depth, columns, begin, end):  # (K * columns,), (·, columns), (K,)
         for q in range(begin, end):
             first = q * panel
             left = columns - first
@@ -112,9 +109,8 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
                     else:
                         store(target + j * size, zeros())
 
-    @kernel(numba.void(*[numba.int64] * 7), f"{scalar}{lanes}")
-    def unpack_columns(weight, packed, depth, columns, begin, end, started):  # (K, columns), (panels * K * panel,)
-        store_int(started, 1)
+    @kernel(numba.void(*[numba.int64] * 6), f"{scalar}{lanes}")
+    def unpack_columns(weight, packed, depth, columns, begin, end):  # (K, columns), (panels * K * panel,)
         for q in range(begin, end):
             for k in range(depth):
                 target = weight + (k * columns + q * panel) * size
@@ -123,9 +119,8 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
                     left = columns - q * panel - j
                     store_first(target + j * size, load_first(source + j * size, left), left)
 
-    @kernel(numba.void(*[numba.int64] * 5), f"{scalar}{lanes}")
-    def add_to(target, source, begin, end, started):  # vectors ``begin`` to ``end`` of both
-        store_int(started, 1)
+    @kernel(numba.void(*[numba.int64] * 4), f"{scalar}{lanes}")
+    def add_to(target, source, begin, end):  # vectors ``begin`` to ``end`` of both
         for at in range(begin * vector_bytes, end * vector_bytes, vector_bytes):
             store(target + at, load(target + at) + load(source + at))
 
@@ -139,9 +134,7 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
 
 
 def share(function, available: int, panels: int, values: int, *arguments: int) -> None:
-    """Runs a packer over ``panels`` panels, on as many of the reserved threads as ``values`` values are worth."""
+    """Runs a packer over ``panels`` panels, on as many of the available threads as ``values`` values are worth."""
     members = min(available, panels) if values >= WORTH_A_THREAD else 1
-    started = np.zeros(members, np.int64)
-    at = started.ctypes.data
-    calls = [(*arguments, panels * m // members, panels * (m + 1) // members, at + 8 * m) for m in range(members)]
-    threads.run(function, calls, started)
+    calls = [(*arguments, panels * m // members, panels * (m + 1) // members) for m in range(members)]
+    threads.run(function, calls)

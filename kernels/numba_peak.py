@@ -17,7 +17,7 @@ from . import threads, tiling
 from .contract import state_dtype
 from .jit import kernel
 from .numba_gemm import make_block
-from .numba_simd import simd, store_int
+from .numba_simd import simd
 
 DEPTH = 96  # 24 KiB of weights, 2.3 KiB of rows
 SECONDS = 0.05  # of one run
@@ -37,9 +37,8 @@ def _peak_kernel(scalar: str, block: tiling.Block):
     ops_size, rows = ops.size, block.rows
     full_block = make_block(ops, (rows,), 4, start, finish_peak, key=f"{scalar}_{block.lanes}")
 
-    @kernel(numba.void(*[numba.int64] * 7), f"{scalar}{block}")
-    def peak_kernel(out, a, offsets, w, depth, repeats, started):
-        store_int(started, 1)
+    @kernel(numba.void(*[numba.int64] * 6), f"{scalar}{block}")
+    def peak_kernel(out, a, offsets, w, depth, repeats):
         for _ in range(repeats):
             full_block(rows, (a, offsets, 1, 0, depth, w, w), (out,))
 
@@ -55,23 +54,23 @@ def fma_peak(dtype: torch.dtype, threads_wanted: int) -> float:
     compute = state_dtype(dtype)
     block = tiling.block_shape(tiling.cpu_isa(), compute)
     run_block = _peak_kernel(str(compute).removeprefix("torch."), block)
-    with threads.reserve(threads_wanted) as available:
-        arrays = [
-            [np.zeros(n) for n in (block.rows * block.panel, block.rows * DEPTH, DEPTH * block.panel + 512)]
-            for _ in range(available)
+    available = threads.available(threads_wanted)
+    arrays = [
+        [np.zeros(n) for n in (block.rows * block.panel, block.rows * DEPTH, DEPTH * block.panel + 512)]
+        for _ in range(available)
+    ]
+    offsets = np.arange(block.rows, dtype=np.int64) * (DEPTH * compute.itemsize)
+
+    def seconds(repeats: int) -> float:
+        started = np.zeros(available, np.int64)
+        calls = [
+            (out.ctypes.data, a.ctypes.data, offsets.ctypes.data, w.ctypes.data, DEPTH, repeats, at)
+            for (out, a, w), at in zip(arrays, started.ctypes.data + 8 * np.arange(available), strict=True)
         ]
-        offsets = np.arange(block.rows, dtype=np.int64) * (DEPTH * compute.itemsize)
+        begin = time.perf_counter()
+        threads.run(run_block, calls)
+        return time.perf_counter() - begin
 
-        def seconds(repeats: int) -> float:
-            started = np.zeros(available, np.int64)
-            calls = [
-                (out.ctypes.data, a.ctypes.data, offsets.ctypes.data, w.ctypes.data, DEPTH, repeats, at)
-                for (out, a, w), at in zip(arrays, started.ctypes.data + 8 * np.arange(available), strict=True)
-            ]
-            begin = time.perf_counter()
-            threads.run(run_block, calls, started)
-            return time.perf_counter() - begin
-
-        repeats = max(1, int(1000 * SECONDS / seconds(1000)))
-        best = min(seconds(repeats) for _ in range(9))
+    repeats = max(1, int(1000 * SECONDS / seconds(1000)))
+    best = min(seconds(repeats) for _ in range(9))
     return 2 * available * repeats * block.rows * block.panel * DEPTH / best / 1e9

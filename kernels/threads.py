@@ -2,121 +2,148 @@
 
 Numba's own parallel layers do not serve: its workqueue aborts the process when two threads enter it, its OpenMP layer
 dies in a forked child, and it loads a second OpenMP runtime beside torch's.  Here a launch is a list of calls of a
-``nogil`` kernel, one a thread, the first on the caller's own; the others run on daemon threads that sleep on a queue
+``nogil`` kernel, one a thread, the first on the caller's own; the others run on native threads that sleep on a queue
 between launches.
 
 Members of a launch wait for one another inside the kernel (``numba_sync.py``), so all of them have to run at once.  One
-launch owns the whole pool; a caller that finds it taken is told so by :func:`reserve` and runs alone, which is also the
-better use of the cores.  A forked child has none of its parent's threads: it starts with an empty pool.
+launch owns the whole pool; a caller that finds it taken is told so by :func:`available` and runs alone, which is also
+the better use of the cores.  A forked child has none of its parent's threads: it starts with an empty pool.
+
+An exception may strike between any two lines of Python: signal handlers run there (Ctrl-C), and raise.  So all that
+must not be torn apart is one call of C code (see :func:`run`), and nothing has to be given back by a line that may not
+come.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import methodcaller
 
 import numpy as np
-import torch
+
+from . import process
+
+OPEN = 1 << 40  # added to a barrier's counter it lets everybody through; no launch has so many turns
+
+_call = methodcaller("__call__")
 
 
 def count() -> int:
     """Threads that a launch may use: torch's setting, but no more than there are cores to run them at once."""
-    return min(torch.get_num_threads(), _cores())
+    return min(process.torch_threads(), _cores())
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Worker:
-    """A daemon thread that runs one call at a time."""
-
-    def __init__(self) -> None:
-        self.calls: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="lstmcore", daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            launch, member = self.calls.get()
-            launch.call(member)
-            launch.finished.put(member)
-
-
 class _Launch:
-    """One call a member.  ``started[m]`` is set by the kernel itself, as its first act."""
+    """One call a member, and which of them are over.
 
-    def __init__(self, function: Callable, calls: Sequence[tuple], started: np.ndarray):
-        self.function, self.calls, self.started = function, calls, started
-        self.finished: queue.SimpleQueue = queue.SimpleQueue()
+    ``counters``: those of the barriers that its members wait at.
+    """
+
+    def __init__(self, function: Callable, calls: Sequence[tuple], counters: np.ndarray | None):
+        self.function, self.counters = function, counters
+        self.waiting = dict(enumerate(calls))  # who takes a member's arguments out runs it
+        self.over = np.zeros(len(calls), np.int64)
         self.errors: list[BaseException] = []
 
-    def call(self, member: int) -> None:
-        if not self.started[member]:
-            try:
-                self.function(*self.calls[member])
-            except Exception as error:  # handed to the caller, who raises it
-                self.errors.append(error)
-
-
-_workers: list[_Worker] = []
-_taken = threading.Lock()
-
-
-def _forget() -> None:
-    global _taken
-    _workers.clear()
-    _taken = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
-
-
-@contextlib.contextmanager
-def reserve(wanted: int) -> Iterator[int]:
-    """The number of threads that a launch may use now: ``wanted``, or 1 while another launch runs."""
-    if wanted <= 1 or not _taken.acquire(blocking=False):
-        yield 1
-        return
-    lock = _taken
-    try:
+    def run(self, member: int) -> None:
+        """What a thread of the pool does."""
         try:
-            while len(_workers) < wanted - 1:
-                _workers.append(_Worker())
-        except RuntimeError:  # the system refuses more threads: use those there are
-            wanted = len(_workers) + 1
-        yield wanted
-    finally:
-        lock.release()
+            arguments = self.waiting.pop(member, None)
+            if arguments is not None:
+                self.function(*arguments)
+        except BaseException as error:  # kernels raise none: there was no memory to call one; raised by the caller
+            self.errors.append(error)
+            self.open_barriers()
+        finally:
+            self.over[member] = 1
+
+    def open_barriers(self) -> None:
+        """Nobody waits for a member that does not come."""
+        if self.counters is not None:
+            self.counters += OPEN
+
+    def abandon(self) -> None:
+        """No member starts any more; returns when those that run are over."""
+        self.open_barriers()
+        for member in range(len(self.over)):
+            if self.waiting.pop(member, None) is not None:
+                self.over[member] = 1
+        _wait_for_all()(self.over.ctypes.data, len(self.over))
 
 
-def run(function: Callable, calls: Sequence[tuple], started: np.ndarray) -> None:
-    """Calls ``function(*arguments)`` for all ``calls`` at once; under :func:`reserve`, with no more calls than it gave.
+@functools.cache
+def _wait_for_all() -> Callable[[int, int], None]:
+    from .numba_sync import wait_for_all  # the compiler is not loaded before there is something to run
 
-    ``started``: zeros, one an entry of ``calls``; the kernel of member m sets entry m before anything else.  With it an
-    exception from a signal handler (Ctrl-C), which may strike between any two of these lines, neither leaves a member
-    waiting for one that never comes nor lets memory go that a member still writes to: it is raised when all are done.
+    return wait_for_all()
+
+
+_workers: list[process.SimpleQueue] = []  # the calls of each thread
+_lock = process.new_lock()  # held while a launch runs
+
+
+@process.after_fork
+def _forget() -> None:
+    global _lock
+    _workers.clear()
+    _lock = process.new_lock()
+
+
+def _serve(calls: process.SimpleQueue) -> None:
+    while True:
+        launch, member = calls.get()
+        launch.run(member)
+        del launch
+
+
+def available(wanted: int) -> int:
+    """How many threads a launch may use now: ``wanted``, or 1 while another launch runs."""
+    if wanted <= 1 or _lock.locked() or sys.is_finalizing():  # then no other thread gets to run any more
+        return 1
+    try:
+        while len(_workers) < wanted - 1:
+            calls: process.SimpleQueue = process.SimpleQueue()
+            process.start_thread(_serve, calls)
+            _workers.append(calls)
+    except RuntimeError:  # the system refuses more threads: use those there are
+        return len(_workers) + 1
+    return wanted
+
+
+def run(function: Callable, calls: Sequence[tuple], counters: np.ndarray | None = None) -> None:
+    """Calls ``function(*arguments)`` for all ``calls`` at once; no more calls than :func:`available` said.
+
+    ``counters`` (int64): those of the barriers that the members wait at, where they do.
+
+    From taking the pool until it is free again it is one call of C code, which runs no line of Python and so no signal
+    handler: a launch has not begun, or it is over.  (To wait for the others by spinning costs nothing: they are about
+    as long, and where they are not the caller yields its core.)
     """
     if len(calls) == 1:
         function(*calls[0])
         return
-    launch = _Launch(function, calls, started)
-    waiting = set(range(1, len(calls)))
-    interruption: BaseException | None = None
-    while waiting or not started[0]:
-        try:
-            for member in sorted(waiting):  # twice is harmless: a worker skips what it has started
-                if not started[member]:
-                    _workers[member - 1].calls.put((launch, member))
-            launch.call(0)
-            while waiting:
-                waiting.discard(launch.finished.get())
-        except BaseException as error:
-            interruption = error
-    if interruption is not None:
-        raise interruption
+    launch, lock = _Launch(function, calls, counters), _lock
+    own = partial(function, *launch.waiting.pop(0))
+    launch.over[0] = 1  # when the wait begins
+    hand_out = [partial(_workers[member - 1].put, (launch, member)) for member in launch.waiting]
+    wait = partial(_wait_for_all(), launch.over.ctypes.data, len(calls))
+    begun: list[bool] = []
+    parts = (lock.acquire, partial(begun.append, True), *hand_out, own, wait, begun.clear, lock.release)
+    try:
+        deque(map(_call, parts), maxlen=0)
+    except BaseException:
+        if begun:  # a part has failed: there was no memory for it
+            launch.abandon()
+            lock.release()
+        raise
     if launch.errors:
         raise launch.errors[0]

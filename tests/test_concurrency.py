@@ -1,68 +1,13 @@
-"""Threads, forks and workers, each in a process of its own with a hard limit: a hang is a failure, not a wait."""
+"""Threads, forks, workers and greenlets, each in a process of its own."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 
-LIMIT = 120.0  # seconds, compilation included
-
-PRELUDE = """
-import faulthandler, os, signal, sys, threading
-faulthandler.dump_traceback_later(100, exit=True)  # says where it hangs
-import torch
-import lstmcore
-
-def build(seed=0, H=33, T=12, B=9, dtype=torch.float32, **options):
-    # a module and an input for it
-    g = torch.Generator().manual_seed(seed)
-    module = lstmcore.LSTM(7, H, **options, dtype=dtype, backend="numba")
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * 0.2)
-    return module, torch.randn(T, B, 7, generator=g).to(dtype).requires_grad_()
-
-def step(module, x):
-    # outputs and gradients of one training step, as one flat tensor
-    with torch.enable_grad():  # also inside a hook of a backward
-        output, (h_n, c_n) = module(x)
-        loss = output.square().sum() + c_n.sum()
-    grads = torch.autograd.grad(loss, [x, *module.parameters()])
-    return torch.cat([t.detach().flatten() for t in (output, h_n, c_n, *grads)])
-
-def work(seed=0, **options):
-    return step(*build(seed, **options))
-
-def child(function):
-    # function() in a forked child; its exit status, or an error when it takes too long
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            signal.alarm(25)  # the default action ends the child
-            status = 0 if function() else 3
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    assert status == 0, f"the child ended with status {status}: " + (
-        "it hung" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM else "it failed")
-"""
-
-
-def in_process(code: str) -> None:
-    """Runs ``code`` after the prelude; fails with its output when it fails or takes too long."""
-    program = PRELUDE + textwrap.dedent(code) + "\nprint('done')\n"
-    try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired as expired:
-        pytest.fail(f"hung for {LIMIT:.0f} s\n{expired.stdout}\n{expired.stderr}")
-    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert done.stdout.strip().endswith("done")
-
+from .processes import PRELUDE, in_process, run_program
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason=f"{sys.platform} cannot fork")
 
@@ -223,4 +168,69 @@ def test_the_process_ends():
         work()
         threads = [threading.Thread(target=work) for _ in range(2)]
         for t in threads: t.start()
+    """)
+
+
+GREENLETS = {
+    "gevent": "from gevent import monkey; monkey.patch_all()",
+    "eventlet": "import eventlet; eventlet.monkey_patch()",
+    "something": """
+import _thread, queue, threading
+def start(*given): raise AssertionError("a thread that is none")
+_thread.start_new_thread = threading._start_new_thread = queue.SimpleQueue = start
+""",
+}
+SHARED_OUT = """
+from lstmcore.kernels import threads
+threads._cores = lambda: 2
+torch.set_num_threads(2)
+jobs = [dict(T=60, B=16, H=64), dict(T=60, B=16, H=64, bidirectional=True), dict(T=20, B=1, H=256)]  # that in lockstep
+expected = [work(seed=k, **job) for k, job in enumerate(jobs)]
+assert threads._workers, "the work was not shared out: the test shows nothing"
+torch.set_num_threads(1)
+assert all(torch.equal(work(seed=k, **job), expected[k]) for k, job in enumerate(jobs))
+torch.set_num_threads(2)
+"""
+
+
+@pytest.mark.parametrize("library", GREENLETS)
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_patched_threads(library, when):
+    """Greenlets in the place of threads, patched before lstmcore is imported, or between that and its first call."""
+    if library != "something":
+        pytest.importorskip(library)
+    patch, load = GREENLETS[library], "import torch, lstmcore"
+    first = [patch, load] if when == "before" else [load, patch]
+    run_program("\n".join([*first, PRELUDE, SHARED_OUT]))
+
+
+def test_greenlets_of_a_server():
+    """What gunicorn's workers do: many greenlets call at once, other native threads beside them."""
+    pytest.importorskip("gevent")
+    run_program(
+        GREENLETS["gevent"]
+        + PRELUDE
+        + SHARED_OUT
+        + """
+import gevent
+from gevent.threadpool import ThreadPool
+def run(k): return torch.equal(work(seed=k, **jobs[k]), expected[k])
+assert all(each.get() for each in [gevent.spawn(run, k % 3) for k in range(12)])
+pool = ThreadPool(3)
+assert all(each.get() for each in [pool.spawn(run, k % 3) for k in range(12)])
+"""
+    )
+
+
+def test_no_native_threads_at_all():
+    """Then one thread computes."""
+    in_process("""
+        from lstmcore.kernels import process, threads
+        process._start_new_thread = lambda *given: None
+        threads._cores = lambda: 2
+        torch.set_num_threads(2)
+        assert threads.available(2) == 1
+        got = work(T=60, B=16, H=64)
+        torch.set_num_threads(1)
+        assert torch.equal(work(T=60, B=16, H=64), got)
     """)

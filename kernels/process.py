@@ -1,0 +1,122 @@
+"""What this process has of its own: native threads and locks, and what a fork left behind.
+
+gevent and eventlet put greenlets in the place of what ``_thread``, ``threading`` and ``queue`` offer.  Greenlets take
+turns on one thread: one that spins in a kernel until another has computed spins for ever.  So the kernels' threads, and
+what these wait on, are the interpreter's own, whatever was patched over them.
+
+A forked child has none of its parent's threads, and OpenMP's runtime does not know that: where torch shares out an
+operation in a child of a process that has done so before, it waits for threads that are not there.
+"""
+
+from __future__ import annotations
+
+import _thread
+import functools
+import importlib.util
+import os
+from _queue import SimpleQueue  # the one that ``queue`` offers until it is patched
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.machinery import BuiltinImporter
+from types import BuiltinFunctionType
+from typing import Any
+
+import torch
+
+__all__ = [
+    "RLock",
+    "SimpleQueue",
+    "after_fork",
+    "new_lock",
+    "one_torch_thread",
+    "start_thread",
+    "torch_threads",
+    "torch_would_hang",
+]
+
+
+def _native_threads() -> Any:
+    """The module ``_thread`` as Python has it: another copy of it where this one was patched."""
+    if isinstance(_thread.start_new_thread, BuiltinFunctionType):
+        return _thread
+    spec = BuiltinImporter.find_spec("_thread")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    BuiltinImporter.exec_module(module)
+    return module
+
+
+_native = _native_threads()
+_start_new_thread = _native.start_new_thread
+new_lock, RLock = _native.allocate_lock, _native.RLock
+
+
+def start_thread(function: Callable[..., None], *arguments: Any) -> None:
+    """Runs ``function`` on a new native thread, which does not keep the process from ending.
+
+    Raises RuntimeError where the system refuses, or where there are no native threads to be had.
+    """
+    if not isinstance(_start_new_thread, BuiltinFunctionType):
+        raise RuntimeError("Python's threads are patched, and its own cannot be had")
+    _start_new_thread(function, arguments)
+
+
+def after_fork(function: Callable[[], None]) -> Callable[[], None]:
+    """Calls the decorated function in every forked child, before anything else runs there."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
+    return function
+
+
+_forked = False
+_lock = RLock()
+_alone = 0  # how many are inside of one_torch_thread
+_hidden = 0  # what torch.get_num_threads() said before the first of them
+
+
+@after_fork
+def _in_child() -> None:
+    global _forked, _lock, _alone
+    if _alone:
+        torch.set_num_threads(_hidden)
+    _forked, _lock, _alone = True, RLock(), 0
+
+
+def torch_threads() -> int:
+    """What the user has set with ``torch.set_num_threads``."""
+    return _hidden if _alone else torch.get_num_threads()
+
+
+def torch_would_hang() -> bool:
+    """Whether operations that torch shares out among threads may wait for ever: in a forked child, with several."""
+    return _forked and torch_threads() > 1
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    global _alone, _hidden
+    with _lock:
+        if not _alone:
+            _hidden = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _alone += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _alone -= 1
+            if not _alone:
+                torch.set_num_threads(_hidden)
+
+
+def one_torch_thread(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Inside of the decorated function, torch's operations stay on the calling thread where they would hang else."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if not _forked or not torch_would_hang():
+            return function(*args, **kwargs)
+        with _one_torch_thread():
+            return function(*args, **kwargs)
+
+    return guarded
