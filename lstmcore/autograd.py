@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lstmcore import backends, ops, recording, reference
+from lstmcore import backends, checks, ops, recording, reference
 from lstmcore.kernels.contract import Needs, Rows, directions_of
 
 _BEFORE = 6  # arguments of _Layer that have no gradient, before those that may
@@ -31,17 +31,20 @@ def layer(
     source: recording.Source | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(output, h_n, c_n, cells) of one layer; with a graph only when autograd will want one."""
-    each = directions_of(weights, directions)
     sized = rows.total and input.shape[-1] and weights[1].numel()
     # autograd's own graph of the plain loop cannot be recorded
     plain = backend == "reference" and (source is None or not recording.watched(source.module()))
     if plain or not sized:  # kernels want every size to be 1 at least
+        each = directions_of(weights, directions)
         return reference.forward(input, h_0, c_0, each, rows, reset=reset, cells=cells)[:4]
     if rows.lengths is not None and backend != "triton":
         rows = rows.on_host()
+    given: Any = [None if t is None else checks.plain(t) for t in (input, h_0, c_0, *weights)]
+    input, h_0, c_0, *weights = given
+    checks.in_memory((input, h_0, c_0, reset, *weights))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *weights, h_0, c_0)):
         return _Layer.apply(source, backend, rows, cells, directions, reset, input, h_0, c_0, *weights)
-    kernels = backends.load(backend)
+    kernels, each = backends.load(backend), directions_of(weights, directions)
     return kernels.forward(input, h_0, c_0, each, rows, reset=reset, save=False, cells=cells)[:4]
 
 
@@ -68,6 +71,7 @@ class _Layer(Function):
         ctx.source, ctx.backend, ctx.rows = source, backend, rows
         ctx.save_for_backward(reset, input, h_0, c_0, *weights, result.output, *result.saved)
         ctx.weights, ctx.directions = len(weights), directions
+        ctx.sizes = [(each.shape, each.dtype) for each in result.saved]
         ctx.set_materialize_grads(False)  # an output nobody used has no gradient, and costs nothing
         return result[:4]
 
@@ -97,6 +101,11 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     watching = recording.watchers(ctx.source)
     # create_graph=True: the gradient itself has to be differentiable; is_grads_batched=True: grads lie nowhere
     plain = torch.is_grad_enabled() or not all(grad is None or torch._C._has_storage(grad) for grad in grads)
+    if not plain:
+        grads = tuple(None if grad is None else checks.plain(grad) for grad in grads)
+    checks.layer(
+        ctx.rows, input, h_0, c_0, weights, ctx.directions, reset, output, () if plain else grads, (saved, ctx.sizes)
+    )
     kernels = reference if plain else backends.load(ctx.backend)
     result = kernels.backward(
         *grads,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from lstmcore.kernels import process
 from lstmcore.kernels.contract import Layer
 
 NAMES = ("auto", "triton", "numba", "torch", "reference")
@@ -57,13 +58,19 @@ def check_name(name: str) -> None:
 def load(name: str) -> Any:
     """The module behind a backend's name, imported on first use (Numba alone takes a third of a second).
 
-    Raises ImportError where a package that it needs is missing or too old.
+    Raises ImportError, which says what would help, where a package that it needs is missing, too old or switched off.
     """
     if name == "triton":
         found = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
         if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
-            raise ImportError(f"it needs Triton {'.'.join(map(str, OLDEST_TRITON))} or newer, found {found}")
-    module: ModuleType = importlib.import_module(_MODULES[name])
+            oldest = ".".join(map(str, OLDEST_TRITON))
+            raise ImportError(f"it needs Triton {oldest} or newer, found {found}; pip install triton")
+    try:
+        if name == "numba" and importlib.import_module("numba").config.DISABLE_JIT:
+            raise ImportError("Numba's compiler is switched off; unset NUMBA_DISABLE_JIT before Python starts")
+        module: ModuleType = importlib.import_module(_MODULES[name])
+    except ModuleNotFoundError as error:
+        raise ImportError(f"it needs a package that is missing ({error}); pip install {name}") from error
     return module
 
 
@@ -93,6 +100,12 @@ def faster_than_torch(layer: Layer) -> bool:
     return long_steps or layer.steps >= (192 if layer.training else 128)
 
 
+_LOST_THREADS = (
+    "in this forked child it may wait for ever for threads of torch's that the fork left behind; "
+    "torch.set_num_threads(1) lets it compute here"
+)
+
+
 def _why_not(name: str, layers: tuple[Layer, ...], extended: bool, opaque: bool) -> str | None:
     """One sentence on why backend ``name`` cannot run these layers here, or None when it can."""
     layer = layers[0]
@@ -112,7 +125,7 @@ def _why_not(name: str, layers: tuple[Layer, ...], extended: bool, opaque: bool)
         try:
             kernels = load(name)
         except ImportError as error:
-            return f"it could not be imported ({error}); pip install {name}"
+            return f"it could not be loaded: {error}"
         for each in layers:
             reason = kernels.supports(each)
             if reason is not None:
@@ -128,13 +141,15 @@ def _slower(name: str, layers: tuple[Layer, ...]) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(name: str, layers: tuple[Layer, ...], extended: bool = False, opaque: bool = False) -> Choice:
+def choose(
+    name: str, layers: tuple[Layer, ...], extended: bool = False, opaque: bool = False, orphan: bool = False
+) -> Choice:
     """The backend for a stack of layers.
 
     ``layers``: the first layer, and the others' common shape where there are more.  ``extended``: the call uses what
     ATen's LSTM does not have (lengths, reset, cells, a recording).  ``opaque``: its tensors are of a subclass,
-    or torch.jit traces it.  A named backend that cannot run them raises RuntimeError with the reason; ``"auto"`` always
-    finds one.
+    or torch.jit traces it.  ``orphan``: torch may wait for threads that stayed with the parent process.  A named
+    backend that cannot run them raises RuntimeError with the reason; ``"auto"`` always finds one.
     """
     check_name(name)
     if name != "auto":
@@ -147,9 +162,10 @@ def choose(name: str, layers: tuple[Layer, ...], extended: bool = False, opaque:
         return Choice(name, ((name, why),))
 
     reasons: list[tuple[str, str]] = []
+    safe = "need none of the threads that a forked child lacks" if orphan else "are faster here than ATen"
     for candidate, why in (
         ("triton", ""),
-        ("numba", "the fused CPU kernels cover this call and are faster here than ATen"),
+        ("numba", f"the fused CPU kernels cover this call and {safe}"),
         ("torch", "ATen's LSTM, as torch.nn.LSTM runs it"),
         ("reference", "the plain step loop computes what no other backend does"),
     ):
@@ -167,7 +183,9 @@ def choose(name: str, layers: tuple[Layer, ...], extended: bool = False, opaque:
                     "its kernels have not been measured on a device of this kind yet (make gpu does that); "
                     "backend='triton' runs them"
                 )
-        if reason is None and not extended:
+        if reason is None and candidate == "torch" and orphan and layers[0].device.type == "cpu":
+            reason = _LOST_THREADS
+        if reason is None and not extended and not orphan:
             reason = _slower(candidate, layers)
         if reason is None:
             return Choice(candidate, (*reasons, (candidate, why)))
@@ -193,6 +211,7 @@ def plan(
     training: bool,
     extended: bool,
     opaque: bool,
+    orphan: bool,
 ) -> Choice:
     """:func:`choose` for a call described by plain values; cached, because it runs once a call."""
 
@@ -202,7 +221,7 @@ def plan(
     layers: tuple[Layer, ...] = (layer(input_size),)
     if num_layers > 1:
         layers += (layer(directions * (proj_size or hidden_size)),)
-    return choose(name, layers, extended, opaque)
+    return choose(name, layers, extended, opaque, orphan)
 
 
 def in_graph(name: str, described: Layer, extended: bool) -> str:
@@ -213,45 +232,49 @@ def in_graph(name: str, described: Layer, extended: bool) -> str:
     return plan(
         name, described.device, described.dtype, LONG, SOME, SOME, int(described.hidden_size),
         int(described.proj_size), 1, described.directions, described.bias, described.ragged, described.training,
-        extended, opaque=False,
+        extended, opaque=False, orphan=process.torch_would_hang(),
     ).name  # fmt: skip
+
+
+_CELL = "ATen's fused cell: one step has no recurrence for a kernel to keep in cache"
+
+
+def runs_atens_cell(name: str, device: torch.device) -> bool:
+    """Whether a cell with backend ``name`` is ATen's; otherwise it is an LSTM of one step."""
+    check_name(name)
+    return name == "torch" or (name == "auto" and not (device.type == "cpu" and process.torch_would_hang()))
 
 
 def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended: bool = False) -> Choice:
     """Which backend ``module(input)`` would run, and why; print it.
 
     Args:
-        module: an :class:`lstmcore.LSTM`, or a ``torch.nn.LSTM`` (taken as ``backend="auto"``).
-        input: what it would be called with: ``(T, B, I)``, ``(B, T, I)`` when batch_first, ``(T, I)``, or packed.
+        module: an :class:`lstmcore.LSTM` or ``LSTMCell``, or one of ``torch.nn`` (taken as ``backend="auto"``).
+        input: what it would be called with: ``(T, B, I)``, ``(B, T, I)`` when batch_first, ``(T, I)``, or packed;
+            ``(B, I)`` or ``(I,)`` of a cell.
         extended: the call would pass ``lengths``, ``reset`` or ``return_cells``, or be recorded.
 
     Raises:
         RuntimeError: the module names a backend that cannot run the call.
     """
     m: Any = module
+    name = getattr(module, "backend", "auto")
     packed = isinstance(input, PackedSequence)
-    data: Tensor = input.data if packed else input  # type: ignore[assignment]
-    if isinstance(input, PackedSequence):
-        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
-    elif data.dim() == 2:
-        steps, batch = data.shape[0], 1
-    else:
-        steps, batch = data.shape[:2] if not m.batch_first else (data.shape[1], data.shape[0])
+    data: Tensor = input.data if isinstance(input, PackedSequence) else input
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *module.parameters()))
+    if isinstance(module, torch.nn.RNNCellBase):
+        if runs_atens_cell(name, data.device):
+            return Choice("torch", (("torch", _CELL),))
+        steps, batch, stack = 1, len(data) if data.dim() == 2 else 1, (0, 1, 1)
+    else:
+        if isinstance(input, PackedSequence):
+            steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+        elif data.dim() == 2:
+            steps, batch = data.shape[0], 1
+        else:
+            steps, batch = data.shape[:2] if not m.batch_first else (data.shape[1], data.shape[0])
+        stack = (m.proj_size, m.num_layers, 2 if m.bidirectional else 1)
     return plan(
-        getattr(module, "backend", "auto"),
-        data.device,
-        data.dtype,
-        steps,
-        batch,
-        m.input_size,
-        m.hidden_size,
-        m.proj_size,
-        m.num_layers,
-        2 if m.bidirectional else 1,
-        m.bias,
-        packed,
-        training,
-        extended,
-        opaque=False,
-    )
+        name, data.device, data.dtype, steps, batch, m.input_size, m.hidden_size, *stack, m.bias, packed, training,
+        extended, opaque=False, orphan=process.torch_would_hang(),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The LSTM as a function: all validation, then layers, directions, packing and the dropout between layers.
+"""The LSTM as a function: what comes in is checked, then layers, directions, packing and the dropout between layers.
 
 T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), L layers,
 D directions.
@@ -7,6 +7,7 @@ D directions.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,9 +16,13 @@ import torch
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import aten, autograd, backends, ops, recording, routing
+from lstmcore import aten, autograd, backends, checks, ops, recording, routing
+from lstmcore.kernels import process
 from lstmcore.kernels.contract import Rows
 from lstmcore.routing import Way
+
+# What is checked here does not end up in a trace; torch keeps quiet about its own checks in the same way.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"lstmcore\.(functional|checks)")
 
 _KERNELS = ("triton", "numba")
 _dense_rows = functools.lru_cache(maxsize=1024)(Rows)  # finding a frozen dataclass is quicker than building one
@@ -91,13 +96,19 @@ def lstm(
             "a PackedSequence cannot be exported, because its sizes are values: pass padded input, and lengths="
         )
     batched = True
-    batch_sizes = sorted_indices = unsorted_indices = None
+    batch_sizes = sorted_indices = unsorted_indices = sizes = None
     data: Tensor
     if packed:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        steps, batch = len(batch_sizes), int(batch_sizes[0])
+        rows_given = len(data)
+        if routing.has_values(batch_sizes):
+            data, sizes = checks.packed(data, batch_sizes, sorted_indices)
+            steps, batch = len(sizes), int(sizes[0])
+        else:
+            first: Any = batch_sizes[0]  # torch.jit's tracer records what becomes of it
+            steps, batch = batch_sizes.shape[0], first if torch._C._get_tracing_state() else int(first)
     else:
         data = input  # type: ignore[assignment]
         rank = data.dim()
@@ -110,7 +121,7 @@ def lstm(
         else:
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
         steps, batch, _ = data.shape
-    h_0, c_0 = (None, None) if hx is None else _unpack_states(hx, packed, batched)
+    h_0, c_0 = (None, None) if hx is None else checks.states(hx, packed, batched)
 
     device, dtype = data.device, data.dtype
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):
@@ -142,24 +153,26 @@ def lstm(
     width = proj_size or hidden_size  # P
     if data.shape[-1] != input_size:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {data.shape[-1]}")
-    shapes_of = _shapes if compiling else _known_shapes  # a compiler looks through no cache
+    shapes_of = checks.shapes if compiling else checks.known_shapes  # a compiler looks through no cache
     shapes = shapes_of(input_size, hidden_size, proj_size, num_layers, directions, has_biases)
-    _check_params(params, shapes, params[0].dtype, device)
+    checks.params(params, shapes, params[0].dtype, device)
 
     states = num_layers * directions
     if h_0 is not None and c_0 is not None:
-        _check_state(0, h_0, (states, batch, width), params[0].dtype, device)
-        _check_state(1, c_0, (states, batch, hidden_size), params[0].dtype, device)
+        checks.state(0, h_0, (states, batch, width), params[0].dtype, device)
+        checks.state(1, c_0, (states, batch, hidden_size), params[0].dtype, device)
         if sorted_indices is not None:
             h_0, c_0 = h_0.index_select(1, sorted_indices), c_0.index_select(1, sorted_indices)
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if lengths is not None:
-        lengths = _integers(lengths, packed, batch, device)
+        lengths = checks.lengths(lengths, packed, batch, device)
     if reset is not None:
         expected = (batch, steps) if batch_first else (steps, batch)
-        _check_reset(reset, (len(data),) if packed else expected if batched else expected[:1], device)
-        if not packed:
+        checks.reset(reset, (rows_given,) if packed else expected if batched else expected[:1], device)
+        if packed:
+            reset = reset[: len(data)]
+        else:
             reset = reset.T if batch_first else reset if batched else reset[:, None]
 
     tensors = (data, h_0, c_0, *params)
@@ -167,14 +180,20 @@ def lstm(
     name, rows = backend, None
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     if way not in (Way.GRAPH, Way.TRANSFORMED):  # for these the operators choose: sizes may be symbols
-        rows = _rows(steps, batch, batch_sizes, lengths, batch_first)
+        rows = _rows(steps, batch, batch_sizes if sizes is None else torch.from_numpy(sizes), lengths, batch_first)
         name = backends.plan(
             "reference" if way is Way.FORWARD_MODE and backend != "torch" else backend,
             device, dtype, steps, batch, input_size, hidden_size, proj_size, num_layers, directions, has_biases,
             rows.ragged, training,
             extended=lengths is not None or reset is not None or bool(return_cells) or recording.watched(module),
-            opaque=way is Way.OPERATIONS,
+            opaque=way is Way.OPERATIONS, orphan=process.torch_would_hang(),
         ).name  # fmt: skip
+        if name != "torch" and (packed or lengths is not None) and torch._C._get_tracing_state():
+            raise RuntimeError(
+                f"backend {name!r} runs this call as a loop, in which torch.jit.trace would record the lengths as "
+                "constants, wrong for any other batch: trace a PackedSequence with backend='auto' or 'torch', without "
+                "reset and return_cells, or use torch.export, which keeps lengths= dynamic"
+            )
         if name in _KERNELS and torch._C._len_torch_dispatch_stack():
             way = Way.GRAPH  # who looks at operators finds one
 
@@ -236,72 +255,6 @@ def lstm(
 _beside_the_graph = torch._disable_dynamo(lstm)  # torch.compiler.disable would import the compiler
 
 
-def _unpack_states(hx: Any, packed: bool, batched: bool) -> tuple[Tensor, Tensor]:
-    """(h_0, c_0), each (L * D, B, ·), from what the caller passed as ``hx``."""
-    if isinstance(hx, Tensor) or len(hx) != 2:
-        kind = f"a tensor of shape {tuple(hx.shape)}" if isinstance(hx, Tensor) else f"{len(hx)} of them"
-        error = IndexError if len(hx) < 2 else RuntimeError  # the types of torch
-        raise error(f"lstm expects two hidden states: hx must be a tuple (h_0, c_0), got {kind}")
-    h_0, c_0 = hx
-    rank = 3 if batched else 2
-    if not packed and (h_0.dim() != rank or c_0.dim() != rank):
-        raise RuntimeError(
-            f"For {'batched 3' if batched else 'unbatched 2'}-D input, hx and cx should "
-            f"also be {rank}-D but got ({h_0.dim()}-D, {c_0.dim()}-D) tensors"
-        )
-    return (h_0, c_0) if batched else (h_0.unsqueeze(1), c_0.unsqueeze(1))
-
-
-def _check_state(which: int, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    if state.shape != shape:
-        raise RuntimeError(f"Expected hidden[{which}] size {shape}, got {list(state.shape)}")
-    if state.device != device:
-        raise RuntimeError(
-            "Input and hidden tensors are not at the same device, "
-            f"found input tensor at {device} and hidden tensor at {state.device}"
-        )
-    if state.dtype != dtype and not torch._C._is_any_autocast_enabled():
-        raise RuntimeError(f"Expected hidden[{which}] dtype {dtype}, got {state.dtype}; convert it: state.to({dtype})")
-
-
-def _check_params(
-    params: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
-) -> None:
-    for param, shape in zip(params, shapes, strict=True):
-        if param.device != device:
-            raise RuntimeError(
-                "Input and parameter tensors are not at the same device, "
-                f"found input tensor at {device} and parameter tensor at {param.device}"
-            )
-        if param.shape != shape or param.dtype != dtype:
-            raise RuntimeError(
-                f"Expected a parameter of shape {shape} and {dtype}, got {tuple(param.shape)} and {param.dtype}; "
-                f"all of them, in order: {', '.join(map(str, shapes))}"
-            )
-
-
-def _shapes(
-    input_size: int, hidden_size: int, proj_size: int, num_layers: int, directions: int, has_biases: bool
-) -> tuple[tuple[int, ...], ...]:
-    """The shapes of the flat list of parameters."""
-    width = proj_size or hidden_size
-    shapes: list[tuple[int, ...]] = []
-    for layer in range(num_layers):
-        one: list[tuple[int, ...]] = [
-            (4 * hidden_size, directions * width if layer else input_size),
-            (4 * hidden_size, width),
-        ]
-        if has_biases:
-            one += [(4 * hidden_size,)] * 2
-        if proj_size:
-            one += [(proj_size, hidden_size)]
-        shapes += one * directions
-    return tuple(shapes)
-
-
-_known_shapes = functools.lru_cache(maxsize=1024)(_shapes)
-
-
 def _rows(steps: int, batch: int, batch_sizes: Tensor | None, lengths: Tensor | None, batch_first: bool) -> Rows:
     if batch_sizes is not None:
         return Rows(steps, batch, batch_sizes, packed=True)
@@ -310,33 +263,6 @@ def _rows(steps: int, batch: int, batch_sizes: Tensor | None, lengths: Tensor | 
     if lengths.device.type != "cpu":  # not to be waited for; a copy, because backward reads them again
         return Rows(steps, batch, batch_first=batch_first, lengths=lengths.to(torch.int64, copy=True))
     return Rows.from_lengths(lengths, steps, batch_first)
-
-
-def _integers(lengths: Tensor | Sequence[int], packed: bool, batch: int, device: torch.device) -> Tensor:
-    """``lengths`` (B,), checked but for their values."""
-    if packed:
-        raise ValueError("lengths go with padded input; a PackedSequence carries its own")
-    if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, device="cpu")  # whatever the default device is
-        lengths = lengths if lengths.numel() else lengths.to(torch.int64)
-    if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
-        raise TypeError(f"lengths should be of an integer dtype, got: {lengths.dtype}")
-    if lengths.shape != (batch,):
-        raise RuntimeError(f"Expected lengths size ({batch},), got {list(lengths.shape)}")
-    if lengths.device != device and lengths.device.type != "cpu":
-        raise RuntimeError(f"Expected lengths on the CPU or on {device}, as input is, got them on {lengths.device}")
-    return lengths
-
-
-def _check_reset(reset: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(reset, Tensor):
-        raise TypeError(f"reset should be a tensor of dtype torch.bool, got: {type(reset).__name__}")
-    if reset.dtype != torch.bool:
-        raise TypeError(f"reset should be of dtype torch.bool, got: {reset.dtype}")
-    if reset.device != device:
-        raise RuntimeError(f"Expected reset on {device}, as input is, got it on {reset.device}")
-    if reset.shape != shape:
-        raise RuntimeError(f"Expected reset size {shape} (input's, without features), got {list(reset.shape)}")
 
 
 def _autocast(input: Any, hx: Any, params: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor]]:
@@ -370,23 +296,14 @@ def lstm_cell(
     ``"auto"`` and ``"torch"`` run ATen's fused cell: one step has no recurrence for a kernel to keep in cache.  The
     others run :func:`lstm` over one step.
 
-    Raises ValueError for a wrong rank or an unknown backend, RuntimeError for sizes that do not fit.
+    Raises ValueError for a wrong rank or an unknown backend, RuntimeError for ranks and sizes that do not fit.
     """
-    if input.dim() not in (1, 2):
-        raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    if hx is not None:
-        if isinstance(hx, Tensor):
-            raise TypeError(f"lstm_cell: hx must be a tuple (h_0, c_0), got a tensor of shape {tuple(hx.shape)}")
-        if len(hx) != 2:
-            raise RuntimeError(f"lstm_cell expects two hidden states: hx must be (h_0, c_0), got {len(hx)} of them")
-        for index, state in enumerate(hx):
-            if state.dim() not in (1, 2):
-                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
+    checks.cell(input, hx, weight_hh.shape[1])
     batched = input.dim() == 2
     if not batched:
         input = input.unsqueeze(0)
         hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-    if backend in ("auto", "torch"):
+    if backends.runs_atens_cell(backend, input.device):
         if hx is None:
             zeros = input.new_zeros(input.shape[0], weight_hh.shape[1])
             hx = (zeros, zeros)

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import backends, functional, init
+from lstmcore import backends, functional, init, scripting
 
 
 class LSTM(nn.RNNBase):
@@ -70,12 +71,13 @@ class LSTM(nn.RNNBase):
     ) -> None:
         backends.check_name(backend)
         init.check(forget_bias, chrono, bias)
-        # before super().__init__(), which calls reset_parameters()
+        # before RNNBase.__init__, which calls reset_parameters()
         if forget_bias is not None:
             self.forget_bias = float(forget_bias)
         if chrono is not None:
             self.chrono = int(chrono)
-        super().__init__(
+        nn.RNNBase.__init__(
+            self,
             "LSTM",
             input_size,
             hidden_size,
@@ -103,6 +105,8 @@ class LSTM(nn.RNNBase):
 
         :func:`lstmcore.lstm` describes the arguments, the shapes and the errors.
         """
+        if isinstance(input, Proxy):
+            return scripting.leaf(self, input, hx, lengths=lengths, reset=reset, return_cells=return_cells)
         try:
             own = self._parameters
             params = [own[name] for name in self._flat_weights_names]
@@ -126,8 +130,17 @@ class LSTM(nn.RNNBase):
         )
         return output, (h_n, c_n), *cells
 
+    # What subclasses written for torch.nn.LSTM call.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
     def flatten_parameters(self) -> None:
         """Does nothing; callers of RNNs call it.  Parameters are read one by one, wherever they lie."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in the place of this module: torch's, on the same parameters."""
+        return scripting.stand_in(self, LSTM, nn.LSTM)
 
     def reset_parameters(self) -> None:
         """Draws all parameters as ``torch.nn.LSTM`` does, then sets what ``forget_bias`` or ``chrono`` say.
@@ -137,14 +150,14 @@ class LSTM(nn.RNNBase):
         if self.forget_bias is not None or self.chrono is not None:
             init.check(self.forget_bias, self.chrono)
             init.biases(self)
-        super().reset_parameters()
+        nn.RNNBase.reset_parameters(self)
         if self.forget_bias is not None:
             init.forget_bias_(self, self.forget_bias)
         if self.chrono is not None:
             init.chrono_(self, self.chrono)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + "".join(
+        return nn.RNNBase.extra_repr(self) + "".join(
             f", {name}={getattr(self, name)!r}"
             for name in ("backend", "forget_bias", "chrono")
             if getattr(self, name) != getattr(LSTM, name)
@@ -179,7 +192,7 @@ class LSTMCell(nn.RNNCellBase):
         backend: str = "auto",
     ) -> None:
         backends.check_name(backend)
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        nn.RNNCellBase.__init__(self, input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
         self.backend = backend
 
     def forward(
@@ -191,9 +204,15 @@ class LSTMCell(nn.RNNCellBase):
 
         Raises ValueError for a wrong rank, RuntimeError for sizes and dtypes that do not fit, as ``torch.nn.LSTMCell``.
         """
+        if isinstance(input, Proxy):
+            return scripting.leaf(self, input, hx)
         return functional.lstm_cell(
             input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, backend=self.backend
         )
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in the place of this module: torch's, on the same parameters."""
+        return scripting.stand_in(self, LSTMCell, nn.LSTMCell)
+
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
+        return nn.RNNCellBase.extra_repr(self) + ("" if self.backend == "auto" else f", backend={self.backend!r}")

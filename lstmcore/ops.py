@@ -26,10 +26,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lstmcore import backends, reference
+from lstmcore import backends, checks, reference
 from lstmcore.kernels.contract import Layer, Needs, Rows, directions_of, state_dtype
 
+_previous: Any = vars(torch.ops.lstmcore).get("library")
+if _previous is not None:  # lstmcore is imported anew, as notebooks do: what the first import registered goes
+    _previous._destroy()
 _LIBRARY = torch.library.Library("lstmcore", "DEF")
+vars(torch.ops.lstmcore)["library"] = _LIBRARY
 _INPUTS = (
     "Tensor input, Tensor? h_0, Tensor? c_0, Tensor? reset, Tensor? batch_sizes, Tensor? lengths, Tensor[] weights, "
     "SymInt batch, int directions, bool batch_first, bool cells, bool save, str backend"
@@ -71,7 +75,10 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of 
 
 def _rows(tensors: Tensors, call: Call) -> Rows:
     if tensors.batch_sizes is not None:
-        return Rows(len(tensors.batch_sizes), call.batch, tensors.batch_sizes, packed=True)
+        data, sizes = checks.packed(tensors.input, tensors.batch_sizes, None)
+        if (len(data), sizes[0]) != (len(tensors.input), call.batch):
+            raise RuntimeError(f"Expected {len(tensors.input)} rows of {call.batch} sequences, got {sizes.tolist()}")
+        return Rows.from_packed(torch.from_numpy(sizes))
     steps, batch, _ = tensors.input.shape
     lengths = tensors.lengths
     if lengths is None:
@@ -121,6 +128,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     rows = _rows(tensors, call)
     if not rows.steps:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    checks.layer(rows, *tensors[:3], weights, call.directions, tensors.reset)
     layer = _described(tensors, weights, rows, call)
     given = directions_of(weights, call.directions)
     result = _kernels(tensors, layer, rows, call).forward(
@@ -147,17 +155,20 @@ def _backward(*args: Any) -> list[Tensor]:
     weights, call = args[12], Call(*args[13:])
     rows = _rows(tensors, call)
     layer = _described(tensors, weights, rows, call)
+    output, *saved = kept or [None]
+    sizes = []
+    if kept:  # with room for padded steps; without, where the eager Function has run forward
+        saves = _backend(tensors, layer, call).saves
+        exact = [tuple(each.shape) for each in saved] == [size for size, _ in saves(layer, rows.total)]
+        sizes = saves(layer, rows.total if exact else rows.room)
+    checks.layer(rows, *tensors[:3], weights, call.directions, tensors.reset, output, grads, (saved, sizes))
     kernels = _kernels(tensors, layer, rows, call)
     given = directions_of(weights, call.directions)
-    if kept:
-        output, *saved = kept
-    elif kernels.saves(layer, 0):
+    if not kept and kernels.saves(layer, 0):
         done = kernels.forward(
             tensors.input, tensors.h_0, tensors.c_0, given, rows, reset=tensors.reset, save=True, cells=False
         )
         output, saved = done.output, done.saved
-    else:
-        output, saved = tensors.input, ()  # a backend that saves nothing looks at neither
     with _autograd_inside(), torch.no_grad():
         found = kernels.backward(
             *grads, input=tensors.input, h_0=tensors.h_0, c_0=tensors.c_0, weights=given, rows=rows,

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.fx import Proxy
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import recording
+from lstmcore import recording, scripting
 from lstmcore.kernels.contract import Rows
 
 
@@ -106,8 +107,8 @@ class RNN(nn.RNNBase):
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_nonlinearity(nonlinearity)
-        super().__init__(
-            "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, device=device, dtype=dtype
+        nn.RNNBase.__init__(
+            self, "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, device=device, dtype=dtype
         )  # fmt: skip
         self.mode = f"RNN_{nonlinearity.upper()}"  # RNNBase knows no sigmoid
         self.nonlinearity = nonlinearity
@@ -122,6 +123,8 @@ class RNN(nn.RNNBase):
         Raises ValueError for a wrong rank or dtype of the input, RuntimeError for sizes, dtypes and devices that do not
         fit and for T = 0, TypeError for a ``PackedSequence``.
         """
+        if isinstance(input, Proxy):
+            return scripting.leaf(self, input, hx)
         if isinstance(input, PackedSequence):
             raise TypeError(
                 "RNN expects a tensor, got a PackedSequence; pass padded rows, or use torch.nn.RNN or lstmcore.LSTM"
@@ -166,8 +169,14 @@ class RNN(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing; callers of RNNs call it.  Parameters are read one by one, wherever they lie."""
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in the place of this module: torch's, which knows no sigmoid."""
+        return self if self.nonlinearity == "sigmoid" else scripting.stand_in(self, RNN, nn.RNN)
+
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity!r}")
+        return nn.RNNBase.extra_repr(self) + (
+            "" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity!r}"
+        )
 
 
 def _check_nonlinearity(name: str) -> None:

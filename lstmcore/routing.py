@@ -56,5 +56,10 @@ def way(tensors: Sequence[Tensor | None], backend: str) -> Way:
     return Way.OPERATIONS
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether the values of ``tensor`` can be read here, and torch.jit's tracer records nothing of what they become."""
+    return type(tensor) is Tensor and _tracing() is None
+
+
 def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None

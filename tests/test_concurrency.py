@@ -111,6 +111,54 @@ def test_forked_child_after_use_in_the_parent(n_threads):
 
 
 @needs_fork
+def test_auto_in_a_forked_child():
+    """Of a parent that has used torch's threads: short calls, long ones, large ones, cells; and the choice is told."""
+    in_process("""
+        torch.set_num_threads(2)
+        cases = [(lstmcore.LSTM(48, 48, bidirectional=B > 8), T, B) for T in (1, 20, 60, 300) for B in (8, 64)]
+        cases += [(lstmcore.LSTM(48, 48, 2, proj_size=8, batch_first=True), 64, 64)]
+        cell = lstmcore.LSTMCell(48, 48)
+
+        def train(module, *given):
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in given]
+                results = module(*leaves)
+                output = results[0]
+            # nothing of the loss is shared out among torch's threads: the model's own operations are not at issue
+            grads = torch.autograd.grad(output, [*leaves, *module.parameters()], torch.ones(()).expand_as(output))
+            return [output.detach(), *grads]
+
+        def close(got, expected):
+            return all(np.allclose(g.numpy(), e.numpy(), atol=1e-3) for g, e in zip(got, expected))
+
+        import numpy as np
+        inputs = [torch.randn(T, B, 48) for _, T, B in cases]
+        expected = [train(module, x) for (module, *_), x in zip(cases, inputs)]
+        one_step = torch.randn(8, 48)
+        expected_step = train(cell, one_step)
+        packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 4, 48), torch.tensor([5, 4, 2, 1]))
+        assert lstmcore.explain(cell, one_step).name == lstmcore.explain(cases[0][0], inputs[0]).name == "torch"
+
+        def answers():
+            for (module, *_), x, right in zip(cases, inputs, expected):
+                choice = lstmcore.explain(module, x)
+                assert choice.name == "numba" and "forked child" in str(choice), choice
+                assert close(train(module, x), right)
+            assert lstmcore.explain(cell, one_step).name == "numba"
+            assert close(train(cell, one_step), expected_step)
+            with torch.no_grad():
+                cases[0][0](packed)
+            assert torch.get_num_threads() == 2
+            torch.set_num_threads(1)  # as in the workers of a DataLoader: now torch is safe, too
+            assert lstmcore.explain(cell, one_step).name == "torch"
+            return close(train(cell, one_step), expected_step) and close(train(cases[0][0], inputs[0]), expected[0])
+
+        child(answers)
+        assert lstmcore.explain(cell, one_step).name == "torch"
+    """)
+
+
+@needs_fork
 def test_fork_while_other_threads_compute():
     """Whatever a lock of the parent's pool said at the fork, the child has its own.
 

@@ -85,6 +85,14 @@ def test_a_module_of_torch_is_taken_as_auto():
     assert lstmcore.explain(nn.LSTM(3, 17), X) == lstmcore.explain(lstmcore.LSTM(3, 17), X)
 
 
+@pytest.mark.parametrize("given", [X[0], X[0, 0]], ids=["batch", "row"])
+@pytest.mark.parametrize("name", ["auto", "torch", "numba", "reference"])
+def test_cells(name, given):
+    choice = lstmcore.explain(lstmcore.LSTMCell(3, 17, backend=name), given)
+    assert choice.name == ("torch" if name == "auto" else name)
+    assert lstmcore.explain(nn.LSTMCell(3, 17), given).name == "torch"
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_auto_runs_something():
     module = lstmcore.LSTM(3, 17, device="cuda")

@@ -1,0 +1,57 @@
+"""What ``torch.jit.script`` and ``torch.fx`` see of a module: what they see of torch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.fx.proxy import TraceError
+
+
+def leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A node ``call_module`` in the graph of the ``torch.fx`` tracer whose proxies came in, in place of a call.
+
+    ``kwargs``: those that were given; None and False are not.  Raises TraceError where ``module`` is the traced model.
+    """
+    while args and args[-1] is None:
+        args = args[:-1]
+    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    tracer = args[0].tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        raise TraceError(f"{type(module).__name__} is a leaf for torch.fx: trace a module that holds it")
+    return tracer.create_proxy("call_module", path, args, given)
+
+
+def stand_in(module: nn.Module, own: type[nn.Module], stock: type[nn.Module]) -> nn.Module:
+    """``module``, an ``own``, for ``torch.jit.script`` to compile: with the code of ``stock``, over the same state.
+
+    ``torch.jit.script`` leaves it in the place of ``module`` in the model that it was given.  So it shares everything
+    that ``module`` holds, and turns back into what that is when it is called or copied.  A subclass of ``own`` with a
+    forward of its own stands for itself.
+    """
+    kind: Any = type(module)
+    if kind.forward is not own.forward:
+        return module
+
+    def back(self: Any) -> Any:
+        self.__class__ = kind
+        return self
+
+    disguise: Any = type(
+        stock.__name__,
+        (kind,),
+        {name: value for name, value in vars(stock).items() if callable(value) and not name.startswith("__")}
+        | {
+            # where the compiler finds the source, and the overloads that it holds
+            "__module__": stock.__module__,
+            "__qualname__": stock.__qualname__,
+            "__annotations__": next(filter(None, (vars(base).get("__annotations__") for base in stock.__mro__))),
+            "__prepare_scriptable__": lambda self: self,
+            "__call__": lambda self, *args, **kwargs: back(self)(*args, **kwargs),
+            "__reduce_ex__": lambda self, protocol: back(self).__reduce_ex__(protocol),
+        },
+    )
+    result = object.__new__(disguise)
+    result.__dict__ = module.__dict__
+    return result
