@@ -28,7 +28,7 @@ def conditioning(case: Case, dtype: torch.dtype) -> dict[str, float]:
         return value * (1 + half * torch.empty_like(value).uniform_(-1, 1, generator=generator))
 
     exact, largest = run(case, data, torch.float64, None), {}
-    for _ in range(2):
+    for _ in range(5):
         changed = replace(
             data,
             input=rounded(data.input),
