@@ -429,6 +429,7 @@ def backward(
     variant, compute, size, block = problem.variant, problem.variant.compute, problem.variant.size, problem.block
     batch, hidden, width, inputs = problem.batch, problem.hidden, problem.width, problem.inputs
     count, steps = problem.directions, problem.steps
+    saved = tuple(each.contiguous() for each in saved)  # a saved-tensors hook may have brought them
     gates, kept = saved[:count], saved[count:]
     kernel = variant.backward()
 

@@ -385,7 +385,7 @@ def backward(
     flat = FlatRows(rows, input.device, reset)
     call = _Recurrence(input, weights, flat, backward=True)
     N, D, H, P, batch, dtype = flat.total, call.directions, call.hidden, call.width, flat.batch, call.dtype
-    gates, cells, *projected = saved
+    gates, cells, *projected = (each.contiguous() for each in saved)  # a saved-tensors hook may have brought them
     new = input.new_empty
 
     dy = None if grad_output is None else flat.flat(grad_output)

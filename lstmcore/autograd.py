@@ -86,7 +86,8 @@ class _Layer(Function):
 
 
 def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    reset, input, h_0, c_0, *rest = ctx.saved_tensors
+    # what a saved-tensors hook brings may be a view with a pending negation
+    reset, input, h_0, c_0, *rest = [None if t is None else checks.plain(t) for t in ctx.saved_tensors]
     weights, output, saved = rest[: ctx.weights], rest[ctx.weights], tuple(rest[ctx.weights + 1 :])
     needs = ctx.needs_input_grad[_BEFORE:]
     if torch._C._are_functorch_transforms_active():  # vmap over a backward

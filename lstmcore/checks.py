@@ -239,10 +239,10 @@ def layer(
     if weights[1].dim() != 2 or not input.dim():
         raise RuntimeError(f"Expected a tensor of shape (4H, P) as weight_hh, got {tuple(weights[1].shape)}")
     gates, width = weights[1].shape  # (4H, P)
-    dtype, device = input.dtype, input.device
-    expected = _layer(
-        rows.shape, rows.batch, input.shape[-1], gates // 4, width, directions, len(weights) // directions, dtype
-    )
+    dtype, device, fields = input.dtype, input.device, len(weights) // directions
+    if fields in (2, 4):  # no projection
+        width = gates // 4
+    expected = _layer(rows.shape, rows.batch, input.shape[-1], gates // 4, width, directions, fields, dtype)
     if len(saved[0]) != len(saved[1]):
         raise RuntimeError(f"Expected {len(saved[1])} tensors that forward saved, got {len(saved[0])}")
     pairs = zip((input, h_0, c_0, *weights, reset, output, *grads), expected, strict=False)

@@ -6,6 +6,7 @@ torch.nn.LSTM is asked first where it survives the same.
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -212,6 +213,31 @@ def test_saved_tensors_hooks_that_bring_something_else(spoil):
             run(chosen)
 
 
+LAYOUTS = {
+    "expanded": lambda t: t[:1].expand(t.shape) if (t == t[:1]).all() else t,
+    "strided": lambda t: torch.stack([t, t + 1], -1)[..., 0],
+    "negated": lambda t: negated(t) if t.is_floating_point() else t,
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_tensors_hooks_that_bring_other_layouts(layout, backend):
+    """The same values in another place are the same values."""
+    module = lstmcore.LSTM(I, H, backend=backend)
+    with torch.no_grad():
+        if layout == "expanded":  # gates and cells of zeros: one value serves for all of them
+            for param in module.parameters():
+                param.zero_()
+    x, found = torch.randn(T, B, I, requires_grad=True), []
+    for unpack in (lambda t: t, LAYOUTS[layout]):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), unpack):
+            output = module(x)[0]
+        found.append(torch.autograd.grad(output.square().sum() + output.sum(), [x, *module.parameters()]))
+    for got, expected in zip(*found, strict=True):
+        assert_same(got, expected, backend)
+
+
 def test_a_node_called_by_hand():
     """With gradients of any shape and dtype, which torch looks at in some versions."""
     module, x = lstmcore.LSTM(I, H, backend="numba"), torch.randn(T, B, I)
@@ -240,16 +266,14 @@ def nothing(values: Tensor) -> Tensor:
     return result
 
 
-LAZY = ["input", "h_0", "c_0", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0", "weight_hr_l0"]
+LAZY = ["input", "h_0", "c_0", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
+LAZY_SIZES = [*itertools.product(LAZY, (0, 3)), ("weight_hr_l0", 3)]
 
 
 @pytest.mark.parametrize("lazy", [negated, nothing])
 @pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("place", LAZY)
-@pytest.mark.parametrize("proj_size", [0, 3])
+@pytest.mark.parametrize(("place", "proj_size"), LAZY_SIZES)
 def test_lazy_views_come_in(place, lazy, trains, proj_size, backend):
-    if place == "weight_hr_l0" and not proj_size:
-        pytest.skip("without a projection there is no weight_hr")
     module = lstmcore.LSTM(I, H, proj_size=proj_size, backend=backend)
     given = {"input": torch.randn(T, B, I), "h_0": torch.randn(1, B, proj_size or H), "c_0": torch.randn(1, B, H)}
     given |= {name: param.detach() for name, param in module.named_parameters()}
@@ -338,6 +362,9 @@ FORGED = {
     "directions": {"directions": 2},
     "no directions": {"directions": 0},
     "one weight": {"weights": WEIGHTS[:1]},
+    "width, no projection": {"weights": [WEIGHTS[0], WEIGHTS[1][:, :1], *WEIGHTS[2:]], "h_0": None},
+    "wide, no projection": {"weights": [WEIGHTS[0], WEIGHTS[1].repeat(1, 2), *WEIGHTS[2:]], "h_0": None},
+    "narrow, no biases": {"weights": [WEIGHTS[0], WEIGHTS[1][:, :1]], "h_0": None},
     "lengths": {"lengths": torch.tensor([T] * (B + 1))},
     "long lengths": {"lengths": torch.tensor([T + 1] * B)},
     "packed": {"input": torch.randn(100, I), "batch_sizes": sizes(at20=3), "reset": None},
