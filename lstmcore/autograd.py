@@ -39,8 +39,7 @@ def layer(
         return reference.forward(input, h_0, c_0, each, rows, reset=reset, cells=cells)[:4]
     if rows.lengths is not None and backend != "triton":
         rows = rows.on_host()
-    given: Any = [None if t is None else checks.plain(t) for t in (input, h_0, c_0, *weights)]
-    input, h_0, c_0, *weights = given
+    input, h_0, c_0, *weights = checks.plain((input, h_0, c_0, *weights))
     checks.in_memory((input, h_0, c_0, reset, *weights))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *weights, h_0, c_0)):
         return _Layer.apply(source, backend, rows, cells, directions, reset, input, h_0, c_0, *weights)
@@ -87,7 +86,7 @@ class _Layer(Function):
 
 def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     # what a saved-tensors hook brings may be a view with a pending negation
-    reset, input, h_0, c_0, *rest = [None if t is None else checks.plain(t) for t in ctx.saved_tensors]
+    reset, input, h_0, c_0, *rest = checks.plain(ctx.saved_tensors)
     weights, output, saved = rest[: ctx.weights], rest[ctx.weights], tuple(rest[ctx.weights + 1 :])
     needs = ctx.needs_input_grad[_BEFORE:]
     if torch._C._are_functorch_transforms_active():  # vmap over a backward
@@ -103,7 +102,7 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     # create_graph=True: the gradient itself has to be differentiable; is_grads_batched=True: grads lie nowhere
     plain = torch.is_grad_enabled() or not all(grad is None or torch._C._has_storage(grad) for grad in grads)
     if not plain:
-        grads = tuple(None if grad is None else checks.plain(grad) for grad in grads)
+        grads = tuple(checks.plain(grads))
     checks.layer(
         ctx.rows, input, h_0, c_0, weights, ctx.directions, reset, output, () if plain else grads, (saved, ctx.sizes)
     )

@@ -188,11 +188,16 @@ def cell(input: Tensor, hx: Any, hidden_size: int) -> None:
 # A layer, before its addresses are taken
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """``tensor`` with its values in memory as they are: no negation that is still to be done, no zeros by name only."""
-    if tensor.is_neg():
-        return tensor.resolve_neg()
-    return tensor.clone() if tensor._is_zerotensor() else tensor
+def plain(tensors: Iterable[Tensor | None]) -> Any:
+    """The same, their values in memory as they are: no negation that is still to be done, no zeros by name only."""
+    result = list(tensors)
+    for index, tensor in enumerate(result):
+        if tensor is not None:
+            if tensor.is_neg():
+                result[index] = tensor.resolve_neg()
+            elif tensor._is_zerotensor():
+                result[index] = tensor.clone()
+    return result
 
 
 def in_memory(tensors: Iterable[Tensor | None]) -> None:
