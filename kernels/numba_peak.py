@@ -62,10 +62,8 @@ def fma_peak(dtype: torch.dtype, threads_wanted: int) -> float:
     offsets = np.arange(block.rows, dtype=np.int64) * (DEPTH * compute.itemsize)
 
     def seconds(repeats: int) -> float:
-        started = np.zeros(available, np.int64)
         calls = [
-            (out.ctypes.data, a.ctypes.data, offsets.ctypes.data, w.ctypes.data, DEPTH, repeats, at)
-            for (out, a, w), at in zip(arrays, started.ctypes.data + 8 * np.arange(available), strict=True)
+            (out.ctypes.data, a.ctypes.data, offsets.ctypes.data, w.ctypes.data, DEPTH, repeats) for out, a, w in arrays
         ]
         begin = time.perf_counter()
         threads.run(run_block, calls)

@@ -70,16 +70,17 @@ def after_fork(function: Callable[[], None]) -> Callable[[], None]:
 
 _forked = False
 _lock = RLock()
-_alone = 0  # how many are inside of one_torch_thread
+_alone: set[object] = set()  # who is inside of one_torch_thread
 _hidden = 0  # what torch.get_num_threads() said before the first of them
 
 
 @after_fork
 def _in_child() -> None:
-    global _forked, _lock, _alone
+    global _forked, _lock
     if _alone:
         torch.set_num_threads(_hidden)
-    _forked, _lock, _alone = True, RLock(), 0
+        _alone.clear()
+    _forked, _lock = True, RLock()
 
 
 def torch_threads() -> int:
@@ -94,19 +95,21 @@ def torch_would_hang() -> bool:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    global _alone, _hidden
-    with _lock:
-        if not _alone:
-            _hidden = torch.get_num_threads()
+    global _hidden
+    one = object()
+    try:  # first of all: an exception may strike at any line
+        with _lock:
+            if not _alone:
+                _hidden = torch.get_num_threads()
+            _alone.add(one)
             torch.set_num_threads(1)
-        _alone += 1
-    try:
         yield
     finally:
         with _lock:
-            _alone -= 1
-            if not _alone:
-                torch.set_num_threads(_hidden)
+            if one in _alone:
+                _alone.remove(one)
+                if not _alone:
+                    torch.set_num_threads(_hidden)
 
 
 def one_torch_thread(function: Callable[..., Any]) -> Callable[..., Any]:

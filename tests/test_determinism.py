@@ -112,3 +112,13 @@ def test_ragged_rows_on_several_threads(dtype, grad, threads):
     expected = run(1)
     for _ in range(5):
         assert torch.equal(run(2), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_peak_is_measured(dtype, count, threads):
+    """What every share of the peak is a share of: it runs, on as many threads as asked for."""
+    from lstmcore.kernels.numba_peak import fma_peak
+
+    threads(count)
+    assert 0 < fma_peak(dtype, count) < 1e6  # GF/s; no core does a thousandth of that many
