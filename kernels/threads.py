@@ -45,9 +45,10 @@ def _cores() -> int:
 def _deeper(function: Callable, *arguments: int) -> None:
     """Calls ``function``, from one frame of the interpreter further down the stack of a thread of the pool.
 
-    Such a stack begins at the start of a page.  Where the kernels' own variables lie in it by 4096 bytes as the rows of
-    states do that they load, the processor takes loads for dependent on stores that are not: directly called, one
-    member took 1.6 times as long (T = 500, B = 32, H = 128, two threads of an AMD EPYC with AVX2: 77 ms; so 44 to 50).
+    Called directly, one member of two took 1.6 times as long as the other (T = 500, B = 32, H = 128, alone, on an AMD
+    EPYC with AVX2: 75 to 84 ms; so 44 to 52).  The likely cause, not proven: such a stack begins at the start of a
+    page, and where the kernels' own variables lie in it as the rows that they load do, but for a multiple of 4096
+    bytes, the processor takes loads for dependent on stores that are not.
     """
     function(*arguments)
 
