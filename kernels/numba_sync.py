@@ -7,15 +7,13 @@ processor each time round, so that a thread that lost its core to another proces
 
 from __future__ import annotations
 
-import functools
 import platform
 
-import numba
 from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
 
-from .jit import inline, kernel
+from .jit import inline
 from .numba_simd import I32, I64, PTR
 
 PATIENCE = 2000  # looks at the counter before yielding: some tens of microseconds
@@ -61,32 +59,14 @@ _yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 @inline
-def _wait(address, value):
-    """Returns when the integer at ``address`` is ``value`` at least."""
-    looks = 0
-    while _look(address) < value:
-        looks += 1
-        if looks > PATIENCE:
-            _yield()
-        else:
-            _relax()
-
-
-@inline
 def arrive_and_wait(counter, members, turn):
     """Waits at the launch's ``turn``-th barrier (1, 2, ...) for all ``members`` threads."""
     if members > 1:
         _add(counter, 1)
-        _wait(counter, members * turn)
-
-
-@functools.cache
-def wait_for_all():
-    """The compiled function (address, count): returns when none of the ``count`` integers there is zero."""
-
-    @kernel(numba.void(numba.int64, numba.int64), "")
-    def lstm_wait_kernel(flags, members):
-        for member in range(members):
-            _wait(flags + 8 * member, 1)
-
-    return lstm_wait_kernel
+        looks = 0
+        while _look(counter) < members * turn:
+            looks += 1
+            if looks > PATIENCE:
+                _yield()
+            else:
+                _relax()

@@ -11,6 +11,7 @@ operation in a child of a process that has done so before, it waits for threads 
 from __future__ import annotations
 
 import _thread
+import ctypes
 import functools
 import importlib.util
 import os
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "Gate",
     "RLock",
     "SimpleQueue",
     "after_fork",
@@ -59,6 +61,33 @@ def start_thread(function: Callable[..., None], *arguments: Any) -> None:
     if not isinstance(_start_new_thread, BuiltinFunctionType):
         raise RuntimeError("Python's threads are patched, and its own cannot be had")
     _start_new_thread(function, arguments)
+
+
+_native_code = ctypes.CDLL(None, handle=ctypes.pythonapi._handle)  # whose calls let other threads run Python
+_new_gate = ctypes.CFUNCTYPE(ctypes.c_void_p)(("PyThread_allocate_lock", _native_code))
+_wait_at = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)(("PyThread_acquire_lock", _native_code))
+_open = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(("PyThread_release_lock", _native_code))
+
+
+class Gate:
+    """What one thread sleeps at until another opens it; a signal does not wake it, so no handler runs there.
+
+    A lock of Python's does not serve: who waits for one runs the handlers, which may raise, and a second signal then
+    strikes whoever cleans up after the first.  This is the same kind of lock, waited for without that.
+
+    ``wait`` and ``open``: once each by turns, whichever comes first; both are C code.  It is never freed: that would be
+    a line of Python (``__del__``), in which an exception is lost.
+    """
+
+    __slots__ = ("open", "wait")
+
+    def __init__(self) -> None:
+        lock = _new_gate()
+        if not lock:
+            raise MemoryError("no memory for a lock")
+        self.wait = functools.partial(_wait_at, lock, 1)
+        self.open = functools.partial(_open, lock)
+        self.wait()  # closed
 
 
 def after_fork(function: Callable[[], None]) -> Callable[[], None]:

@@ -16,7 +16,6 @@ come.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections import deque
@@ -53,8 +52,25 @@ def _deeper(function: Callable, *arguments: int) -> None:
     function(*arguments)
 
 
+class _Worker:
+    """A thread of the pool: the launches and members handed to it, and what the caller sleeps at until each is over."""
+
+    __slots__ = ("calls", "gate")
+
+    def __init__(self) -> None:
+        self.calls: process.SimpleQueue = process.SimpleQueue()
+        self.gate = process.Gate()
+        process.start_thread(self._serve)
+
+    def _serve(self) -> None:
+        while True:
+            launch, member = self.calls.get()
+            launch.run(member)
+            del launch
+
+
 class _Launch:
-    """One call a member, and which of them are over.
+    """One call a member: the first is the caller's own, each other a worker's.
 
     ``counters``: those of the barriers that its members wait at.
     """
@@ -62,10 +78,8 @@ class _Launch:
     def __init__(self, function: Callable, calls: Sequence[tuple], counters: np.ndarray | None):
         self.function, self.counters = function, counters
         self.waiting = dict(enumerate(calls))  # who takes a member's arguments out runs it
-        self.over = np.zeros(len(calls), np.int64)
-        self.ends = [process.new_lock() for _ in calls]  # held until a member is over: the caller sleeps on them
-        for end in self.ends:
-            end.acquire()
+        self.workers = dict(enumerate(_workers[: len(calls) - 1], 1))
+        self.over: dict[int, Callable] = {member: worker.gate.open for member, worker in self.workers.items()}
         self.errors: list[BaseException] = []
 
     def run(self, member: int) -> None:
@@ -78,8 +92,7 @@ class _Launch:
             self.errors.append(error)
             self.open_barriers()
         finally:
-            self.over[member] = 1
-            self.ends[member].release()
+            self.over[member]()
 
     def open_barriers(self) -> None:
         """Nobody waits for a member that does not come."""
@@ -89,20 +102,14 @@ class _Launch:
     def abandon(self) -> None:
         """No member starts any more; returns when those that run are over."""
         self.open_barriers()
-        for member in range(len(self.over)):
-            if self.waiting.pop(member, None) is not None:
-                self.over[member] = 1
-        _wait_for_all()(self.over.ctypes.data, len(self.over))
+        for member, worker in self.workers.items():
+            if self.waiting.pop(member, None) is None:
+                worker.gate.wait()
+            else:
+                self.over[member] = bool  # nobody waits for it
 
 
-@functools.cache
-def _wait_for_all() -> Callable[[int, int], None]:
-    from .numba_sync import wait_for_all  # the compiler is not loaded before there is something to run
-
-    return wait_for_all()
-
-
-_workers: list[process.SimpleQueue] = []  # the calls of each thread
+_workers: list[_Worker] = []
 _lock = process.new_lock()  # held while a launch runs
 
 
@@ -113,23 +120,14 @@ def _forget() -> None:
     _lock = process.new_lock()
 
 
-def _serve(calls: process.SimpleQueue) -> None:
-    while True:
-        launch, member = calls.get()
-        launch.run(member)
-        del launch
-
-
 def available(wanted: int) -> int:
     """How many threads a launch may use now: ``wanted``, or 1 while another launch runs."""
     if wanted <= 1 or _lock.locked() or sys.is_finalizing():  # then no other thread gets to run any more
         return 1
     try:
         while len(_workers) < wanted - 1:
-            calls: process.SimpleQueue = process.SimpleQueue()
-            process.start_thread(_serve, calls)
-            _workers.append(calls)
-    except RuntimeError:  # the system refuses more threads: use those there are
+            _workers.append(_Worker())
+    except (RuntimeError, MemoryError):  # the system refuses more threads: use those there are
         return len(_workers) + 1
     return wanted
 
@@ -140,23 +138,21 @@ def run(function: Callable, calls: Sequence[tuple], counters: np.ndarray | None 
     ``counters`` (int64): those of the barriers that the members wait at, where they do.
 
     From taking the pool until it is free again it is one call of C code, which runs no line of Python and so no signal
-    handler: a launch has not begun, or it is over.  Only while the caller sleeps, its own member done, may a handler
-    run and raise: then the others are waited for without one.
+    handler: a launch has not begun, or it is over.
     """
     if len(calls) == 1:
         function(*calls[0])
         return
     launch, lock = _Launch(function, calls, counters), _lock
     own = partial(function, *launch.waiting.pop(0))
-    launch.over[0] = 1  # when the wait begins
-    hand_out = [partial(_workers[member - 1].put, (launch, member)) for member in launch.waiting]
-    sleep = [launch.ends[member].acquire for member in range(1, len(calls))]
+    hand_out = [partial(worker.calls.put, (launch, member)) for member, worker in launch.workers.items()]
+    waits = [worker.gate.wait for worker in launch.workers.values()]
     begun: list[bool] = []
-    parts = (lock.acquire, partial(begun.append, True), *hand_out, own, *sleep, begun.clear, lock.release)
+    parts = (lock.acquire, partial(begun.append, True), *hand_out, own, *waits, begun.clear, lock.release)
     try:
         deque(map(_call, parts), maxlen=0)
     except BaseException:
-        if begun:  # a signal's exception in the sleep, or there was no memory for a part
+        if begun:  # there was no memory for a part
             launch.abandon()
             lock.release()
         raise

@@ -45,19 +45,25 @@ SETUP = """
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_three_hundred_signals(path):
-    """SIGINT, SIGTERM and SIGALRM by turns, whose handlers raise, from before a call until after it."""
+@pytest.mark.parametrize("times", [1, 3])
+def test_three_hundred_signals(path, times):
+    """SIGINT, SIGTERM and SIGALRM by turns, whose handlers raise, from before a call until after it.
+
+    Or several at once, which strike what cleans up after the first, too.
+    """
     in_process(
         SETUP.format(path=path)
-        + """
+        + f"""
     class Struck(BaseException):
         pass
 
     def strike(number, frame):
         global raised
-        if armed:
-            raised = True
-            raise Struck(number)
+        while armed and frame is not None:
+            if frame.f_code is run.__code__:  # not in what follows, which several may strike
+                raised = True
+                raise Struck(number)
+            frame = frame.f_back
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
     for each in signals:
@@ -67,21 +73,22 @@ def test_three_hundred_signals(path):
 
     def press():
         while True:
-            number, delay = delays.get()
+            first, delay = delays.get()
             time.sleep(delay)
-            os.kill(os.getpid(), number)
+            for number in range(first, first + {times}):
+                os.kill(os.getpid(), signals[number % 3])
 
     threading.Thread(target=press, daemon=True).start()
     for attempt in range(3000):
         raised, armed, start = False, True, time.monotonic()
         try:
-            delays.put((signals[attempt % 3], random.uniform(0, 1.2 * duration)))
+            delays.put((attempt, random.uniform(0, 1.2 * duration)))
             run()
             armed = False
         except Struck:
             armed = False
             struck += 1
-            check(f"interruption {struck}")
+            check(f"interruption {{struck}}")
         else:
             assert not raised, "an exception was lost"
         slowest = max(slowest, time.monotonic() - start)
