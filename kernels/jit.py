@@ -1,11 +1,11 @@
 """How the Numba kernels are compiled, and where the machine code is kept.
 
-``inline`` marks a device function, ``kernel`` an entry point with a fixed signature.  A kernel's
-machine code is cached on disk in one file per kernel, signature, processor and source state.  Numba's own cache
-stamps a function with the one file that it stands in, and fails at import where no directory is writable; here the
-stamp covers every source of this package and the versions of Numba and llvmlite, writing is atomic (concurrent
-processes at worst compile twice), and a cache that is read-only, missing or damaged means compiling in memory, never
-an error.
+``inline`` marks a device function, ``kernel`` an entry point: of one argument, the address of a record, or with the
+signature that it is given.  A kernel's machine code is cached on disk in one file per kernel, signature, processor and
+source state.  Numba's own cache stamps a function with the one file that it stands in, and fails at import where no
+directory is writable; here the stamp covers every source of this package and the versions of Numba and llvmlite,
+writing is atomic (concurrent processes at worst compile twice), and a cache that is read-only, missing or damaged means
+compiling in memory, never an error.
 
 The place is Numba's ``NUMBA_CACHE_DIR`` where that is set, else ``~/.cache/lstmcore-kernels`` (``XDG_CACHE_HOME`` is
 honoured).
@@ -29,7 +29,7 @@ from numba.core import compiler
 from numba.core.caching import _Cache
 from numba.core.serialize import dumps
 
-OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 
 class _NoEntry:
@@ -41,7 +41,7 @@ def _device(function: Callable, **options: bool) -> Callable:
 
     (Numba would generate machine code for each.)
     """
-    dispatcher = numba.njit(no_cpython_wrapper=True, **options, **OPTIONS)(function)
+    dispatcher = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options, **OPTIONS)(function)
 
     device_compiler = dispatcher._compiler
 
@@ -74,22 +74,30 @@ def inline(function: Callable) -> Callable:
     return _device(function, forceinline=True)
 
 
-def kernel(signature: Any, key: str) -> Callable[[Callable], Callable]:
+ADDRESS = numba.void(numba.int64)  # the signature of a kernel that threads run: the address of its record
+
+
+def kernel(key: str, signature: Any = ADDRESS) -> Callable[[Callable], Any]:
     """Compiles the decorated function for ``signature``, from the disk cache where it has it.
 
     ``key`` tells this kernel from others of the same name: it has to name everything that the function closes over.
+    What takes a record (``arguments.py``) can be called from C too, at its ``address``.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable) -> Any:
         # The key goes into the symbol too: Numba tells functions of one name apart by a counter that starts anew in
         # each process, and two kernels loaded from the cache must not meet under one symbol.
         suffix = re.sub(r"\W+", "_", key)
         function.__name__ = f"{function.__name__}_{suffix}"
         function.__qualname__ = f"{function.__qualname__}_{suffix}"
-        dispatcher = numba.njit(**OPTIONS)(function)
+        from_c = signature == ADDRESS
+        dispatcher = numba.njit(**OPTIONS, no_cfunc_wrapper=not from_c)(function)
         dispatcher._cache = DiskCache(f"{function.__qualname__}:{key}", function.__name__)
         dispatcher.compile(signature)
         dispatcher.disable_compile()
+        if from_c:
+            (compiled,) = dispatcher.overloads.values()
+            dispatcher.address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
         return dispatcher
 
     return decorate

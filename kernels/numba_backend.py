@@ -23,7 +23,7 @@ from .contract import Forward, GateStatistics, Gradients, Layer, Needs, Rows, We
 from .gate_statistics import sampled_rows
 from .numba_flow import norms_kernel, statistics, statistics_kernel
 from .numba_lstm import JOINED_ROWS, NORM_PANELS, BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
-from .numba_pack import column_panels_size, gate_order, packers, share
+from .numba_pack import PackArgs, SumArgs, column_panels_size, gate_order, packers, share
 from .tiling import ceil_div
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -73,6 +73,7 @@ def prewarm(layer: Layer, *, training: bool) -> None:
     variant.forward()
     if training:
         variant.backward()
+    threads.prewarm()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -212,16 +213,16 @@ def _at(owner: Tensor, address: int, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _launch(kernel, launches: list[list], count: int) -> None:
-    """Runs ``launches``, each a list of its members' arguments: as many side by side as ``count`` threads allow."""
+    """Runs ``launches``, each a list of its members' records: as many side by side as ``count`` threads allow."""
     counters = np.zeros((len(launches), 16), np.int64)  # on lines of their own
     base, line = counters.ctypes.data, counters.strides[0]
-    calls = [
-        arguments._replace(counter=base + index * line) for index, launch in enumerate(launches) for arguments in launch
+    records = [
+        record._replace(counter=base + index * line) for index, launch in enumerate(launches) for record in launch
     ]
     members = len(launches[0])
-    together = members * max(1, count // members)  # calls; a launch is never cut: its members wait for one another
-    for at in range(0, len(calls), together):
-        threads.run(kernel, calls[at : at + together], counters)
+    together = members * max(1, count // members)  # records; a launch is never cut: its members wait for one another
+    for at in range(0, len(records), together):
+        threads.run(kernel, records[at : at + together], counters)
 
 
 @process.one_torch_thread
@@ -354,32 +355,34 @@ def _pack_gates(problem: _Problem, packed: int, weight: Tensor) -> None:
     """Packs a (4H, K) weight into gate panels at ``packed``."""
     weight = _matrix(problem, weight)
     rows, depth = weight.shape
-    sizes = (rows // 4, depth)
-    share(
-        problem.variant.pack.pack_gates,
-        problem.available,
-        problem.panels,
-        weight.numel(),
-        packed,
-        weight.data_ptr(),
-        *sizes,
-    )
+    record = PackArgs(packed, weight.data_ptr(), depth, rows // 4, 0)
+    share(problem.variant.pack.pack_gates, problem.available, problem.panels, weight.numel(), record)
 
 
 def _pack_columns(problem: _Problem, packed: int, weight: Tensor, rows: np.ndarray) -> None:
     """Packs a (·, columns) weight into column panels at ``packed``, its rows in the order ``rows``."""
     weight = _matrix(problem, weight)
     columns = weight.shape[1]
-    arguments = (packed, weight.data_ptr(), rows.ctypes.data, len(rows), columns)
+    record = PackArgs(packed, weight.data_ptr(), len(rows), columns, rows.ctypes.data)
     panels = ceil_div(columns, problem.block.panel)
-    share(problem.variant.pack.pack_columns, problem.available, panels, weight.numel(), *arguments)
+    share(problem.variant.pack.pack_columns, problem.available, panels, weight.numel(), record)
 
 
-def _unpack(problem: _Problem, like: Tensor, unpack, panels: int, packed: int) -> Tensor:
-    """A gradient in the shape and dtype of ``like`` (rows, depth) from panels at ``packed``."""
+def _unpack_gates(problem: _Problem, like: Tensor, packed: int) -> Tensor:
+    """A gradient in the shape and dtype of ``like`` (4H, K) from gate panels at ``packed``."""
     result = torch.empty(like.shape, dtype=problem.variant.compute)
-    sizes = (result.shape[0] // 4 if unpack is problem.variant.pack.unpack_gates else result.shape[0], result.shape[1])
-    share(unpack, problem.available, panels, result.numel(), result.data_ptr(), packed, *sizes)
+    rows, depth = like.shape
+    record = PackArgs(packed, result.data_ptr(), depth, rows // 4, 0)
+    share(problem.variant.pack.unpack_gates, problem.available, problem.panels, result.numel(), record)
+    return result.to(like.dtype)
+
+
+def _unpack_columns(problem: _Problem, like: Tensor, packed: int) -> Tensor:
+    """A gradient in the shape and dtype of ``like`` (K, columns) from whole column panels at ``packed``."""
+    result = torch.empty(like.shape, dtype=problem.variant.compute)
+    depth, columns = like.shape
+    record = PackArgs(packed, result.data_ptr(), depth, columns, 0)
+    share(problem.variant.pack.unpack_columns, problem.available, problem.columns, result.numel(), record)
     return result.to(like.dtype)
 
 
@@ -592,17 +595,19 @@ def _weight_gradients(problem: _Problem, parameters: Weights, parts: list, value
 
     ``parts``: for each part of the batch (owner, addresses of dw_x, dw_h, db, dw_r), ``values`` values in all.
     """
-    pack, bias, weight_hr = problem.variant.pack, None, None
+    bias, weight_hr = None, None
     (_, (dw_x, dw_h, db, dw_r)), *others = parts
     for _, (other, *_) in others:  # the four lie one behind another, without gaps
-        share(pack.add_to, problem.available, values // problem.block.lanes, values, dw_x, other)
+        share(
+            problem.variant.pack.add_to, problem.available, values // problem.block.lanes, values, SumArgs(dw_x, other)
+        )
     if parameters.bias_ih is not None:
-        bias = _unpack(problem, parameters.bias_ih[:, None], pack.unpack_gates, problem.panels, db)[:, 0]
+        bias = _unpack_gates(problem, parameters.bias_ih[:, None], db)[:, 0]
     if parameters.weight_hr is not None:
-        weight_hr = _unpack(problem, parameters.weight_hr.T, pack.unpack_columns, problem.columns, dw_r).T
+        weight_hr = _unpack_columns(problem, parameters.weight_hr.T, dw_r).T
     return WeightGradients(
-        _unpack(problem, parameters.weight_ih, pack.unpack_gates, problem.panels, dw_x),
-        _unpack(problem, parameters.weight_hh, pack.unpack_gates, problem.panels, dw_h),
+        _unpack_gates(problem, parameters.weight_ih, dw_x),
+        _unpack_gates(problem, parameters.weight_hh, dw_h),
         bias,
         None if bias is None else bias.clone(),
         weight_hr,

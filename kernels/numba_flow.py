@@ -126,11 +126,11 @@ def statistics_kernel(scalar: str, storage: str, block: Block):
     accumulate, empty, multiply_into = _operations(scalar, lanes)
 
     @kernel(
+        f"{scalar}_{storage}_{lanes}",
         numba.void(
             numba.float64[:, ::1], numba.int32[:, :, ::1], numba.float64[::1], numba.float64[:, ::1],
             numba.float64[:, :, ::1], *[numba.int64] * 7,
         ),
-        f"{scalar}_{storage}_{lanes}",
     )  # fmt: skip
     def lstm_gates_kernel(
         sums,  # (T, 3), zeros
@@ -191,7 +191,7 @@ def statistics_kernel(scalar: str, storage: str, block: Block):
 def norms_kernel(scalar: str):
     """The compiled kernel that makes norms of ``scalar`` from partial sums of squares."""
 
-    @kernel(numba.void(getattr(numba, scalar)[:, ::1], numba.float64[:, :, ::1]), scalar)
+    @kernel(scalar, numba.void(getattr(numba, scalar)[:, ::1], numba.float64[:, :, ::1]))
     def lstm_norms_kernel(norms, squares):  # (2, T * B), (2, T * B, blocks)
         blocks = squares.shape[2]
         for which in range(2):

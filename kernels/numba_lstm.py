@@ -59,9 +59,8 @@ import functools
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numba
-
 from . import cell
+from .arguments import make_read
 from .jit import inline, kernel
 from .numba_gemm import make_block
 from .numba_simd import SIZE, fetch, flush_denormals, load_byte, load_int, set_mode, simd, store_double, store_int
@@ -74,7 +73,7 @@ NORM_PANELS = 4  # panels of a partial sum of a norm: those of a column panel, w
 
 
 class ForwardArgs(NamedTuple):
-    """The arguments of ``lstm_fwd_kernel``, in order; int64 all (addresses, 0 where absent; bytes; counts)."""
+    """What a member of ``lstm_fwd_kernel`` is told (see ``arguments.py``): addresses, bytes, counts."""
 
     # outputs
     y: int  # of this direction, (rows, P)
@@ -131,7 +130,7 @@ class ForwardArgs(NamedTuple):
 
 
 class BackwardArgs(NamedTuple):
-    """The arguments of ``lstm_bwd_kernel``, in order; see ``ForwardArgs``."""
+    """What a member of ``lstm_bwd_kernel`` is told; see ``ForwardArgs``."""
 
     # outputs
     dx: int  # (rows, I); 0: not wanted
@@ -205,6 +204,47 @@ class BackwardArgs(NamedTuple):
     member: int
     members: int
     counter: int
+
+
+class CellEnd(NamedTuple):
+    """What the cell of a block of rows of one panel reads and writes; what is 0 is not written."""
+
+    start: int  # what its sums start from, and from row to row
+    start_row: int
+    c: int
+    c_row: int
+    h: int
+    h_row: int
+    y: int
+    y_rows: int  # offsets of its rows
+    left: int  # hidden units from this panel on
+    gates: int
+    gates_row: int
+    cells: int
+
+
+class ProjectionEnd(NamedTuple):
+    """Where the projected input of a block of rows of one panel goes."""
+
+    bias: int
+    offset: int  # of the panel
+    rows: int  # addresses of the rows
+
+
+class MatrixEnd(NamedTuple):
+    """Where rows of a matrix product go: to ``base`` and the row's of ``offsets``."""
+
+    base: int
+    offsets: int
+    columns: int  # left
+    add: int  # to what is there
+
+
+class TileEnd(NamedTuple):
+    """Where a tile of a weight gradient goes."""
+
+    weight: int
+    add: int  # to what earlier chunks left there
 
 
 @inline
@@ -281,8 +321,6 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
                     value = load_scalar(source + (begin + i) * size, width - i)
                 store_scalar(at + i * size, value, width - i)
 
-    # A matrix product whose rows go to ``base + load(offsets + 8 row) + column``: (base, offsets, columns left, add
-    # to what is there).
     def make_matrix(vectors):
         none = ops.make_zeros(vectors)
 
@@ -290,7 +328,7 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
             return none()
 
         def finish_matrix(row, sums, e):
-            add_vectors(e[0] + load_int(e[1] + 8 * row), sums, e[2], e[3])
+            add_vectors(e.base + load_int(e.offsets + 8 * row), sums, e.columns, e.add)
 
         choices = block.row_choices(vectors)
         rows_block = make_block(ops, choices, vectors, start, finish_matrix, key=key)
@@ -310,7 +348,7 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
                 rows_block(
                     n,
                     (a, offsets + 8 * done, panels, stride, depth, w, ahead),
-                    (base, targets + 8 * done, columns, add),
+                    MatrixEnd(base, targets + 8 * done, columns, add),
                 )
                 done += n
                 ahead += quarter
@@ -378,166 +416,162 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
     narrow_row, matrix_product = device.narrow_row, device.matrix_product
     cell_state, hidden_state = inline(cell.cell_state), inline(cell.hidden_state)
 
-    # e: start, its row stride; c, its row stride; h, its row stride; y, its row offsets; units left; gates, cells,
-    # their row strides.  What is 0 is not written.
     def start_cell(row, e):
-        return load_four(e[0] + row * e[1])
+        return load_four(e.start + row * e.start_row)
 
     def finish_cell(row, sums, e):
         i, f, g, o = activate(sums[0], sums[1], sums[2], sums[3])
-        at_c = e[2] + row * e[3]
+        at_c = e.c + row * e.c_row
         c = cell_state(i, f, g, load(at_c))
         h = hidden_state(o, tanh(c))
         store(at_c, c)
-        store(e[4] + row * e[5], h)
-        if e[6] != 0:
-            store_storage(e[6] + load_int(e[7] + 8 * row), h, e[8])
-        if e[9] != 0:
-            at = e[9] + row * e[10]
+        store(e.h + row * e.h_row, h)
+        if e.y != 0:
+            store_storage(e.y + load_int(e.y_rows + 8 * row), h, e.left)
+        if e.gates != 0:
+            at = e.gates + row * e.gates_row
             store_storage(at, i, lanes)
             store_storage(at + lanes * stored, f, lanes)
             store_storage(at + 2 * lanes * stored, g, lanes)
             store_storage(at + 3 * lanes * stored, o, lanes)
-        if e[11] != 0:
-            store(e[11] + row * e[3], c)
+        if e.cells != 0:
+            store(e.cells + row * e.c_row, c)
 
     def start_bias(row, e):
-        return load_four(e[0])
+        return load_four(e.bias)
 
     def finish_projection(row, sums, e):
-        store_vectors(e[1] + load_int(e[2] + 8 * row), sums, 4 * lanes)
+        store_vectors(e.offset + load_int(e.rows + 8 * row), sums, 4 * lanes)
 
     choices = block.row_choices(4)
     cell_block = make_block(ops, choices, 4, start_cell, finish_cell, key=key, rolled=True)
     projection_block = make_block(ops, choices, 4, start_bias, finish_projection, key=key)
 
-    @kernel(numba.void(*[numba.int64] * len(ForwardArgs._fields)), key)
-    def lstm_fwd_kernel(
-        y, gates, cells, h, c, m, z, x_stage, table, x, w_x, w_h, w_r, bias, reset,
-        steps, batch, inputs, hidden, width, chunk, chunk_rows, fused, reverse, batch_sizes, row_starts, packed,
-        x_step, x_rows, y_step, y_rows, reset_step, reset_rows, h_rows, h_half, m_rows,
-        row_begin, row_end, panel_begin, panel_end, column_begin, column_end,
-        lockstep, member, members, counter,
-    ):  # fmt: skip
+    read = make_read(ForwardArgs)
+
+    @kernel(key)
+    def lstm_fwd_kernel(address):
+        a = read(address)
         mode = flush_denormals()
-        panels = -(-hidden // lanes)
+        panels = -(-a.hidden // lanes)
         c_row = panels * vector_bytes
-        h_row = -(-width // lanes) * vector_bytes
+        h_row = -(-a.width // lanes) * vector_bytes
         z_row = panels * gate_bytes
         gates_row = panels * 4 * lanes * stored
-        projected = m != 0
+        projected = a.m != 0
         turn = 0
         # Members may be in different chunks: in scratch, a row keeps its place from step to step, alive or not.
-        z_base = z if z != 0 else gates
-        x_table = table + 16 * chunk_rows * member
-        z_table = x_table + 8 * chunk_rows
-        stage = x_stage + member * chunk_rows * inputs * size
+        z_base = a.z if a.z != 0 else a.gates
+        x_table = a.table + 16 * a.chunk_rows * a.member
+        z_table = x_table + 8 * a.chunk_rows
+        stage = a.x_stage + a.member * a.chunk_rows * a.inputs * size
         # The part of a row of h that this member writes, in vectors.
-        h_first = 4 * column_begin if projected else panel_begin
-        h_count = (min(4 * column_end, -(-width // lanes)) if projected else panel_end) - h_first
+        h_first = 4 * a.column_begin if projected else a.panel_begin
+        h_count = (min(4 * a.column_end, -(-a.width // lanes)) if projected else a.panel_end) - h_first
 
-        for s in range(-1, steps):
+        for s in range(-1, a.steps):
             if s >= 0:
-                t = walk(reverse, steps, s)
-                end = min(row_end, alive_rows(batch_sizes, batch, t))
-                first_n = row_start(row_starts, batch, t)
-                index = user_index(packed, row_starts, batch, t)
+                t = walk(a.reverse, a.steps, s)
+                end = min(a.row_end, alive_rows(a.batch_sizes, a.batch, t))
+                first_n = row_start(a.row_starts, a.batch, t)
+                index = user_index(a.packed, a.row_starts, a.batch, t)
 
-                if s % chunk == 0 and fused == 0:
-                    last = min(s + chunk, steps)
+                if s % a.chunk == 0 and a.fused == 0:
+                    last = min(s + a.chunk, a.steps)
                     count = 0
                     for later in range(s, last):
-                        t_later = walk(reverse, steps, later)
-                        x_here = x + user_index(packed, row_starts, batch, t_later) * x_step
-                        n_later = row_start(row_starts, batch, t_later)
-                        for r in range(row_begin, min(row_end, alive_rows(batch_sizes, batch, t_later))):
-                            source = x_here + load_int(x_rows + 8 * r)
-                            if x_stage != 0:
-                                widen_row(stage + count * inputs * size, source, inputs)
-                                source = stage + count * inputs * size
+                        t_later = walk(a.reverse, a.steps, later)
+                        x_here = a.x + user_index(a.packed, a.row_starts, a.batch, t_later) * a.x_step
+                        n_later = row_start(a.row_starts, a.batch, t_later)
+                        for r in range(a.row_begin, min(a.row_end, alive_rows(a.batch_sizes, a.batch, t_later))):
+                            source = x_here + load_int(a.x_rows + 8 * r)
+                            if a.x_stage != 0:
+                                widen_row(stage + count * a.inputs * size, source, a.inputs)
+                                source = stage + count * a.inputs * size
                             store_int(x_table + 8 * count, source)
-                            slot = (later - s) * batch if z != 0 else n_later
+                            slot = (later - s) * a.batch if a.z != 0 else n_later
                             store_int(z_table + 8 * count, z_base + (slot + r) * z_row)
                             count += 1
-                    for p in range(panel_begin, panel_end):
+                    for p in range(a.panel_begin, a.panel_end):
                         done = 0
-                        ahead = w_x + min(p + 1, panel_end - 1) * inputs * gate_bytes
+                        ahead = a.w_x + min(p + 1, a.panel_end - 1) * a.inputs * gate_bytes
                         while done < count:
                             n = block_size(count - done, most)
                             projection_block(
                                 n,
-                                (0, x_table + 8 * done, 1, 0, inputs, w_x + p * inputs * gate_bytes, ahead),
-                                (bias + p * gate_bytes, p * gate_bytes, z_table + 8 * done),
+                                (0, x_table + 8 * done, 1, 0, a.inputs, a.w_x + p * a.inputs * gate_bytes, ahead),
+                                ProjectionEnd(a.bias + p * gate_bytes, p * gate_bytes, z_table + 8 * done),
                             )
                             done += n
-                            ahead += inputs * 64
+                            ahead += a.inputs * 64
 
                 # Without a projection of their own, sums start from z; else from the bias, whose row stride is 0.
-                if fused != 0:
-                    start, start_row, depth = bias, 0, inputs
+                if a.fused != 0:
+                    start, start_row, depth = a.bias, 0, a.inputs
                 else:
-                    slot = s % chunk * batch if z != 0 else first_n
-                    start, start_row, depth = z_base + (slot + row_begin) * z_row, z_row, 0
-                h_in = h + (s & 1) * h_half
-                h_out = h + (1 - (s & 1)) * h_half
-                h_to, h_to_row = (m, c_row) if projected else (h_out, h_row)
-                y_here = y + index * y_step
+                    slot = s % a.chunk * a.batch if a.z != 0 else first_n
+                    start, start_row, depth = z_base + (slot + a.row_begin) * z_row, z_row, 0
+                h_in = a.h + (s & 1) * a.h_half
+                h_out = a.h + (1 - (s & 1)) * a.h_half
+                h_to, h_to_row = (a.m, c_row) if projected else (h_out, h_row)
+                y_here = a.y + index * a.y_step
                 # Every other step walks the panels backwards: it begins with the weights that are still near.
                 forth = 1 if s & 1 == 0 else -1
-                p = panel_begin if forth > 0 else panel_end - 1
-                while panel_begin <= p < panel_end:
+                p = a.panel_begin if forth > 0 else a.panel_end - 1
+                while a.panel_begin <= p < a.panel_end:
                     unit = p * lanes
-                    done = row_begin
+                    done = a.row_begin
                     # While a panel is multiplied, the next one is fetched.
-                    ahead = w_h + min(max(p + forth, panel_begin), panel_end - 1) * width * gate_bytes
+                    ahead = a.w_h + min(max(p + forth, a.panel_begin), a.panel_end - 1) * a.width * gate_bytes
                     while done < end:
                         n = block_size(end - done, most)
                         cell_block(
                             n,
                             (
-                                x + index * x_step, x_rows + 8 * done, 1, 0, depth, w_x + p * inputs * gate_bytes,
-                                ahead, h_in, h_rows + 8 * done, 1, 0, width, w_h + p * width * gate_bytes, ahead,
+                                a.x + index * a.x_step, a.x_rows + 8 * done, 1, 0, depth,
+                                a.w_x + p * a.inputs * gate_bytes, ahead,
+                                h_in, a.h_rows + 8 * done, 1, 0, a.width, a.w_h + p * a.width * gate_bytes, ahead,
                             ),
-                            (
-                                start + p * gate_bytes + (done - row_begin) * start_row, start_row,
-                                c + done * c_row + p * vector_bytes, c_row,
+                            CellEnd(
+                                start + p * gate_bytes + (done - a.row_begin) * start_row, start_row,
+                                a.c + done * c_row + p * vector_bytes, c_row,
                                 h_to + done * h_to_row + p * vector_bytes, h_to_row,
-                                0 if projected else y_here + unit * stored, y_rows + 8 * done, hidden - unit,
-                                0 if gates == 0 else gates + (first_n + done) * gates_row + unit * 4 * stored,
-                                gates_row, 0 if cells == 0 else cells + (first_n + done) * c_row + p * vector_bytes,
+                                0 if projected else y_here + unit * stored, a.y_rows + 8 * done, a.hidden - unit,
+                                0 if a.gates == 0 else a.gates + (first_n + done) * gates_row + unit * 4 * stored,
+                                gates_row, 0 if a.cells == 0 else a.cells + (first_n + done) * c_row + p * vector_bytes,
                             ),
                         )  # fmt: skip
                         done += n
-                        ahead += width * 64
+                        ahead += a.width * 64
                     p += forth
 
                 if projected:
-                    if lockstep != 0:
+                    if a.lockstep != 0:
                         turn += 1
-                        arrive_and_wait(counter, members, turn)
+                        arrive_and_wait(a.counter, a.members, turn)
                     matrix_product(
-                        end - row_begin, m, m_rows + 8 * row_begin, 1, 0, hidden, w_r,
-                        column_begin, column_end, width, h_out, h_rows + 8 * row_begin, s & 1,
+                        end - a.row_begin, a.m, a.m_rows + 8 * a.row_begin, 1, 0, a.hidden, a.w_r,
+                        a.column_begin, a.column_end, a.width, h_out, a.h_rows + 8 * a.row_begin, s & 1,
                     )  # fmt: skip
-                    for r in range(row_begin, end):
+                    for r in range(a.row_begin, end):
                         narrow_row(
-                            y_here + load_int(y_rows + 8 * r) + h_first * lanes * stored,
+                            y_here + load_int(a.y_rows + 8 * r) + h_first * lanes * stored,
                             h_out + r * h_row + h_first * vector_bytes,
-                            min(h_count * lanes, width - h_first * lanes),
+                            min(h_count * lanes, a.width - h_first * lanes),
                         )
 
             # The state that enters the next step: rows that it resets are zeroed by whoever wrote them.
-            if reset != 0 and s + 1 < steps:
-                t_next = walk(reverse, steps, s + 1)
-                flags = reset + user_index(packed, row_starts, batch, t_next) * reset_step
-                h_next = h + ((s + 1) & 1) * h_half
-                for r in range(row_begin, min(row_end, alive_rows(batch_sizes, batch, t_next))):
-                    if load_byte(flags + load_int(reset_rows + 8 * r)) != 0:
+            if a.reset != 0 and s + 1 < a.steps:
+                t_next = walk(a.reverse, a.steps, s + 1)
+                flags = a.reset + user_index(a.packed, a.row_starts, a.batch, t_next) * a.reset_step
+                h_next = a.h + ((s + 1) & 1) * a.h_half
+                for r in range(a.row_begin, min(a.row_end, alive_rows(a.batch_sizes, a.batch, t_next))):
+                    if load_byte(flags + load_int(a.reset_rows + 8 * r)) != 0:
                         clear(h_next + r * h_row + h_first * vector_bytes, h_count)
-                        clear(c + r * c_row + panel_begin * vector_bytes, panel_end - panel_begin)
-            if lockstep != 0:
+                        clear(a.c + r * c_row + a.panel_begin * vector_bytes, a.panel_end - a.panel_begin)
+            if a.lockstep != 0:
                 turn += 1
-                arrive_and_wait(counter, members, turn)
+                arrive_and_wait(a.counter, a.members, turn)
         set_mode(mode)
 
     return lstm_fwd_kernel
@@ -564,8 +598,8 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
         return zero_four()
 
     def finish_tile(row, sums, e):
-        at = e[0] + row * gate_bytes
-        if e[1] != 0:
+        at = e.weight + row * gate_bytes
+        if e.add != 0:
             before = load_four(at)
             sums = (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2], before[3] + sums[3])
         store_vectors(at, sums, 4 * lanes)
@@ -577,246 +611,246 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
         """Tile ``job`` of ``jobs`` of a (depth, panel) gradient: a strip against a panel of dz (or dh)."""
         begin, end = depth * job // jobs, depth * (job + 1) // jobs
         strip = strips + begin * chunk_rows * size
-        tile_block(end - begin, (strip, 0, 1, 0, rows, columns, columns), (weight + begin * gate_bytes, add))
+        tile_block(end - begin, (strip, 0, 1, 0, rows, columns, columns), TileEnd(weight + begin * gate_bytes, add))
 
-    @kernel(numba.void(*[numba.int64] * len(BackwardArgs._fields)), key)
-    def lstm_bwd_kernel(
-        dx, dw_x, dw_h, dw_r, db, norms, dh, dc, dm, dz, dh_chunk, x_strips, h_strips, m_strips, dx_stage, table,
-        dy, dcells, gates, cells, x, y, h_0, c_0, zero, w_h, w_x, w_r, reset,
-        steps, batch, inputs, hidden, width, chunk, chunk_rows, reverse, batch_sizes, row_starts, packed,
-        part_begin, part_end, part_starts,
-        x_step, x_rows, y_step, y_rows, dx_step, dx_rows, dy_step, dy_rows, reset_step, reset_rows,
-        h_rows, m_rows, panel_rows,
-        row_begin, row_end, panel_begin, panel_end, column_begin, column_end,
-        lockstep, member, members, counter,
-    ):  # fmt: skip
+    read = make_read(BackwardArgs)
+
+    @kernel(key)
+    def lstm_bwd_kernel(address):
+        a = read(address)
         mode = flush_denormals()
-        panels = -(-hidden // lanes)
+        panels = -(-a.hidden // lanes)
         c_row = panels * vector_bytes
-        h_vectors = -(-width // lanes)
+        h_vectors = -(-a.width // lanes)
         h_row = h_vectors * vector_bytes
         gates_row = panels * 4 * lanes * stored
-        dz_panel = chunk_rows * gate_bytes
-        projected = dm != 0
+        dz_panel = a.chunk_rows * gate_bytes
+        projected = a.dm != 0
         turn = 0
-        h_first = 4 * column_begin
-        h_count = min(4 * column_end, h_vectors) - h_first
+        h_first = 4 * a.column_begin
+        h_count = min(4 * a.column_end, h_vectors) - h_first
         norm_row = 8 * -(-max(panels, h_vectors) // NORM_PANELS)
-        norms_c = norms + steps * batch * norm_row
+        norms_c = a.norms + a.steps * a.batch * norm_row
 
-        part = part_end - part_begin
-        chunks = -(-steps // chunk)
+        part = a.part_end - a.part_begin
+        chunks = -(-a.steps // a.chunk)
         for chunk_index in range(chunks - 1, -1, -1):
             add = 1 if chunk_index < chunks - 1 else 0  # to the weight gradients of the chunks before
-            first, last = chunk_index * chunk, min((chunk_index + 1) * chunk, steps)
-            earliest = min(walk(reverse, steps, first), walk(reverse, steps, last - 1))
-            latest = max(walk(reverse, steps, first), walk(reverse, steps, last - 1))
-            k_base = row_start(part_starts, part, earliest)
-            count = row_start(part_starts, part, latest + 1) - k_base
+            first, last = chunk_index * a.chunk, min((chunk_index + 1) * a.chunk, a.steps)
+            earliest = min(walk(a.reverse, a.steps, first), walk(a.reverse, a.steps, last - 1))
+            latest = max(walk(a.reverse, a.steps, first), walk(a.reverse, a.steps, last - 1))
+            k_base = row_start(a.part_starts, part, earliest)
+            count = row_start(a.part_starts, part, latest + 1) - k_base
 
             for s in range(last - 1, first - 1, -1):
-                t = walk(reverse, steps, s)
-                alive = alive_rows(batch_sizes, batch, t)
-                end = min(row_end, alive)
-                n_here = row_start(row_starts, batch, t)
-                k_here = row_start(part_starts, part, t) - k_base - part_begin
-                index = user_index(packed, row_starts, batch, t)
-                flags = reset + index * reset_step
-                t_prev = walk(reverse, steps, s - 1)
-                continued = min(alive, alive_rows(batch_sizes, batch, t_prev)) if s > 0 else 0
-                n_prev = row_start(row_starts, batch, t_prev) if s > 0 else 0
-                dy_here = dy + index * dy_step
-                dy_back = (index - user_index(packed, row_starts, batch, t_prev)) * dy_step
+                t = walk(a.reverse, a.steps, s)
+                alive = alive_rows(a.batch_sizes, a.batch, t)
+                end = min(a.row_end, alive)
+                n_here = row_start(a.row_starts, a.batch, t)
+                k_here = row_start(a.part_starts, part, t) - k_base - a.part_begin
+                index = user_index(a.packed, a.row_starts, a.batch, t)
+                flags = a.reset + index * a.reset_step
+                t_prev = walk(a.reverse, a.steps, s - 1)
+                continued = min(alive, alive_rows(a.batch_sizes, a.batch, t_prev)) if s > 0 else 0
+                n_prev = row_start(a.row_starts, a.batch, t_prev) if s > 0 else 0
+                dy_here = a.dy + index * a.dy_step
+                dy_back = (index - user_index(a.packed, a.row_starts, a.batch, t_prev)) * a.dy_step
 
                 if projected:
                     # dh_t is whole only with the user's part; it is wanted panel by panel for dW_hr.
-                    for r in range(row_begin, end):
+                    for r in range(a.row_begin, end):
                         squares_h = 0.0
                         for v in range(h_first, h_first + h_count):
-                            at = dh + r * h_row + v * vector_bytes
+                            at = a.dh + r * h_row + v * vector_bytes
                             value = load(at)
-                            if dy != 0:
-                                source = dy_here + load_int(dy_rows + 8 * r) + v * lanes * stored
-                                value = value + load_storage(source, width - v * lanes)
-                            if norms != 0:
+                            if a.dy != 0:
+                                source = dy_here + load_int(a.dy_rows + 8 * r) + v * lanes * stored
+                                value = value + load_storage(source, a.width - v * lanes)
+                            if a.norms != 0:
                                 squares_h += square_sum(value)
                                 if (v + 1) % NORM_PANELS == 0 or v + 1 == h_first + h_count:
-                                    store_double(norms + (t * batch + r) * norm_row + v // NORM_PANELS * 8, squares_h)
+                                    store_double(
+                                        a.norms + (t * a.batch + r) * norm_row + v // NORM_PANELS * 8, squares_h
+                                    )
                                     squares_h = 0.0
                             store(at, value)
-                            if dw_r != 0:
+                            if a.dw_r != 0:
                                 store(
-                                    dh_chunk + (v // 4 * chunk_rows + k_here + r) * gate_bytes
+                                    a.dh_chunk + (v // 4 * a.chunk_rows + k_here + r) * gate_bytes
                                     + v % 4 * vector_bytes, value,
                                 )  # fmt: skip
-                    if lockstep != 0:
+                    if a.lockstep != 0:
                         turn += 1
-                        arrive_and_wait(counter, members, turn)
+                        arrive_and_wait(a.counter, a.members, turn)
                     matrix_product(
-                        end - row_begin, dh, h_rows + 8 * row_begin, 1, 0, width, w_r,
-                        -(-panel_begin // 4), -(-panel_end // 4), hidden, dm, m_rows + 8 * row_begin, s & 1,
+                        end - a.row_begin, a.dh, a.h_rows + 8 * a.row_begin, 1, 0, a.width, a.w_r,
+                        -(-a.panel_begin // 4), -(-a.panel_end // 4), a.hidden, a.dm, a.m_rows + 8 * a.row_begin, s & 1,
                     )  # fmt: skip
 
-                for r in range(row_begin, end):
-                    c_prev_row = cells + (n_prev + r) * c_row if r < continued else c_0 + r * c_row
-                    if reset != 0 and load_byte(flags + load_int(reset_rows + 8 * r)) != 0:
-                        c_prev_row = zero
-                    dy_row = dy_here + load_int(dy_rows + 8 * r) if dy != 0 else 0
+                for r in range(a.row_begin, end):
+                    c_prev_row = a.cells + (n_prev + r) * c_row if r < continued else a.c_0 + r * c_row
+                    if a.reset != 0 and load_byte(flags + load_int(a.reset_rows + 8 * r)) != 0:
+                        c_prev_row = a.zero
+                    dy_row = dy_here + load_int(a.dy_rows + 8 * r) if a.dy != 0 else 0
                     squares_h, squares_c = 0.0, 0.0
-                    for p in range(panel_begin, panel_end):
+                    for p in range(a.panel_begin, a.panel_end):
                         unit, at_vector = p * lanes, p * vector_bytes
-                        at = gates + (n_here + r) * gates_row + unit * 4 * stored
+                        at = a.gates + (n_here + r) * gates_row + unit * 4 * stored
                         # The step before is fetched now: walking backwards, no prefetcher of the processor's own does,
                         # and at H = 16 reading the gates took longer than the arithmetic.
                         for line in range(0, 4 * lanes * stored, 64):
-                            fetch(gates + (n_prev + r) * gates_row + unit * 4 * stored + line)
-                        if dy != 0:
+                            fetch(a.gates + (n_prev + r) * gates_row + unit * 4 * stored + line)
+                        if a.dy != 0:
                             fetch(dy_row - dy_back + unit * stored)
                         i, f = load_storage(at, lanes), load_storage(at + lanes * stored, lanes)
                         g, o = (
                             load_storage(at + 2 * lanes * stored, lanes),
                             load_storage(at + 3 * lanes * stored, lanes),
                         )
-                        tanh_c = tanh(load(cells + (n_here + r) * c_row + at_vector))
+                        tanh_c = tanh(load(a.cells + (n_here + r) * c_row + at_vector))
                         c_prev = load(c_prev_row + at_vector)
                         if projected:
-                            grad_h = load(dm + r * c_row + at_vector)
-                            if dw_r != 0:
+                            grad_h = load(a.dm + r * c_row + at_vector)
+                            if a.dw_r != 0:
                                 # dm has served; m_t takes its place until it is copied for dW_hr.
-                                store(dm + r * c_row + at_vector, hidden_state(o, tanh_c))
+                                store(a.dm + r * c_row + at_vector, hidden_state(o, tanh_c))
                         else:
-                            grad_h = load(dh + r * c_row + at_vector)
-                            if dy != 0:
-                                grad_h = grad_h + load_storage(dy_row + unit * stored, hidden - unit)
-                        grad_c = load(dc + r * c_row + at_vector)
-                        if dcells != 0:
-                            grad_c = grad_c + load(dcells + (n_here + r) * c_row + at_vector)
+                            grad_h = load(a.dh + r * c_row + at_vector)
+                            if a.dy != 0:
+                                grad_h = grad_h + load_storage(dy_row + unit * stored, a.hidden - unit)
+                        grad_c = load(a.dc + r * c_row + at_vector)
+                        if a.dcells != 0:
+                            grad_c = grad_c + load(a.dcells + (n_here + r) * c_row + at_vector)
                         grad_c = cell_grad(grad_c, grad_h, o, tanh_c)
                         dz_i, dz_f, dz_g, dz_o = gate_grads(grad_c, grad_h, i, f, g, o, c_prev, tanh_c)
-                        left = hidden - unit
+                        left = a.hidden - unit
                         if left < lanes:  # units beyond H may hold NaN; they must not reach a sum
                             dz_i, dz_f = first_lanes(dz_i, left), first_lanes(dz_f, left)
                             dz_g, dz_o = first_lanes(dz_g, left), first_lanes(dz_o, left)
                             grad_c = first_lanes(grad_c, left)
                             f = first_lanes(f, left)
-                        store(dc + r * c_row + at_vector, cell_grad_prev(grad_c, f))
-                        at = dz + p * dz_panel + (k_here + r) * gate_bytes
+                        store(a.dc + r * c_row + at_vector, cell_grad_prev(grad_c, f))
+                        at = a.dz + p * dz_panel + (k_here + r) * gate_bytes
                         store(at, dz_i)
                         store(at + vector_bytes, dz_f)
                         store(at + 2 * vector_bytes, dz_g)
                         store(at + 3 * vector_bytes, dz_o)
-                        if norms != 0:
+                        if a.norms != 0:
                             squares_h += square_sum(grad_h)
                             squares_c += square_sum(grad_c)
-                            if (p + 1) % NORM_PANELS == 0 or p + 1 == panel_end:
-                                norm = (t * batch + r) * norm_row + p // NORM_PANELS * 8
+                            if (p + 1) % NORM_PANELS == 0 or p + 1 == a.panel_end:
+                                norm = (t * a.batch + r) * norm_row + p // NORM_PANELS * 8
                                 if not projected:
-                                    store_double(norms + norm, squares_h)
+                                    store_double(a.norms + norm, squares_h)
                                 store_double(norms_c + norm, squares_c)
                                 squares_h, squares_c = 0.0, 0.0
 
-                if lockstep != 0:
+                if a.lockstep != 0:
                     turn += 1
-                    arrive_and_wait(counter, members, turn)
+                    arrive_and_wait(a.counter, a.members, turn)
                 matrix_product(
-                    end - row_begin, dz + (k_here + row_begin) * gate_bytes, panel_rows, panels, dz_panel,
-                    panel, w_h, column_begin, column_end, width, dh, h_rows + 8 * row_begin, s & 1,
+                    end - a.row_begin, a.dz + (k_here + a.row_begin) * gate_bytes, a.panel_rows, panels, dz_panel,
+                    panel, a.w_h, a.column_begin, a.column_end, a.width, a.dh, a.h_rows + 8 * a.row_begin, s & 1,
                 )  # fmt: skip
-                if projected and dw_r != 0 and panel_begin == 0:
-                    for r in range(row_begin, end):
-                        copy_strips(m_strips, dm + r * c_row, hidden, k_here + r, chunk_rows, False)
-                if reset != 0:
-                    for r in range(row_begin, end):
-                        if load_byte(flags + load_int(reset_rows + 8 * r)) != 0:
-                            clear(dh + r * h_row + h_first * vector_bytes, h_count)
-                            clear(dc + r * c_row + panel_begin * vector_bytes, panel_end - panel_begin)
+                if projected and a.dw_r != 0 and a.panel_begin == 0:
+                    for r in range(a.row_begin, end):
+                        copy_strips(a.m_strips, a.dm + r * c_row, a.hidden, k_here + r, a.chunk_rows, False)
+                if a.reset != 0:
+                    for r in range(a.row_begin, end):
+                        if load_byte(flags + load_int(a.reset_rows + 8 * r)) != 0:
+                            clear(a.dh + r * h_row + h_first * vector_bytes, h_count)
+                            clear(a.dc + r * c_row + a.panel_begin * vector_bytes, a.panel_end - a.panel_begin)
 
             # The rows of the chunk: copies of x and h_{t-1} for the weight gradients, and where dx goes.
-            for s in range(first + member, last, members):
-                t = walk(reverse, steps, s)
-                alive = alive_rows(batch_sizes, batch, t)
-                k_here = row_start(part_starts, part, t) - k_base - part_begin
-                index = user_index(packed, row_starts, batch, t)
-                t_prev = walk(reverse, steps, s - 1)
-                continued = min(alive, alive_rows(batch_sizes, batch, t_prev)) if s > 0 else 0
-                y_prev = y + user_index(packed, row_starts, batch, t_prev) * y_step
-                for r in range(part_begin, min(part_end, alive)):
+            for s in range(first + a.member, last, a.members):
+                t = walk(a.reverse, a.steps, s)
+                alive = alive_rows(a.batch_sizes, a.batch, t)
+                k_here = row_start(a.part_starts, part, t) - k_base - a.part_begin
+                index = user_index(a.packed, a.row_starts, a.batch, t)
+                t_prev = walk(a.reverse, a.steps, s - 1)
+                continued = min(alive, alive_rows(a.batch_sizes, a.batch, t_prev)) if s > 0 else 0
+                y_prev = a.y + user_index(a.packed, a.row_starts, a.batch, t_prev) * a.y_step
+                for r in range(a.part_begin, min(a.part_end, alive)):
                     k = k_here + r
-                    if dx_stage != 0:
-                        store_int(table + 8 * k, dx_stage + k * inputs * size)
+                    if a.dx_stage != 0:
+                        store_int(a.table + 8 * k, a.dx_stage + k * a.inputs * size)
                     else:
-                        store_int(table + 8 * k, dx + index * dx_step + load_int(dx_rows + 8 * r))
-                    if dw_x != 0:
-                        x_row = x + index * x_step + load_int(x_rows + 8 * r)
-                        copy_strips(x_strips, x_row, inputs, k, chunk_rows, True)
-                        if reset != 0 and load_byte(reset + index * reset_step + load_int(reset_rows + 8 * r)) != 0:
-                            copy_strips(h_strips, zero, width, k, chunk_rows, False)
+                        store_int(a.table + 8 * k, a.dx + index * a.dx_step + load_int(a.dx_rows + 8 * r))
+                    if a.dw_x != 0:
+                        x_row = a.x + index * a.x_step + load_int(a.x_rows + 8 * r)
+                        copy_strips(a.x_strips, x_row, a.inputs, k, a.chunk_rows, True)
+                        if (
+                            a.reset != 0
+                            and load_byte(a.reset + index * a.reset_step + load_int(a.reset_rows + 8 * r)) != 0
+                        ):
+                            copy_strips(a.h_strips, a.zero, a.width, k, a.chunk_rows, False)
                         elif r < continued:
-                            copy_strips(h_strips, y_prev + load_int(y_rows + 8 * r), width, k, chunk_rows, True)
+                            copy_strips(a.h_strips, y_prev + load_int(a.y_rows + 8 * r), a.width, k, a.chunk_rows, True)
                         else:
-                            copy_strips(h_strips, h_0 + r * h_row, width, k, chunk_rows, False)
+                            copy_strips(a.h_strips, a.h_0 + r * h_row, a.width, k, a.chunk_rows, False)
             turn += 1
-            arrive_and_wait(counter, members, turn)
+            arrive_and_wait(a.counter, a.members, turn)
 
-            if dw_x != 0:
-                tiles_x, tiles_h = -(-inputs // most), -(-width // most)
+            if a.dw_x != 0:
+                tiles_x, tiles_h = -(-a.inputs // most), -(-a.width // most)
                 jobs = tiles_x + tiles_h + 1
-                for job in range(panels * jobs * member // members, panels * jobs * (member + 1) // members):
+                for job in range(panels * jobs * a.member // a.members, panels * jobs * (a.member + 1) // a.members):
                     p, j = job // jobs, job % jobs
-                    columns = dz + p * dz_panel
+                    columns = a.dz + p * dz_panel
                     if j < tiles_x:
                         weight_tile(
-                            j, tiles_x, inputs, count, chunk_rows, columns,
-                            dw_x + p * inputs * gate_bytes, x_strips, add,
+                            j, tiles_x, a.inputs, count, a.chunk_rows, columns,
+                            a.dw_x + p * a.inputs * gate_bytes, a.x_strips, add,
                         )  # fmt: skip
                     elif j < tiles_x + tiles_h:
                         weight_tile(
-                            j - tiles_x, tiles_h, width, count, chunk_rows, columns,
-                            dw_h + p * width * gate_bytes, h_strips, add,
+                            j - tiles_x, tiles_h, a.width, count, a.chunk_rows, columns,
+                            a.dw_h + p * a.width * gate_bytes, a.h_strips, add,
                         )  # fmt: skip
                     else:
                         i, f, g, o = zero_four()
                         for k in range(count):
                             row = load_four(columns + k * gate_bytes)
                             i, f, g, o = i + row[0], f + row[1], g + row[2], o + row[3]
-                        at = db + p * gate_bytes
+                        at = a.db + p * gate_bytes
                         if add != 0:
                             row = load_four(at)
                             i, f, g, o = i + row[0], f + row[1], g + row[2], o + row[3]
                         store_vectors(at, (i, f, g, o), 4 * lanes)
                 if projected:
-                    tiles = -(-hidden // most)
-                    columns_panels = -(-width // panel)
+                    tiles = -(-a.hidden // most)
+                    columns_panels = -(-a.width // panel)
                     for job in range(
-                        columns_panels * tiles * member // members, columns_panels * tiles * (member + 1) // members
+                        columns_panels * tiles * a.member // a.members,
+                        columns_panels * tiles * (a.member + 1) // a.members,
                     ):
                         q, j = job // tiles, job % tiles
-                        columns = dh_chunk + q * chunk_rows * gate_bytes
+                        columns = a.dh_chunk + q * a.chunk_rows * gate_bytes
                         weight_tile(
-                            j, tiles, hidden, count, chunk_rows, columns,
-                            dw_r + q * hidden * gate_bytes, m_strips, add,
+                            j, tiles, a.hidden, count, a.chunk_rows, columns,
+                            a.dw_r + q * a.hidden * gate_bytes, a.m_strips, add,
                         )  # fmt: skip
-            if dx != 0:
-                begin, end = count * member // members, count * (member + 1) // members
+            if a.dx != 0:
+                begin, end = count * a.member // a.members, count * (a.member + 1) // a.members
                 done = begin
                 while done < end:
                     n = min(JOINED_ROWS, end - done)
                     matrix_product(
-                        n, dz + done * gate_bytes, panel_rows, panels, dz_panel, panel, w_x,
-                        0, -(-inputs // panel), inputs, 0, table + 8 * done, 0,
+                        n, a.dz + done * gate_bytes, a.panel_rows, panels, dz_panel, panel, a.w_x,
+                        0, -(-a.inputs // panel), a.inputs, 0, a.table + 8 * done, 0,
                     )  # fmt: skip
                     done += n
-                if dx_stage != 0:
+                if a.dx_stage != 0:
                     for s in range(first, last):
-                        t = walk(reverse, steps, s)
-                        k_here = row_start(part_starts, part, t) - k_base
-                        k_next = row_start(part_starts, part, t + 1) - k_base
-                        dx_here = dx + user_index(packed, row_starts, batch, t) * dx_step
+                        t = walk(a.reverse, a.steps, s)
+                        k_here = row_start(a.part_starts, part, t) - k_base
+                        k_next = row_start(a.part_starts, part, t + 1) - k_base
+                        dx_here = a.dx + user_index(a.packed, a.row_starts, a.batch, t) * a.dx_step
                         for k in range(max(begin, k_here), min(end, k_next)):
-                            target = dx_here + load_int(dx_rows + 8 * (part_begin + k - k_here))
-                            narrow_row(target, dx_stage + k * inputs * size, inputs)
+                            target = dx_here + load_int(a.dx_rows + 8 * (a.part_begin + k - k_here))
+                            narrow_row(target, a.dx_stage + k * a.inputs * size, a.inputs)
             turn += 1
-            arrive_and_wait(counter, members, turn)
+            arrive_and_wait(a.counter, a.members, turn)
         set_mode(mode)
 
     return lstm_bwd_kernel

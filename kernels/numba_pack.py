@@ -15,16 +15,38 @@ from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 from . import threads
+from .arguments import make_read
 from .jit import inline, kernel
 from .numba_simd import load_int, simd
 from .tiling import Block, ceil_div
 
 WORTH_A_THREAD = 1 << 18  # values: some 100 microseconds of packing
+
+
+class PackArgs(NamedTuple):
+    """What a member is told (see ``arguments.py``); matrices are contiguous."""
+
+    packed: int  # panels
+    matrix: int
+    depth: int  # K
+    columns: int  # H, where the panels hold gates; else the columns of all panels
+    rows: int  # of the matrix, for each k of the panels (int64); where it is packed in columns
+    begin: int = 0  # panels of this member
+    end: int = 0
+
+
+class SumArgs(NamedTuple):
+    """What a member is told."""
+
+    target: int
+    source: int
+    begin: int = 0  # vectors of this member
+    end: int = 0
 
 
 @functools.lru_cache(maxsize=256)
@@ -54,6 +76,8 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
     load, store, zeros, transpose_tile, copy_one = ops.load, ops.store, ops.zeros, ops.transpose_tile, ops.copy_one
     load_first, store_first = ops.make_load(scalar), ops.make_store(scalar)
 
+    read, read_sum = make_read(PackArgs), make_read(SumArgs)
+
     @inline
     def transpose(target, target_row, source, source_row, rows, columns):
         """(columns, rows) from (rows, columns), rows <= lanes."""
@@ -66,63 +90,68 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
             for r in range(rows):
                 copy_one(target + k * target_row + r * size, source + r * source_row + k * size)
 
-    @kernel(numba.void(*[numba.int64] * 6), f"{scalar}{lanes}")
-    def pack_gates(packed, weight, hidden, depth, begin, end):  # (U * K * 4 * lanes,), (4H, K)
-        for p in range(begin, end):
-            units = min(lanes, hidden - p * lanes)
+    @kernel(f"{scalar}{lanes}")
+    def pack_gates(address):  # (4H, K) to (U * K * 4 * lanes,)
+        a = read(address)
+        for p in range(a.begin, a.end):
+            units = min(lanes, a.columns - p * lanes)
             for gate in range(4):
-                target = packed + p * depth * panel_bytes + gate * vector_bytes
+                target = a.packed + p * a.depth * panel_bytes + gate * vector_bytes
                 if units < lanes:
-                    for k in range(depth):
+                    for k in range(a.depth):
                         store(target + k * panel_bytes, zeros())
-                source = weight + (gate * hidden + p * lanes) * depth * size
-                transpose(target, panel_bytes, source, depth * size, units, depth)
+                source = a.matrix + (gate * a.columns + p * lanes) * a.depth * size
+                transpose(target, panel_bytes, source, a.depth * size, units, a.depth)
 
-    @kernel(numba.void(*[numba.int64] * 6), f"{scalar}{lanes}")
-    def unpack_gates(weight, packed, hidden, depth, begin, end):  # (4H, K), (U * K * 4 * lanes,)
-        for p in range(begin, end):
-            units = min(lanes, hidden - p * lanes)
+    @kernel(f"{scalar}{lanes}")
+    def unpack_gates(address):  # (U * K * 4 * lanes,) to (4H, K)
+        a = read(address)
+        for p in range(a.begin, a.end):
+            units = min(lanes, a.columns - p * lanes)
             for gate in range(4):
-                source = packed + p * depth * panel_bytes + gate * vector_bytes
-                target = weight + (gate * hidden + p * lanes) * depth * size
+                source = a.packed + p * a.depth * panel_bytes + gate * vector_bytes
+                target = a.matrix + (gate * a.columns + p * lanes) * a.depth * size
                 done = 0
                 if units == lanes:
-                    while done + lanes <= depth:
-                        transpose_tile(target + done * size, depth * size, source + done * panel_bytes, panel_bytes)
+                    while done + lanes <= a.depth:
+                        transpose_tile(target + done * size, a.depth * size, source + done * panel_bytes, panel_bytes)
                         done += lanes
-                for k in range(done, depth):
+                for k in range(done, a.depth):
                     for u in range(units):
-                        copy_one(target + (u * depth + k) * size, source + k * panel_bytes + u * size)
+                        copy_one(target + (u * a.depth + k) * size, source + k * panel_bytes + u * size)
 
-    @kernel(numba.void(*[numba.int64] * 7), f"{scalar}{lanes}")
-    def pack_columns(packed, weight, rows, depth, columns, begin, end):  # (K * columns,), (·, columns), (K,)
-        for q in range(begin, end):
+    @kernel(f"{scalar}{lanes}")
+    def pack_columns(address):  # (·, columns) to (K * columns,)
+        a = read(address)
+        for q in range(a.begin, a.end):
             first = q * panel
-            left = columns - first
+            left = a.columns - first
             width = lanes if left <= lanes else 2 * lanes if left <= 2 * lanes else panel
-            for k in range(depth):
-                target, row = packed + (first * depth + k * width) * size, load_int(rows + 8 * k)
-                source = weight + (row * columns + first) * size
+            for k in range(a.depth):
+                target, row = a.packed + (first * a.depth + k * width) * size, load_int(a.rows + 8 * k)
+                source = a.matrix + (row * a.columns + first) * size
                 for j in range(0, width, lanes):
                     if row >= 0:
-                        store(target + j * size, load_first(source + j * size, columns - first - j))
+                        store(target + j * size, load_first(source + j * size, a.columns - first - j))
                     else:
                         store(target + j * size, zeros())
 
-    @kernel(numba.void(*[numba.int64] * 6), f"{scalar}{lanes}")
-    def unpack_columns(weight, packed, depth, columns, begin, end):  # (K, columns), (panels * K * panel,)
-        for q in range(begin, end):
-            for k in range(depth):
-                target = weight + (k * columns + q * panel) * size
-                source = packed + (q * depth + k) * panel_bytes
-                for j in range(0, min(panel, columns - q * panel), lanes):
-                    left = columns - q * panel - j
+    @kernel(f"{scalar}{lanes}")
+    def unpack_columns(address):  # (panels * K * panel,) to (K, columns)
+        a = read(address)
+        for q in range(a.begin, a.end):
+            for k in range(a.depth):
+                target = a.matrix + (k * a.columns + q * panel) * size
+                source = a.packed + (q * a.depth + k) * panel_bytes
+                for j in range(0, min(panel, a.columns - q * panel), lanes):
+                    left = a.columns - q * panel - j
                     store_first(target + j * size, load_first(source + j * size, left), left)
 
-    @kernel(numba.void(*[numba.int64] * 4), f"{scalar}{lanes}")
-    def add_to(target, source, begin, end):  # vectors ``begin`` to ``end`` of both
-        for at in range(begin * vector_bytes, end * vector_bytes, vector_bytes):
-            store(target + at, load(target + at) + load(source + at))
+    @kernel(f"{scalar}{lanes}")
+    def add_to(address):
+        a = read_sum(address)
+        for at in range(a.begin * vector_bytes, a.end * vector_bytes, vector_bytes):
+            store(a.target + at, load(a.target + at) + load(a.source + at))
 
     return SimpleNamespace(
         add_to=add_to,
@@ -133,8 +162,8 @@ def packers(scalar: str, block: Block) -> SimpleNamespace:
     )
 
 
-def share(function, available: int, panels: int, values: int, *arguments: int) -> None:
+def share(function: Any, available: int, panels: int, values: int, record: PackArgs | SumArgs) -> None:
     """Runs a packer over ``panels`` panels, on as many of the available threads as ``values`` values are worth."""
     members = min(available, panels) if values >= WORTH_A_THREAD else 1
-    calls = [(*arguments, panels * m // members, panels * (m + 1) // members) for m in range(members)]
-    threads.run(function, calls)
+    shares = [(panels * m // members, panels * (m + 1) // members) for m in range(members)]
+    threads.run(function, [record._replace(begin=begin, end=end) for begin, end in shares])

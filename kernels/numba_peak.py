@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 
 from . import threads, tiling
+from .arguments import make_read
 from .contract import state_dtype
 from .jit import kernel
 from .numba_gemm import make_block
@@ -21,6 +22,21 @@ from .numba_simd import simd
 
 DEPTH = 96  # 24 KiB of weights, 2.3 KiB of rows
 SECONDS = 0.05  # of one run
+
+
+class PeakArgs(NamedTuple):
+    """What a thread is told (see ``arguments.py``)."""
+
+    out: int  # (rows, panel)
+    a: int  # (rows, depth)
+    offsets: int  # (rows,) int64
+    w: int  # (depth, panel)
+    depth: int
+    repeats: int
+
+
+class PeakEnd(NamedTuple):
+    out: int
 
 
 @functools.cache
@@ -32,15 +48,18 @@ def _peak_kernel(scalar: str, block: tiling.Block):
         return zero_four()
 
     def finish_peak(row, sums, e):
-        store_vectors(e[0] + row * width * ops_size, sums, width)
+        store_vectors(e.out + row * width * ops_size, sums, width)
 
     ops_size, rows = ops.size, block.rows
     full_block = make_block(ops, (rows,), 4, start, finish_peak, key=f"{scalar}_{block.lanes}")
 
-    @kernel(numba.void(*[numba.int64] * 6), f"{scalar}{block}")
-    def peak_kernel(out, a, offsets, w, depth, repeats):
-        for _ in range(repeats):
-            full_block(rows, (a, offsets, 1, 0, depth, w, w), (out,))
+    read = make_read(PeakArgs)
+
+    @kernel(f"{scalar}{block}")
+    def peak_kernel(address):
+        p = read(address)
+        for _ in range(p.repeats):
+            full_block(rows, (p.a, p.offsets, 1, 0, p.depth, p.w, p.w), PeakEnd(p.out))
 
     return peak_kernel
 
@@ -63,7 +82,8 @@ def fma_peak(dtype: torch.dtype, threads_wanted: int) -> float:
 
     def seconds(repeats: int) -> float:
         calls = [
-            (out.ctypes.data, a.ctypes.data, offsets.ctypes.data, w.ctypes.data, DEPTH, repeats) for out, a, w in arrays
+            PeakArgs(out.ctypes.data, a.ctypes.data, offsets.ctypes.data, w.ctypes.data, DEPTH, repeats)
+            for out, a, w in arrays
         ]
         begin = time.perf_counter()
         threads.run(run_block, calls)

@@ -29,6 +29,7 @@ __all__ = [
     "RLock",
     "SimpleQueue",
     "after_fork",
+    "forked",
     "new_lock",
     "one_torch_thread",
     "start_thread",
@@ -115,6 +116,11 @@ def _in_child() -> None:
 def torch_threads() -> int:
     """What the user has set with ``torch.set_num_threads``."""
     return _hidden if _alone else torch.get_num_threads()
+
+
+def forked() -> bool:
+    """Whether this is a forked child."""
+    return _forked
 
 
 def torch_would_hang() -> bool:

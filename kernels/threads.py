@@ -1,12 +1,12 @@
-"""The thread pool that runs the kernels.
+"""How a launch of a kernel gets its threads.
 
-Numba's own parallel layers do not serve: its workqueue aborts the process when two threads enter it, its OpenMP layer
-dies in a forked child, and it loads a second OpenMP runtime beside torch's.  Here a launch is a list of calls of a
-``nogil`` kernel, one a thread, the first on the caller's own; the others run on native threads that sleep on a queue
-between launches.
+A launch is a list of records, one a member: all members run at once, the first on the caller's own thread, because they
+wait for one another inside the kernel (``numba_sync.py``).  They are threads of torch's own team where there is one
+(``team.py``), else of a pool kept here, whose native threads sleep on a queue between launches.  Numba's parallel
+layers do not serve: its workqueue aborts the process when two threads enter it, its OpenMP layer dies in a forked
+child, and it loads a second OpenMP runtime beside torch's.
 
-Members of a launch wait for one another inside the kernel (``numba_sync.py``), so all of them have to run at once.  One
-launch owns the whole pool; a caller that finds it taken is told so by :func:`available` and runs alone, which is also
+One launch at a time; a caller that finds another running is told so by :func:`available` and runs alone, which is also
 the better use of the cores.  A forked child has none of its parent's threads: it starts with an empty pool.
 
 An exception may strike between any two lines of Python: signal handlers run there (Ctrl-C), and raise.  So all that
@@ -22,10 +22,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import methodcaller
+from typing import Any
 
 import numpy as np
 
-from . import process
+from . import process, team
 
 OPEN = 1 << 40  # added to a barrier's counter it lets everybody through; no launch has so many turns
 
@@ -41,7 +42,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _deeper(function: Callable, *arguments: int) -> None:
+def _deeper(function: Callable, record: int) -> None:
     """Calls ``function``, from one frame of the interpreter further down the stack of a thread of the pool.
 
     Called directly, one member of two took 1.6 times as long as the other (T = 500, B = 32, H = 128, alone, on an AMD
@@ -49,7 +50,7 @@ def _deeper(function: Callable, *arguments: int) -> None:
     page, and where the kernels' own variables lie in it as the rows that they load do, but for a multiple of 4096
     bytes, the processor takes loads for dependent on stores that are not.
     """
-    function(*arguments)
+    function(record)
 
 
 class _Worker:
@@ -70,24 +71,24 @@ class _Worker:
 
 
 class _Launch:
-    """One call a member: the first is the caller's own, each other a worker's.
+    """A launch on the pool: the first member is the caller's own, each other a worker's.
 
     ``counters``: those of the barriers that its members wait at.
     """
 
-    def __init__(self, function: Callable, calls: Sequence[tuple], counters: np.ndarray | None):
+    def __init__(self, function: Callable, addresses: Sequence[int], counters: np.ndarray | None):
         self.function, self.counters = function, counters
-        self.waiting = dict(enumerate(calls))  # who takes a member's arguments out runs it
-        self.workers = dict(enumerate(_workers[: len(calls) - 1], 1))
+        self.waiting = dict(enumerate(addresses))  # who takes a member's record out runs it
+        self.workers = dict(enumerate(_workers[: len(addresses) - 1], 1))
         self.over: dict[int, Callable] = {member: worker.gate.open for member, worker in self.workers.items()}
         self.errors: list[BaseException] = []
 
     def run(self, member: int) -> None:
         """What a thread of the pool does."""
         try:
-            arguments = self.waiting.pop(member, None)
-            if arguments is not None:
-                _deeper(self.function, *arguments)
+            record = self.waiting.pop(member, None)
+            if record is not None:
+                _deeper(self.function, record)
         except BaseException as error:  # kernels raise none: there was no memory to call one; raised by the caller
             self.errors.append(error)
             self.open_barriers()
@@ -124,6 +125,11 @@ def available(wanted: int) -> int:
     """How many threads a launch may use now: ``wanted``, or 1 while another launch runs."""
     if wanted <= 1 or _lock.locked() or sys.is_finalizing():  # then no other thread gets to run any more
         return 1
+    return wanted if team.missing() is None else _start_workers(wanted)
+
+
+def _start_workers(wanted: int) -> int:
+    """How many threads, of ``wanted``, the pool and the caller are."""
     try:
         while len(_workers) < wanted - 1:
             _workers.append(_Worker())
@@ -132,29 +138,57 @@ def available(wanted: int) -> int:
     return wanted
 
 
-def run(function: Callable, calls: Sequence[tuple], counters: np.ndarray | None = None) -> None:
-    """Calls ``function(*arguments)`` for all ``calls`` at once; no more calls than :func:`available` said.
+def describe() -> str:
+    """One sentence on whose threads a launch uses, for people to read."""
+    why = team.missing()
+    return "torch's own" if why is None else f"a pool of our own: {why}"
+
+
+def prewarm() -> None:
+    """Compiles, or loads from the disk cache, what launches need beside their kernels."""
+    team.prewarm()
+
+
+def run(kernel: Any, records: Sequence[tuple], counters: np.ndarray | None = None) -> None:
+    """Runs ``kernel`` on all ``records`` at once; no more of them than :func:`available` said.
 
     ``counters`` (int64): those of the barriers that the members wait at, where they do.
 
-    From taking the pool until it is free again it is one call of C code, which runs no line of Python and so no signal
+    From taking the lock until it is free again it is one call of C code, which runs no line of Python and so no signal
     handler: a launch has not begun, or it is over.
     """
-    if len(calls) == 1:
-        function(*calls[0])
+    packed = np.array(records, np.int64)
+    if len(records) == 1:
+        kernel(packed.ctypes.data)
         return
-    launch, lock = _Launch(function, calls, counters), _lock
-    own = partial(function, *launch.waiting.pop(0))
+    if team.missing() is None:
+        launch = team.Launch(kernel.address, packed)
+        _in_one(launch.run, abandon=bool)
+        if launch.done():
+            return
+    if _start_workers(len(records)) < len(records):
+        raise RuntimeError("the system refuses the threads of a launch: torch.set_num_threads(1) does without")
+    addresses = range(packed.ctypes.data, packed.ctypes.data + packed.nbytes, packed.strides[0])
+    _run_on_pool(kernel, addresses, counters)
+
+
+def _run_on_pool(function: Callable, addresses: Sequence[int], counters: np.ndarray | None) -> None:
+    launch = _Launch(function, addresses, counters)
+    own = partial(function, launch.waiting.pop(0))
     hand_out = [partial(worker.calls.put, (launch, member)) for member, worker in launch.workers.items()]
     waits = [worker.gate.wait for worker in launch.workers.values()]
-    begun: list[bool] = []
-    parts = (lock.acquire, partial(begun.append, True), *hand_out, own, *waits, begun.clear, lock.release)
-    try:
-        deque(map(_call, parts), maxlen=0)
-    except BaseException:
-        if begun:  # there was no memory for a part
-            launch.abandon()
-            lock.release()
-        raise
+    _in_one(*hand_out, own, *waits, abandon=launch.abandon)
     if launch.errors:
         raise launch.errors[0]
+
+
+def _in_one(*parts: Callable, abandon: Callable[[], object]) -> None:
+    """Calls ``parts``, which are C code, while nobody else does; ``abandon`` where one of them fails."""
+    lock, begun = _lock, list[bool]()
+    try:
+        deque(map(_call, (lock.acquire, partial(begun.append, True), *parts, begun.clear, lock.release)), maxlen=0)
+    except BaseException:
+        if begun:  # there was no memory for a part
+            abandon()
+            lock.release()
+        raise

@@ -37,6 +37,19 @@ def step(module, x):
 def work(seed=0, **options):
     return step(*build(seed, **options))
 
+def shared_out(threads_of):
+    # from here on two threads share out what is worth it, those of torch's team, or those of the pool as where there
+    # is no team; the value says whose launches have run
+    from lstmcore.kernels import team, threads
+    torch.set_num_threads(2)
+    threads._cores = lambda: 2
+    if threads_of == "pool":
+        team._load = lambda: "there is none in this test"
+    launched, launch, on_pool = set(), team.Launch, threads._run_on_pool
+    team.Launch = lambda *given: launched.add("team") or launch(*given)
+    threads._run_on_pool = lambda *given: launched.add("pool") or on_pool(*given)
+    return launched
+
 def child(function):
     # function() in a forked child; its exit status, or an error when it takes too long
     pid = os.fork()

@@ -229,12 +229,10 @@ _thread.start_new_thread = threading._start_new_thread = queue.SimpleQueue = sta
 """,
 }
 SHARED_OUT = """
-from lstmcore.kernels import threads
-threads._cores = lambda: 2
-torch.set_num_threads(2)
+launched = shared_out("{threads_of}")
 jobs = [dict(T=60, B=16, H=64), dict(T=60, B=16, H=64, bidirectional=True), dict(T=20, B=1, H=256)]  # that in lockstep
 expected = [work(seed=k, **job) for k, job in enumerate(jobs)]
-assert threads._workers, "the work was not shared out: the test shows nothing"
+assert launched == {{"{threads_of}"}}, launched
 torch.set_num_threads(1)
 assert all(torch.equal(work(seed=k, **job), expected[k]) for k, job in enumerate(jobs))
 torch.set_num_threads(2)
@@ -243,22 +241,24 @@ torch.set_num_threads(2)
 
 @pytest.mark.parametrize("library", GREENLETS)
 @pytest.mark.parametrize("when", ["before", "between"])
-def test_patched_threads(library, when):
+@pytest.mark.parametrize("threads_of", ["team", "pool"])
+def test_patched_threads(library, when, threads_of):
     """Greenlets in the place of threads, patched before lstmcore is imported, or between that and its first call."""
     if library != "something":
         pytest.importorskip(library)
     patch, load = GREENLETS[library], "import torch, lstmcore"
     first = [patch, load] if when == "before" else [load, patch]
-    run_program("\n".join([*first, PRELUDE, SHARED_OUT]))
+    run_program("\n".join([*first, PRELUDE, SHARED_OUT.format(threads_of=threads_of)]))
 
 
-def test_greenlets_of_a_server():
+@pytest.mark.parametrize("threads_of", ["team", "pool"])
+def test_greenlets_of_a_server(threads_of):
     """What gunicorn's workers do: many greenlets call at once, other native threads beside them."""
     pytest.importorskip("gevent")
     run_program(
         GREENLETS["gevent"]
         + PRELUDE
-        + SHARED_OUT
+        + SHARED_OUT.format(threads_of=threads_of)
         + """
 import gevent
 from gevent.threadpool import ThreadPool
@@ -271,12 +271,11 @@ assert all(each.get() for each in [pool.spawn(run, k % 3) for k in range(12)])
 
 
 def test_no_native_threads_at_all():
-    """Then one thread computes."""
+    """Then one thread computes, where there is no team of torch's."""
     in_process("""
         from lstmcore.kernels import process, threads
         process._start_new_thread = lambda *given: None
-        threads._cores = lambda: 2
-        torch.set_num_threads(2)
+        launched = shared_out("pool")
         assert threads.available(2) == 1
         got = work(T=60, B=16, H=64)
         torch.set_num_threads(1)

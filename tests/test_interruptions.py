@@ -20,8 +20,7 @@ SETUP = """
     import random, time
     from lstmcore.kernels import threads
     options, T, B, I, packed, trains = {path}
-    torch.set_num_threads(2)
-    threads._cores = lambda: 2
+    launched = shared_out("{threads_of}")
     module = lstmcore.LSTM(I, **{{"hidden_size": 64}} | options, backend="numba")
     x = torch.randn(T, B, I, requires_grad=trains)
     lengths = torch.arange(B, 0, -1) * T // B
@@ -36,7 +35,7 @@ SETUP = """
 
     expected = run()
     assert torch.equal(run(), expected)
-    assert threads._workers, "the work was not shared out: the test shows nothing"
+    assert launched == {{"{threads_of}"}}, "the work was not shared out: the test shows nothing"
 
     def check(when):
         assert torch.equal(run(), expected), when
@@ -45,14 +44,14 @@ SETUP = """
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("times", [1, 3])
-def test_three_hundred_signals(path, times):
+@pytest.mark.parametrize(("threads_of", "times"), [("team", 1), ("team", 3), ("pool", 3)])
+def test_three_hundred_signals(path, threads_of, times):
     """SIGINT, SIGTERM and SIGALRM by turns, whose handlers raise, from before a call until after it.
 
     Or several at once, which strike what cleans up after the first, too.
     """
     in_process(
-        SETUP.format(path=path)
+        SETUP.format(path=path, threads_of=threads_of)
         + f"""
     class Struck(BaseException):
         pass
@@ -100,10 +99,11 @@ def test_three_hundred_signals(path, times):
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_an_exception_at_every_line(path):
+@pytest.mark.parametrize("threads_of", ["team", "pool"])
+def test_an_exception_at_every_line(path, threads_of):
     """Of the kernels' host code, one after the other, in forward and backward: the first time it runs, and the last."""
     in_process(
-        SETUP.format(path=path)
+        SETUP.format(path=path, threads_of=threads_of)
         + """
     here = os.path.dirname(threads.__file__) + os.sep
 
@@ -145,28 +145,32 @@ def test_an_exception_at_every_line(path):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_member_that_cannot_start(failing):
-    """For want of memory, say: the others, who would wait for it, end too, and its error is raised."""
+    """On the pool, for want of memory, say: the others, who would wait for it, end too, and its error is raised."""
     in_process(f"""
-        import numba, numpy as np
+        import numpy as np
         from lstmcore.kernels import threads
         from lstmcore.kernels.jit import kernel
+        from lstmcore.kernels.numba_simd import load_int
         from lstmcore.kernels.numba_sync import arrive_and_wait
 
-        @kernel(numba.void(numba.int64), "test")
-        def meet(counter):
-            arrive_and_wait(counter, 2, 1)
+        @kernel("test")
+        def meet(address):
+            arrive_and_wait(load_int(address + 8), 2, 1)
 
-        def member(number, counter):
-            if number == {failing} and fails:
+        def member(address):
+            if number[address] == {failing} and fails:
                 raise MemoryError("none left")
-            meet(counter)
+            meet(address)
 
-        threads._cores = lambda: 2
+        shared_out("pool")
         for fails in (True, False, True, False):
             counters = np.zeros((1, 16), np.int64)
+            records = np.array([(m, counters.ctypes.data) for m in range(2)], np.int64)
+            addresses = [records.ctypes.data, records.ctypes.data + 16]
+            number = dict(zip(addresses, range(2)))
             assert threads.available(2) == 2
             try:
-                threads.run(member, [(m, counters.ctypes.data) for m in range(2)], counters)
+                threads._run_on_pool(member, addresses, counters)
                 assert not fails
             except MemoryError as error:
                 assert fails and "none left" in str(error)
@@ -175,16 +179,15 @@ def test_a_member_that_cannot_start(failing):
     """)
 
 
-def test_at_the_end_of_the_process():
+@pytest.mark.parametrize("threads_of", ["team", "pool"])
+def test_at_the_end_of_the_process(threads_of):
     """Functions of atexit, and what is deleted last, can still call a module."""
-    in_process("""
+    in_process(f"""
         import atexit
-        from lstmcore.kernels import threads
-        threads._cores = lambda: 2
-        torch.set_num_threads(2)
+        launched = shared_out("{threads_of}")
         module, x = build(H=64, T=60, B=16)
         expected = step(module, x)
-        assert threads._workers
+        assert launched == {{"{threads_of}"}}
 
         class Last:
             def __del__(self, step=step, equal=torch.equal, module=module, x=x, expected=expected, end=os._exit):

@@ -1,0 +1,55 @@
+"""The compiled function that hands a member's record to the kernel; see ``team.py``."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.extending import intrinsic
+
+from .arguments import make_read
+from .jit import kernel
+from .numba_simd import I32, I64, store_int
+from .team import Head
+
+
+@intrinsic
+def _ask(typingctx, function):
+    """What the C function at address ``function``, of no arguments and int, returns."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], ir.FunctionType(I32, []).as_pointer())
+        return builder.sext(builder.call(pointer, []), I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _call(typingctx, function, argument):
+    """Calls the C function at address ``function``, of one int64 and nothing."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [I64]).as_pointer())
+        builder.call(pointer, [args[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@functools.cache
+def member_kernel() -> Any:
+    read = make_read(Head)
+    size_at = 8 * Head._fields.index("size")
+
+    @kernel("")
+    def lstm_member_kernel(address):
+        head = read(address)
+        number, size = _ask(head.thread_num), _ask(head.num_threads)
+        if number == 0:
+            store_int(address + size_at, size)
+        if size >= head.members and number < head.members:
+            _call(head.function, head.records + number * head.stride)
+
+    return lstm_member_kernel

@@ -1,0 +1,123 @@
+"""Launches on the threads that torch has already: the members of its OpenMP team.
+
+torch's threads spin for milliseconds after every operation of torch's, waiting for the next one, on the very cores that
+threads of our own would need: behind a Linear the kernels took twice as long on a pool as alone.  The spinning threads
+take work at once if it reaches them through the runtime that they belong to.  libtorch_cpu depends on that runtime, so
+a handle of it finds the entry by which compilers start a parallel region, ``GOMP_parallel``; GNU's runtime has it, and
+LLVM's and Intel's export it too.  What has none of them (macOS, Windows) keeps the pool of ``threads.py``.
+
+A launch asks for as many threads as torch does: the runtime ends threads that a smaller team leaves over, and the next
+operation of torch's would start them anew.  Those that it has no member for return at once.  A team may be smaller than
+asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC, a region inside of another): every thread looks at its size before it begins,
+so that no member waits for one that does not come, and the host learns that nothing has been computed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from . import process
+
+
+class Entry(NamedTuple):
+    """The runtime's functions."""
+
+    parallel: Callable[[int, int, int, int], None]  # (function, its argument, threads, flags)
+    in_parallel: Callable[[], int]  # whether the caller is a member of a team
+    thread_num: int  # addresses
+    num_threads: int
+
+
+class Head(NamedTuple):
+    """What the members of a launch share; int64 all."""
+
+    function: int  # the kernel's address
+    records: int  # the members' records, one behind another
+    stride: int  # bytes
+    members: int
+    thread_num: int  # addresses of the runtime's functions
+    num_threads: int
+    size: int  # out: threads of the team
+
+
+@functools.cache
+def _load() -> Entry | str:
+    """The runtime's entry, or one sentence on why there is none."""
+    if sys.platform != "linux":
+        return "torch's threads are reached on Linux only"
+    where = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+    try:  # first of all what lies over torch's own: a runtime that was loaded before it, which its calls go to
+        libraries = (ctypes.CDLL(None), ctypes.CDLL(where))
+    except OSError as error:
+        return f"torch's library cannot be opened: {error}"
+    for library in libraries:
+        try:
+            parallel, in_parallel = library.GOMP_parallel, library.omp_in_parallel
+            numbers = library.omp_get_thread_num, library.omp_get_num_threads
+        except AttributeError:
+            continue
+        parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+        in_parallel.argtypes, in_parallel.restype = [], ctypes.c_int
+        return Entry(parallel, in_parallel, *(ctypes.cast(each, ctypes.c_void_p).value or 0 for each in numbers))
+    return "this build of torch has no OpenMP runtime with GOMP_parallel"
+
+
+_too_small: str | None = None  # once a team was smaller than asked for, how
+
+
+def missing() -> str | None:
+    """None where this thread can launch on torch's team; else one sentence on why not."""
+    entry = _load()
+    if isinstance(entry, str):
+        return entry
+    if process.forked():
+        return "a forked child has none of torch's threads"
+    if entry.in_parallel():
+        return "the caller is a thread of a team itself"
+    return _too_small
+
+
+@functools.cache
+def _member() -> int:
+    """The address of the function that every thread of the team runs, on the address of a :class:`Head`."""
+    from .numba_team import member_kernel  # the compiler is not loaded before there is something to run
+
+    return member_kernel().address
+
+
+def prewarm() -> None:
+    """Compiles, or loads from the disk cache, what a launch on the team needs."""
+    if not isinstance(_load(), str):
+        _member()
+
+
+class Launch:
+    """A launch of the kernel at ``function`` on ``records``, one a member; ``run`` is one call of C code."""
+
+    def __init__(self, function: int, records: np.ndarray) -> None:
+        entry = _load()
+        assert isinstance(entry, Entry)
+        head = Head(
+            function, records.ctypes.data, records.strides[0], len(records), entry.thread_num, entry.num_threads, 0
+        )
+        self._head, self._records = np.array(head, np.int64), records
+        self._asked = process.torch_threads()
+        self.run = partial(entry.parallel, _member(), self._head.ctypes.data, self._asked, 0)
+
+    def done(self) -> bool:
+        """Whether the members have run; else the team was too small, and is not asked again."""
+        global _too_small
+        size = int(self._head[-1])
+        if size >= len(self._records):
+            return True
+        _too_small = f"its team had {size} threads where {self._asked} were asked for"
+        return False
