@@ -331,7 +331,7 @@ def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: b
             add_vectors(e.base + load_int(e.offsets + 8 * row), sums, e.columns, e.add)
 
         choices = block.row_choices(vectors)
-        rows_block = make_block(ops, choices, vectors, start, finish_matrix, key=key)
+        rows_block = make_block(ops, choices, vectors, start, finish_matrix, key=key, registers=block.registers)
 
         @inline
         def product(rows, a, offsets, panels, stride, depth, w, after, base, targets, columns, add):
@@ -444,8 +444,8 @@ def forward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: boo
         store_vectors(e.offset + load_int(e.rows + 8 * row), sums, 4 * lanes)
 
     choices = block.row_choices(4)
-    cell_block = make_block(ops, choices, 4, start_cell, finish_cell, key=key, rolled=True)
-    projection_block = make_block(ops, choices, 4, start_bias, finish_projection, key=key)
+    cell_block = make_block(ops, choices, 4, start_cell, finish_cell, key=key, registers=block.registers, rolled=True)
+    projection_block = make_block(ops, choices, 4, start_bias, finish_projection, key=key, registers=block.registers)
 
     read = make_read(ForwardArgs)
 
@@ -604,7 +604,9 @@ def backward_kernel(scalar: str, storage: str, block: Block, fast_reciprocal: bo
             sums = (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2], before[3] + sums[3])
         store_vectors(at, sums, 4 * lanes)
 
-    tile_block = make_block(ops, block.row_choices(4), 4, start_tile, finish_tile, key=key, by_strip=True)
+    tile_block = make_block(
+        ops, block.row_choices(4), 4, start_tile, finish_tile, key=key, registers=block.registers, by_strip=True
+    )
 
     @inline
     def weight_tile(job, jobs, depth, rows, chunk_rows, columns, weight, strips, add):

@@ -51,7 +51,9 @@ def _peak_kernel(scalar: str, block: tiling.Block):
         store_vectors(e.out + row * width * ops_size, sums, width)
 
     ops_size, rows = ops.size, block.rows
-    full_block = make_block(ops, (rows,), 4, start, finish_peak, key=f"{scalar}_{block.lanes}")
+    full_block = make_block(
+        ops, (rows,), 4, start, finish_peak, key=f"{scalar}_{block.lanes}", registers=block.registers
+    )
 
     read = make_read(PeakArgs)
 

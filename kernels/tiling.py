@@ -35,6 +35,7 @@ class Block:
 
     lanes: int  # values in a vector
     rows: int  # of a block as wide as a panel: four vectors, one a gate
+    registers: int = 32  # of the processor, for vectors
 
     @property
     def panel(self) -> int:
@@ -49,17 +50,18 @@ class Block:
         """
         if vectors == 4:
             return tuple(range(1, self.rows + 1))
-        return tuple(r for r in (1, 2, 4, 6, 12) if r <= 2 * self.rows)  # fewer: each takes its time to compile
+        most = min(2 * self.rows, (self.registers - vectors - 1) // vectors)
+        return tuple(r for r in (1, 2, 4, 6, 12) if r <= most)  # fewer: each takes its time to compile
 
 
 def block_shape(isa: str, dtype: torch.dtype) -> Block:
     """The register block for computing in ``dtype`` (16-bit types compute in float32).
 
     32 registers hold 6 rows x 4 vectors, the 4 vectors of weights and a broadcast; a seventh row makes them spill
-    (measured: 7 rows 105 GF/s, 6 rows 137).  16 registers hold 3 x 4, with the weights read from memory.
+    (measured: 7 rows 105 GF/s, 6 rows 137).  16 registers hold half of that: 6 rows x 2 vectors at a time.
     """
     width, registers = REGISTERS[isa]
-    return Block(lanes=width // (8 if dtype == torch.float64 else 4), rows=6 if registers == 32 else 3)
+    return Block(lanes=width // (8 if dtype == torch.float64 else 4), rows=6, registers=registers)
 
 
 def ceil_div(a: int, b: int) -> int:
