@@ -25,10 +25,10 @@ SLACK = 64 << 10  # a free block may be larger than what is asked for by this an
 
 
 class _Block:
-    """Memory, and the view of it that was lent last."""
+    """Memory, where it is, and the view of it that was lent last."""
 
     def __init__(self, memory: np.ndarray) -> None:
-        self.memory = memory
+        self.memory, self.address = memory, memory.ctypes.data
         self.lent: Callable[[], np.ndarray | None] = lambda: None  # a weak reference
 
     def fits(self, size: int) -> bool:
@@ -51,13 +51,17 @@ def take(count: int, dtype: torch.dtype) -> Tensor:
     Raises RuntimeError, in torch's words, where there is no memory left.
     """
     size = max(count * dtype.itemsize, ALIGN)
-    # (a garbage collection inside of `_lend` may run code that takes)
-    memory = _allocate(size) if size < SMALL or _lock._is_owned() else _lend(size)
+    memory = _lend(size)[0] if _kept(size) else _allocate(size)
     return torch.from_numpy(memory).view(dtype)[:count]
 
 
-def _lend(size: int) -> np.ndarray:
-    """``size`` bytes of a block that nobody uses."""
+def _kept(size: int) -> bool:
+    """Whether ``size`` bytes come from a block (a garbage collection inside of ``_lend`` may run code that takes)."""
+    return size >= SMALL and not _lock._is_owned()
+
+
+def _lend(size: int) -> tuple[np.ndarray, int]:
+    """``size`` bytes of a block that nobody uses, and their address."""
     with _lock:
         fitting = [block for block in _blocks if block.fits(size)]
         block = min(fitting, key=lambda each: each.memory.nbytes, default=None)
@@ -70,7 +74,7 @@ def _lend(size: int) -> np.ndarray:
         block.lent = weakref.ref(lent)
         if sum(each.memory.nbytes for each in _blocks) + block.memory.nbytes <= LIMIT:
             _blocks.append(block)
-    return lent
+    return lent, block.address
 
 
 def _make_room(size: int) -> None:
@@ -98,12 +102,16 @@ def clear() -> None:
         _blocks[:] = [block for block in _blocks if block.lent() is not None]
 
 
-def carve(*sizes: int) -> tuple[Tensor, list[int]]:
+def carve(*sizes: int) -> tuple[object, list[int]]:
     """One buffer for several uses: (its owner, the aligned address of each); 0 for a size of 0 bytes."""
     offsets, total = [], 0
     for size in sizes:
         offsets.append(total)
         total += -(-size // ALIGN) * ALIGN
-    owner = take(total, torch.uint8)
-    base = owner.data_ptr()
+    owner: object
+    if _kept(total):
+        owner, base = _lend(total)
+    else:
+        owner = small = torch.empty(total + ALIGN, dtype=torch.uint8)
+        base = -(-small.data_ptr() // ALIGN) * ALIGN
     return owner, [base + offset if size else 0 for offset, size in zip(offsets, sizes, strict=True)]

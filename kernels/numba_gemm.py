@@ -16,7 +16,7 @@ The code is emitted as LLVM IR by a Numba intrinsic, once per number of rows: re
 spills. The number of rows is chosen at run time among those compiled; sums run over k in one order whatever it is, so
 a row's result does not depend on the block that it fell into.
 
-W is packed by ``numba_pack.py`` so that one k is ``vectors * lanes`` adjacent values.  A is walked in one of two ways:
+W is packed by ``numba_jobs.py`` so that one k is ``vectors * lanes`` adjacent values.  A is walked in one of two ways:
 
 * ``by_rows``: A[r, k] at ``a + offset[r] + k * size``; k may be split in panels that lie ``stride`` bytes apart.
 * ``by_strip``: A[r, k] at ``a + (k * rows + r) * size``; the transposed product of the weight gradients, whose k is
@@ -115,7 +115,7 @@ def make_block(
                 builder.store(builder.extract_value(first, v), accumulators[r][v])
 
         step = (_by_strip if by_strip else _by_rows)(builder, simd, n, vectors)
-        for part in _parts(n, vectors, registers):
+        for part in vectors_together(n, vectors, registers):
             for i in range(sums):
                 step(*segments[SEGMENT * i : SEGMENT * (i + 1)], accumulators, part)
 
@@ -188,7 +188,7 @@ def _fetch(builder, address, near):
     llvm_call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
 
 
-def _parts(rows, vectors, registers):
+def vectors_together(rows, vectors, registers):
     """The vectors that are multiplied together: all, if their sums, W and a broadcast of A fit the registers."""
     together = vectors
     while together > 1 and rows * together + together + 1 > registers:

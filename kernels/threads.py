@@ -139,9 +139,9 @@ def _start_workers(wanted: int) -> int:
 
 
 def describe() -> str:
-    """One sentence on whose threads a launch uses, for people to read."""
+    """Whose threads a launch uses, for people to read."""
     why = team.missing()
-    return "torch's own" if why is None else f"a pool of our own: {why}"
+    return "torch's own" if why is None else f"of a pool: {why}"
 
 
 def prewarm() -> None:
@@ -149,7 +149,7 @@ def prewarm() -> None:
     team.prewarm()
 
 
-def run(kernel: Any, records: Sequence[tuple], counters: np.ndarray | None = None) -> None:
+def run(kernel: Any, records: Sequence[tuple] | np.ndarray, counters: np.ndarray | None = None) -> None:
     """Runs ``kernel`` on all ``records`` at once; no more of them than :func:`available` said.
 
     ``counters`` (int64): those of the barriers that the members wait at, where they do.
@@ -157,7 +157,7 @@ def run(kernel: Any, records: Sequence[tuple], counters: np.ndarray | None = Non
     From taking the lock until it is free again it is one call of C code, which runs no line of Python and so no signal
     handler: a launch has not begun, or it is over.
     """
-    packed = np.array(records, np.int64)
+    packed = np.ascontiguousarray(records, np.int64)
     if len(records) == 1:
         kernel(packed.ctypes.data)
         return

@@ -169,9 +169,9 @@ def parts(batch: int, hidden: int, depth: int, inputs: int, block: Block, size: 
 WORTH_A_THREAD = 1_000_000
 
 
-def useful_threads(multiply_adds: int, threads: int) -> int:
-    """How many threads a call of ``multiply_adds`` is worth."""
-    return threads if multiply_adds >= WORTH_A_THREAD else 1
+def worth_a_thread(multiply_adds: int) -> bool:
+    """Whether a call of ``multiply_adds`` is worth more than one thread."""
+    return multiply_adds >= WORTH_A_THREAD
 
 
 def balanced_rows(batch_sizes, batch: int, groups: int) -> list[int]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore.kernels import process
+from lstmcore.kernels import process, threads
 from lstmcore.kernels.contract import Layer
 
 NAMES = ("auto", "triton", "numba", "torch", "reference")
@@ -274,7 +274,17 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended
         else:
             steps, batch = data.shape[:2] if not m.batch_first else (data.shape[1], data.shape[0])
         stack = (m.proj_size, m.num_layers, 2 if m.bidirectional else 1)
-    return plan(
+    choice = plan(
         name, data.device, data.dtype, steps, batch, m.input_size, m.hidden_size, *stack, m.bias, packed, training,
         extended, opaque=False, orphan=process.torch_would_hang(),
     )  # fmt: skip
+    return _with_threads(choice)
+
+
+def _with_threads(choice: Choice) -> Choice:
+    """``choice``, which says whose threads the CPU kernels would use: that may change from call to call."""
+    if choice.name != "numba":
+        return choice
+    whose = "one thread" if threads.count() == 1 else f"{threads.count()} threads, {threads.describe()}"
+    reasons = tuple((name, f"{why} ({whose})" if name == "numba" else why) for name, why in choice.reasons)
+    return Choice(choice.name, reasons)

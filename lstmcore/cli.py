@@ -95,7 +95,7 @@ def info(arguments: argparse.Namespace) -> int:
                     f"{binding.get_host_cpu_name()} ({', '.join(f for f in FEATURES if host.get(f)) or '-'})",
                 ),
                 ("kernels for", f"{isa}, float32 in blocks of {float32}"),
-                ("threads", f"{threads.count()} (torch.get_num_threads() = {torch.get_num_threads()})"),
+                ("threads", f"{threads.count()}, {threads.describe()}"),
                 ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
                 ("kernel cache", f"{place} ({len(files)} files, {size:.1f} MB{writable})"),
             ],

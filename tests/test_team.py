@@ -104,7 +104,7 @@ def test_inside_of_a_team():
                 results.append((threads.describe(), right()))
 
         team._load().parallel(ctypes.cast(body, ctypes.c_void_p), None, 2, 0)
-        assert results == [("a pool of our own: the caller is a thread of a team itself", True)], results
+        assert results == [("of a pool: the caller is a thread of a team itself", True)], results
         assert launched == {"pool"}, launched
         assert right() and launched == {"pool", "team"} and threads.describe() == "torch's own"
     """)
@@ -152,6 +152,8 @@ def test_a_forked_child():
             return torch.equal(work(**small), expected) and launched == {"pool"} and "forked" in threads.describe()
         child(in_child)
         assert right() and threads.describe() == "torch's own"
+        choice = lstmcore.explain(lstmcore.LSTM(7, 64, backend="numba"), torch.randn(60, 16, 7))
+        assert "(2 threads, torch's own)" in str(choice), choice
     """)
 
 

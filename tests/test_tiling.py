@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lstmcore.kernels import tiling
+from lstmcore.kernels.numba_gemm import vectors_together
 
 
 @pytest.mark.parametrize("isa", tiling.REGISTERS)
@@ -17,13 +18,17 @@ def test_a_block_fits_its_registers(isa, dtype):
     block = tiling.block_shape(isa, dtype)
     assert block.lanes * dtype.itemsize == width
     assert block.panel == 4 * block.lanes
-    # The sums, and what a step needs beside them: a broadcast, and weights that 16 registers read from memory.
-    assert 4 * block.rows + 1 + (4 if registers == 32 else 0) <= registers
+    assert block.registers == registers
     for vectors in (1, 2, 4):
         choices = block.row_choices(vectors)
         assert choices[0] == 1, "any number of rows has to be made up of blocks"
         assert max(choices) * vectors <= 4 * block.rows
         assert list(choices) == sorted(set(choices))
+        for rows in choices:
+            parts = vectors_together(rows, vectors, registers)
+            assert [v for part in parts for v in part] == list(range(vectors))
+            for part in parts:  # the sums, and what a step needs beside them: weights and a broadcast
+                assert rows * len(part) + len(part) + 1 <= registers
 
 
 def test_this_machine_has_a_known_instruction_set():
@@ -90,5 +95,5 @@ def test_balanced_rows_of_a_dense_batch():
 
 
 def test_small_calls_stay_on_one_thread():
-    assert tiling.useful_threads(1000, 8) == 1
-    assert tiling.useful_threads(10**9, 8) == 8
+    assert not tiling.worth_a_thread(1000)
+    assert tiling.worth_a_thread(10**9)

@@ -1,0 +1,259 @@
+"""What is done to tensors around a launch: weights packed into panels, states read and written, gradients unpacked.
+
+All of it, for one call, is a table of jobs that one kernel works off: a call of a small layer is over in less time than
+a Python call a tensor would take.  A job's panels, or rows, are shared out among the members, who need not wait for one
+another; the jobs of one table do not depend on each other but through panels, of which each member keeps its own.
+
+A panel is what a block of ``numba_gemm.py`` reads for one k: ``4 * lanes`` adjacent values.  Two kinds:
+
+* gate panels ``[panel][k][gate][lane]``: the four gates of ``lanes`` hidden units side by side, so that a block's four
+  vectors are all that the cell of those units needs.  Units beyond H are zero.
+* column panels ``[panel][k][column]``: ``4 * lanes`` columns of any matrix; the last panel is 1, 2 or 4 vectors wide.
+  Its k may run over gates in the order in which gate panels hold them: ``rows`` maps k to a row of the matrix, -1 is
+  zero.
+
+H hidden, K what the product sums over, U panels of ``lanes`` units.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import threads
+from .arguments import make_read
+from .jit import inline, kernel
+from .numba_simd import SIZE, load_int, simd
+from .tiling import Block, ceil_div
+
+WORTH_A_THREAD = 1 << 18  # values: some 100 microseconds of packing
+
+PACK_GATES, PACK_BIAS, PACK_COLUMNS, UNPACK_GATES, UNPACK_COLUMNS, ROWS_IN, ROWS_OUT = range(7)
+
+
+class Job(NamedTuple):
+    """One of a table; matrices are contiguous, in the compute dtype.
+
+    * PACK_GATES: (4H, K) to gate panels.  PACK_BIAS: the sum of two (4H,), or zeros, likewise, K = 1.
+    * PACK_COLUMNS: (·, columns) to column panels.
+    * UNPACK_GATES, UNPACK_COLUMNS: the other way, all columns in whole panels; of several parts, which are added up
+      into the first.
+    * ROWS_IN: rows of a tensor of the caller's dtype to rows of whole vectors, what is left of them zero.  ROWS_OUT:
+      the other way.
+    """
+
+    kind: int
+    share: int  # panels, or rows: what members share out
+    target: int
+    source: int  # 0: zeros
+    depth: int = 0  # K
+    columns: int = 0  # H of gates; columns of a matrix; values of a row
+    rows: int = 0  # PACK_COLUMNS: int64 row of the matrix for each k
+    other: int = 0  # PACK_BIAS: the second; 0: none
+    parts: int = 1  # UNPACK_*: at ``source``, and every ``part_stride`` bytes on
+    part_stride: int = 0
+    target_rows: int = 0  # ROWS_*: int64 offsets
+    source_rows: int = 0
+
+
+class JobsArgs(NamedTuple):
+    """What a member is told (see ``arguments.py``)."""
+
+    jobs: int
+    length: int  # jobs in the table
+    member: int
+    members: int
+
+
+@functools.lru_cache(maxsize=256)
+def gate_order(hidden: int, lanes: int) -> np.ndarray:
+    """Row of a (4H, ·) matrix for each position of a gate panel's columns, -1 beyond H: (U * 4 * lanes,)."""
+    units = np.arange(ceil_div(hidden, lanes) * lanes).reshape(-1, 1, lanes)
+    rows = units + np.arange(4).reshape(1, 4, 1) * hidden
+    return np.where(units < hidden, rows, -1).reshape(-1)
+
+
+def column_panels_size(depth: int, columns: int, lanes: int) -> int:
+    """Values in the column panels of a (depth, columns) matrix."""
+    whole, rest = divmod(columns, 4 * lanes)
+    return depth * lanes * (4 * whole + (0, 1, 2, 4, 4)[ceil_div(rest, lanes)])
+
+
+@functools.cache
+def _gate_jobs(scalar: str, block: Block):
+    """(pack_gates, pack_bias, unpack_gates) of panels ``begin`` to ``end``.
+
+    Gate panels are transposes, made tile by tile in registers: element by element they took three to four times as
+    long (H = 1024: 11.8 ms a weight, in tiles 4.0).
+    """
+    ops = simd(scalar, block.lanes)
+    lanes, size = block.lanes, ops.size
+    vector_bytes, panel_bytes = lanes * ops.size, block.panel * ops.size
+    load, store, zeros, transpose_tile, copy_one = ops.load, ops.store, ops.zeros, ops.transpose_tile, ops.copy_one
+    load_first = ops.make_load(scalar)
+
+    @inline
+    def pack_gates(job, begin, end):
+        row = job.depth * size
+        for p in range(begin, end):
+            units = min(lanes, job.columns - p * lanes)
+            for gate in range(4):
+                target = job.target + p * job.depth * panel_bytes + gate * vector_bytes
+                source = job.source + (gate * job.columns + p * lanes) * row
+                done = 0
+                if units == lanes:
+                    while done + lanes <= job.depth:
+                        transpose_tile(target + done * panel_bytes, panel_bytes, source + done * size, row)
+                        done += lanes
+                for k in range(done, job.depth):
+                    if units < lanes:
+                        store(target + k * panel_bytes, zeros())
+                    for u in range(units):
+                        copy_one(target + k * panel_bytes + u * size, source + u * row + k * size)
+
+    @inline
+    def pack_bias(job, begin, end):
+        for p in range(begin, end):
+            for gate in range(4):
+                value = zeros()
+                at, left = (gate * job.columns + p * lanes) * size, job.columns - p * lanes
+                if job.source != 0:
+                    value = load_first(job.source + at, left)
+                if job.other != 0:
+                    value = value + load_first(job.other + at, left)
+                store(job.target + p * panel_bytes + gate * vector_bytes, value)
+
+    @inline
+    def unpack_gates(job, begin, end):
+        row, panel_size = job.depth * size, job.depth * panel_bytes
+        for p in range(begin, end):
+            for part in range(1, job.parts):
+                for at in range(job.source + p * panel_size, job.source + (p + 1) * panel_size, vector_bytes):
+                    store(at, load(at) + load(at + part * job.part_stride))
+            units = min(lanes, job.columns - p * lanes)
+            for gate in range(4):
+                source = job.source + p * panel_size + gate * vector_bytes
+                target = job.target + (gate * job.columns + p * lanes) * row
+                done = 0
+                if units == lanes:
+                    while done + lanes <= job.depth:
+                        transpose_tile(target + done * size, row, source + done * panel_bytes, panel_bytes)
+                        done += lanes
+                for k in range(done, job.depth):
+                    for u in range(units):
+                        copy_one(target + u * row + k * size, source + k * panel_bytes + u * size)
+
+    return pack_gates, pack_bias, unpack_gates
+
+
+@functools.cache
+def _column_jobs(scalar: str, block: Block):
+    """(pack_columns, unpack_columns) of panels ``begin`` to ``end``."""
+    ops = simd(scalar, block.lanes)
+    lanes, panel, size = block.lanes, block.panel, ops.size
+    vector_bytes, panel_bytes = lanes * ops.size, block.panel * ops.size
+    load, store, zeros = ops.load, ops.store, ops.zeros
+    load_first, store_first = ops.make_load(scalar), ops.make_store(scalar)
+
+    @inline
+    def pack_columns(job, begin, end):
+        for q in range(begin, end):
+            first = q * panel
+            left = job.columns - first
+            width = lanes if left <= lanes else 2 * lanes if left <= 2 * lanes else panel
+            for k in range(job.depth):
+                target, row = job.target + (first * job.depth + k * width) * size, load_int(job.rows + 8 * k)
+                source = job.source + (row * job.columns + first) * size
+                for j in range(0, width, lanes):
+                    if row >= 0:
+                        store(target + j * size, load_first(source + j * size, left - j))
+                    else:
+                        store(target + j * size, zeros())
+
+    @inline
+    def unpack_columns(job, begin, end):
+        panel_size = job.depth * panel_bytes
+        for q in range(begin, end):
+            for part in range(1, job.parts):
+                for at in range(job.source + q * panel_size, job.source + (q + 1) * panel_size, vector_bytes):
+                    store(at, load(at) + load(at + part * job.part_stride))
+            for k in range(job.depth):
+                target = job.target + (k * job.columns + q * panel) * size
+                source = job.source + (q * job.depth + k) * panel_bytes
+                for j in range(0, min(panel, job.columns - q * panel), lanes):
+                    left = job.columns - q * panel - j
+                    store_first(target + j * size, load_first(source + j * size, left), left)
+
+    return pack_columns, unpack_columns
+
+
+@functools.cache
+def _row_jobs(scalar: str, storage: str, block: Block):
+    """(rows_in, rows_out) of rows ``begin`` to ``end``."""
+    ops = simd(scalar, block.lanes)
+    lanes, size, stored = block.lanes, ops.size, SIZE[storage]
+    store, zeros = ops.store, ops.zeros
+    load_storage, store_storage = ops.make_load(storage), ops.make_store(storage)
+    load_scalar = ops.make_load(scalar)
+
+    @inline
+    def rows_in(job, begin, end):
+        for r in range(begin, end):
+            target = job.target + load_int(job.target_rows + 8 * r)
+            for i in range(0, job.columns, lanes):
+                value = zeros()
+                if job.source != 0:
+                    value = load_storage(job.source + load_int(job.source_rows + 8 * r) + i * stored, job.columns - i)
+                store(target + i * size, value)
+
+    @inline
+    def rows_out(job, begin, end):
+        for r in range(begin, end):
+            target = job.target + load_int(job.target_rows + 8 * r)
+            source = job.source + load_int(job.source_rows + 8 * r)
+            for i in range(0, job.columns, lanes):
+                left = job.columns - i
+                store_storage(target + i * stored, load_scalar(source + i * size, left), left)
+
+    return rows_in, rows_out
+
+
+@functools.cache
+def jobs_kernel(scalar: str, storage: str, block: Block) -> Any:
+    """The compiled kernel, for computing in ``scalar`` on tensors of ``storage``."""
+    pack_gates, pack_bias, unpack_gates = _gate_jobs(scalar, block)
+    pack_columns, unpack_columns = _column_jobs(scalar, block)
+    rows_in, rows_out = _row_jobs(scalar, storage, block)
+    read, read_job, job_bytes = make_read(JobsArgs), make_read(Job), 8 * len(Job._fields)
+
+    @kernel(f"{scalar}_{storage}_{block.lanes}")
+    def lstm_jobs_kernel(address):
+        a = read(address)
+        for index in range(a.length):
+            job = read_job(a.jobs + index * job_bytes)
+            begin, end = job.share * a.member // a.members, job.share * (a.member + 1) // a.members
+            if job.kind == PACK_GATES:
+                pack_gates(job, begin, end)
+            elif job.kind == PACK_BIAS:
+                pack_bias(job, begin, end)
+            elif job.kind == PACK_COLUMNS:
+                pack_columns(job, begin, end)
+            elif job.kind == UNPACK_GATES:
+                unpack_gates(job, begin, end)
+            elif job.kind == UNPACK_COLUMNS:
+                unpack_columns(job, begin, end)
+            elif job.kind == ROWS_IN:
+                rows_in(job, begin, end)
+            else:
+                rows_out(job, begin, end)
+
+    return lstm_jobs_kernel
+
+
+def run(function: Any, jobs: list[Job], available: int, values: int) -> None:
+    """Works off ``jobs``, on as many of the available threads as ``values`` values are worth."""
+    members = available if values >= WORTH_A_THREAD else 1
+    table = np.array(jobs, np.int64)
+    threads.run(function, [JobsArgs(table.ctypes.data, len(jobs), m, members) for m in range(members)])

@@ -1,0 +1,237 @@
+"""What the host knows of a call: its sizes and rows, how they are shared out, and where scratch lies.
+
+T time, B batch, N alive rows, I input, H hidden, P projection (or H), D directions, H' and P' padded to whole vectors.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import buffers, threads, tiling
+from .contract import Rows, Weights, state_dtype
+from .numba_flow import norms_kernel, statistics_kernel
+from .numba_jobs import jobs_kernel
+from .numba_lstm import BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
+from .tiling import ceil_div
+
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+# Bytes between the state rows of different threads' groups: two pages, for a prefetcher follows its stream through a
+# page and asks for the next.  Where they hold rows of another thread, it fetches what that is about to write: apart,
+# inference gains 1.06 and the forward of training 1.02 to 1.2 at H = 16 and 64 (two threads); one page, half of that.
+GAP = 8192
+SHARE = (
+    "row_begin", "row_end", "panel_begin", "panel_end", "column_begin", "column_end", "lockstep", "member", "members",
+)  # fmt: skip
+assert all(record._fields[-len(SHARE) - 1 :] == (*SHARE, "counter") for record in (ForwardArgs, BackwardArgs))
+
+
+class Table(NamedTuple):
+    """An array of int64 for kernels, not to be written, and where it is."""
+
+    values: np.ndarray
+    address: int
+
+
+def _table(values: np.ndarray) -> Table:
+    values = np.ascontiguousarray(values, np.int64)
+    return Table(values, values.ctypes.data)
+
+
+@functools.lru_cache(maxsize=1024)
+def multiples(count: int, stride: int) -> Table:
+    """0, stride, 2 stride, ..."""
+    return _table(np.arange(count, dtype=np.int64) * stride)
+
+
+@functools.cache
+def variant_of(dtype: torch.dtype) -> SimpleNamespace:
+    """What depends on the dtype alone: names, block shape, compiled kernels."""
+    isa = tiling.cpu_isa()
+    compute = state_dtype(dtype)
+    block = tiling.block_shape(isa, compute)
+    scalar, storage = DTYPES[compute], DTYPES[dtype]
+    key = (scalar, storage, block, isa == "avx512")
+    return SimpleNamespace(
+        compute=compute, size=compute.itemsize, block=block, staged=scalar != storage,
+        jobs=functools.partial(jobs_kernel, scalar, storage, block),
+        forward=functools.partial(forward_kernel, *key), backward=functools.partial(backward_kernel, *key),
+        statistics=functools.partial(statistics_kernel, *key[:3]), norms=functools.partial(norms_kernel, scalar),
+    )  # fmt: skip
+
+
+class Scratch:
+    """One buffer for what a launch needs beside its caller's tensors: named pieces, in bytes.
+
+    ``at``: their addresses; 0 for a piece of 0 bytes.
+    """
+
+    def __init__(self, **sizes: int) -> None:
+        self.owner, addresses = buffers.carve(*sizes.values())
+        self.at = dict(zip(sizes, addresses, strict=True))
+
+
+class Problem:
+    """The sizes and the rows of one call.  What it gives addresses of lives as long as it does."""
+
+    def __init__(self, input: Tensor, weights: tuple[Weights, ...], rows: Rows, reset: Tensor | None):
+        first = weights[0]
+        self.variant = variant = variant_of(input.dtype)
+        self.rows, self.block, self.size = rows, variant.block, variant.size
+        self.steps, self.batch, self.directions = rows.steps, rows.batch, len(weights)
+        self.inputs = input.shape[-1]
+        self.hidden = first.weight_hh.shape[0] // 4
+        self.width = first.weight_hh.shape[1]
+        self.projected = first.weight_hr is not None
+        self.panels = ceil_div(self.hidden, self.block.lanes)
+        self.padded_hidden = self.panels * self.block.lanes
+        self.padded_width = ceil_div(self.width, self.block.lanes) * self.block.lanes
+        self.columns = ceil_div(self.width, self.block.panel)
+        self.total = rows.total
+        self._tables: list[Table] = []
+        self.batch_sizes, self.row_starts, sizes, starts = None, None, 0, 0
+        if rows.batch_sizes is not None:
+            self.batch_sizes, sizes = of_sizes = self.table(rows.batch_sizes.numpy())
+            self.row_starts, starts = self.table(np.concatenate(([0], np.cumsum(of_sizes.values))))
+        self.order = None if rows.order is None else rows.order.numpy()
+        self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
+        work = self.total * 4 * self.hidden * (self.inputs + self.width)
+        worth = tiling.worth_a_thread(work * self.directions)
+        self.threads = threads.count() if worth else 1
+        self.available = 1  # of those, when the work begins
+        self.shape = {  # the arguments that both kernels share
+            "steps": self.steps, "batch": self.batch, "inputs": self.inputs, "hidden": self.hidden, "width": self.width,
+            "batch_sizes": sizes, "row_starts": starts, "packed": int(rows.packed),
+            "h_rows": multiples(self.batch, self.padded_width * self.size).address,
+            "m_rows": multiples(self.batch, self.padded_hidden * self.size).address,
+        }  # fmt: skip
+
+    def table(self, values: np.ndarray) -> Table:
+        """``values`` for the kernels of this call."""
+        table = _table(values)
+        self._tables.append(table)
+        return table
+
+    def offsets(self, stride: int) -> Table:
+        """Where each sorted row lies, among rows in the user's order that are ``stride`` bytes apart."""
+        return multiples(self.batch, stride) if self.order is None else self.table(self.order * stride)
+
+    def geometry(self, name: str, tensor: Tensor | None) -> dict[str, int]:
+        """The arguments (bytes from step to step, offsets of sorted rows) of a user's tensor of these rows."""
+        if tensor is None:
+            return {f"{name}_step": 0, f"{name}_rows": multiples(self.batch, 1).address}
+        size, strides = tensor.itemsize, tensor.stride()
+        rows = self.offsets(strides[0 if self.rows.packed else 1] * size)
+        return {f"{name}_step": strides[0] * size, f"{name}_rows": rows.address}
+
+    def state_bytes(self, columns: int, borders: list[int]) -> int:
+        """Bytes of a state (B, columns) of whole vectors; a gap follows each of several row groups."""
+        groups = len(borders) - 1
+        return self.batch * columns * self.size + groups * GAP * (groups > 1)
+
+    def state_rows(self, columns: int, borders: list[int]) -> Table:
+        """Where the rows of such a state lie."""
+        rows = multiples(self.batch, columns * self.size)
+        if len(borders) <= 2:
+            return rows
+        groups = np.repeat(np.arange(len(borders) - 1), np.diff(borders))
+        return self.table(rows.values + groups * GAP)
+
+    def last_rows(self, h: int, rows: Table, h_half: int, direction: int) -> tuple[int, Table]:
+        """(address, offsets) of what each row of h (2, B, P') wrote last: its steps alternate between both halves."""
+        if self.batch_sizes is None or direction == 1:
+            return h + (self.steps & 1) * h_half, rows
+        lengths = (self.batch_sizes[:, None] > np.arange(self.batch)).sum(0)
+        return h, self.table(rows.values + (lengths & 1) * h_half)
+
+    @functools.cached_property
+    def flat_index(self) -> Tensor | None:
+        """Where row n of the internal order lies in a padded tensor flattened to (T * B, ·); None: at n."""
+        if self.rows.batch_sizes is None or self.rows.packed:
+            return None
+        t, r = (torch.arange(self.batch, device="cpu") < self.rows.batch_sizes[:, None]).nonzero(as_tuple=True)
+        return t * self.batch + (r if self.rows.order is None else self.rows.order[r])
+
+    def alive(self, first: int, last: int) -> np.ndarray | None:
+        """Rows alive at each step among rows ``first`` to ``last``: (T,), or None where all are."""
+        return None if self.batch_sizes is None else np.clip(self.batch_sizes - first, 0, last - first)
+
+    def parts(self) -> list[tuple[int, int, int]]:
+        """The parts of the batch in backward: (first row, last row, rows of the part before each step or 0)."""
+        count = tiling.parts(self.batch, self.hidden, self.width, self.inputs, self.block, self.size, self.directions)
+        result = []
+        for first, last in itertools.pairwise(tiling.balanced_rows(self.batch_sizes, self.batch, count)):
+            starts, alive = 0, self.alive(first, last)
+            if alive is not None:
+                starts = self.table(np.concatenate(([0], np.cumsum(alive)))).address
+            if last > first:
+                result.append((first, last, starts))
+        return result
+
+    def row_groups(self, plan: tiling.Plan, first: int, last: int) -> list[int]:
+        """The borders of the row groups of rows ``first`` to ``last``."""
+        return [first + r for r in tiling.balanced_rows(self.alive(first, last), last - first, plan.row_groups)]
+
+    def records(
+        self, arguments: ForwardArgs | BackwardArgs, plan: tiling.Plan, borders: list[int], groups_before: int = 0
+    ) -> np.ndarray:
+        """The records of a launch, one a member; ``borders``: of its row groups, ``groups_before`` others.
+
+        Members see the states as if all lay as those of their row group do.
+        """
+        backward = isinstance(arguments, BackwardArgs)
+        share, groups = _sharing(plan, tuple(borders), self.columns, self.panels, backward)
+        records = np.empty((len(share), len(arguments)), np.int64)
+        records[:] = arguments
+        records[:, -len(SHARE) - 1 : -1] = share
+        if groups_before or plan.row_groups > 1:
+            for name in ("dh", "dc", "dm") if backward else ("h", "c", "m"):
+                address = getattr(arguments, name)
+                if address:
+                    records[:, arguments._fields.index(name)] = address + (groups_before + groups) * GAP
+        return records
+
+
+@functools.lru_cache(maxsize=1024)
+def _sharing(
+    plan: tiling.Plan, rows: tuple[int, ...], columns: int, panels: int, by_columns: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """What each member does (members, SHARE), and its row group (members,); ``rows``: borders of the row groups."""
+    groups = plan.unit_groups
+    column_borders = [columns * g // groups for g in range(groups + 1)]
+    if by_columns:
+        blocks = ceil_div(panels, 4)
+        panel_borders = [min(panels, 4 * (blocks * g // groups)) for g in range(groups + 1)]
+    else:
+        panel_borders = [panels * g // groups for g in range(groups + 1)]
+    share, row_groups = [], []
+    for member in range(plan.members):
+        row, unit = divmod(member, groups)
+        row_groups.append(row)
+        share.append((
+            rows[row], rows[row + 1], panel_borders[unit], panel_borders[unit + 1],
+            column_borders[unit], column_borders[unit + 1], int(groups > 1), member, plan.members,
+        ))  # fmt: skip
+    return np.array(share, np.int64), np.array(row_groups, np.int64)
+
+
+def launch(kernel: Callable[[], Any], launches: list[np.ndarray], count: int) -> None:
+    """Runs ``launches``, each its members' records: as many side by side as ``count`` threads allow."""
+    counters = np.zeros((len(launches), 16), np.int64)  # on lines of their own
+    base, line = counters.ctypes.data, counters.strides[0]
+    for index, records in enumerate(launches):
+        records[:, -1] = base + index * line
+    members = len(launches[0])
+    together = max(1, count // members)  # a launch is never cut: its members wait for one another
+    for at in range(0, len(launches), together):
+        side_by_side = launches[at : at + together]
+        records = side_by_side[0] if len(side_by_side) == 1 else np.concatenate(side_by_side)
+        threads.run(kernel, records, counters)
