@@ -18,6 +18,7 @@ import hashlib
 import os
 import pickle
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +135,28 @@ def _trusted(status: os.stat_result) -> bool:
     return not hasattr(os, "getuid") or status.st_uid in (os.getuid(), 0)
 
 
+def _trusted_payload(path: Path) -> bytes | None:
+    """What a file of the cache holds; None where it has to be compiled, and written anew."""
+    try:
+        if not _trusted(path.stat()):
+            return None
+        content = path.read_bytes()
+    except OSError:
+        return None  # not there, or not readable
+    digest, payload = content[:32], content[32:]
+    return payload if hashlib.sha256(payload).digest() == digest else None  # else cut short, or damaged
+
+
+@functools.cache
+def _tell_once() -> None:
+    """Says why a first call takes its time, on stderr."""
+    print(
+        f"lstmcore compiles its CPU kernels, which takes some ten seconds each and is kept in {cache_directory()}; "
+        "python -m lstmcore prewarm does it ahead",
+        file=sys.stderr,
+    )
+
+
 class DiskCache(_Cache):
     """One file per compiled signature: a SHA-256 of the rest, then Numba's serialised compile result."""
 
@@ -163,16 +186,10 @@ class DiskCache(_Cache):
         target_context.refresh()
         if not self._enabled:
             return None
-        path = self._path(signature, target_context.codegen())
-        try:
-            if not _trusted(path.stat()):
-                return None
-            content = path.read_bytes()
-        except OSError:
-            return None  # not there, or not readable: compile
-        digest, payload = content[:32], content[32:]
-        if hashlib.sha256(payload).digest() != digest:
-            return None  # cut short or damaged: compile, and write it anew
+        payload = _trusted_payload(self._path(signature, target_context.codegen()))
+        if payload is None:
+            _tell_once()
+            return None
         return compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
 
     def save_overload(self, signature, result) -> None:

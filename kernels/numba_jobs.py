@@ -252,8 +252,7 @@ def jobs_kernel(scalar: str, storage: str, block: Block) -> Any:
     return lstm_jobs_kernel
 
 
-def run(function: Any, jobs: list[Job], available: int, values: int) -> None:
-    """Works off ``jobs``, on as many of the available threads as ``values`` values are worth."""
+def run(function: Any, jobs: np.ndarray, available: int, values: int) -> None:
+    """Works off a table of jobs, on as many of the available threads as ``values`` values are worth."""
     members = available if values >= WORTH_A_THREAD else 1
-    table = np.array(jobs, np.int64)
-    threads.run(function, [JobsArgs(table.ctypes.data, len(jobs), m, members) for m in range(members)])
+    threads.run(function, [JobsArgs(jobs.ctypes.data, len(jobs), m, members) for m in range(members)])

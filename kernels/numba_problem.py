@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -68,50 +68,114 @@ def variant_of(dtype: torch.dtype) -> SimpleNamespace:
     )  # fmt: skip
 
 
-class Scratch:
-    """One buffer for what a launch needs beside its caller's tensors: named pieces, in bytes.
+class Kind(NamedTuple):
+    """What the arguments of a call's kernels depend on, beside the addresses and which rows are alive."""
 
-    ``at``: their addresses; 0 for a piece of 0 bytes.
+    dtype: torch.dtype
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+    width: int  # P, or H
+    directions: int
+    projected: bool
+    bias: bool
+    packed: bool
+
+    @staticmethod
+    def of(input: Tensor, weights: tuple[Weights, ...], rows: Rows) -> Kind:
+        first = weights[0]
+        gates, width = first.weight_hh.shape
+        return Kind(
+            input.dtype, rows.steps, rows.batch, input.shape[-1], gates // 4, width, len(weights),
+            first.weight_hr is not None, first.bias_ih is not None, rows.packed,
+        )  # fmt: skip
+
+    def threads(self, total: int) -> int:
+        """How many threads a call of ``total`` alive rows is worth."""
+        work = total * 4 * self.hidden * (self.inputs + self.width)
+        return threads.count() if tiling.worth_a_thread(work * self.directions) else 1
+
+
+class Alive(NamedTuple):
+    """Which rows are alive, where not all are at every step; arrays of int64."""
+
+    batch_sizes: np.ndarray  # (T,)
+    order: np.ndarray | None  # (B,); None: the user's
+
+    @staticmethod
+    def of(rows: Rows) -> Alive | None:
+        if rows.batch_sizes is None:
+            return None
+        return Alive(rows.batch_sizes.numpy(), None if rows.order is None else rows.order.numpy())
+
+
+class Buffers:
+    """The memory that a call's arguments point to, each by a number that stands for its address until that is known.
+
+    Scratch is one of them: :meth:`lay` gives it a place.
     """
 
-    def __init__(self, **sizes: int) -> None:
-        self.owner, addresses = buffers.carve(*sizes.values())
-        self.at = dict(zip(sizes, addresses, strict=True))
+    SHIFT = 52  # addresses of a process are below this many bits
+
+    def __init__(self) -> None:
+        self.numbers: dict[object, int] = {}
+        self.scratch = 0  # bytes
+
+    def at(self, name: object, offset: int = 0) -> int:
+        """What stands for an address: the number of the buffer called ``name``, and bytes from its start."""
+        return self.numbers.setdefault(name, len(self.numbers) + 1) << self.SHIFT | offset
+
+    def lay(self, **sizes: int) -> dict[str, int]:
+        """Aligned pieces of scratch, in bytes; 0 for a piece of 0 bytes."""
+        pieces = {}
+        for name, size in sizes.items():
+            pieces[name] = self.at("scratch", self.scratch) if size else 0
+            self.scratch += ceil_div(size, buffers.ALIGN) * buffers.ALIGN
+        return pieces
+
+
+class Template:
+    """Arguments whose addresses are given at each call."""
+
+    def __init__(self, values: Sequence[tuple] | np.ndarray) -> None:
+        values = np.asarray(values, np.int64)
+        self._number = values >> Buffers.SHIFT
+        self._offset = values - (self._number << Buffers.SHIFT)
+
+    def __len__(self) -> int:
+        return len(self._offset)
+
+    def filled(self, addresses: np.ndarray) -> np.ndarray:
+        """The arguments, where buffer n lies at ``addresses[n]`` (that of 0 is 0)."""
+        return self._offset + addresses[self._number]
 
 
 class Problem:
-    """The sizes and the rows of one call.  What it gives addresses of lives as long as it does."""
+    """The sizes and the rows of a kind of call.  What it gives addresses of lives as long as it does."""
 
-    def __init__(self, input: Tensor, weights: tuple[Weights, ...], rows: Rows, reset: Tensor | None):
-        first = weights[0]
-        self.variant = variant = variant_of(input.dtype)
-        self.rows, self.block, self.size = rows, variant.block, variant.size
-        self.steps, self.batch, self.directions = rows.steps, rows.batch, len(weights)
-        self.inputs = input.shape[-1]
-        self.hidden = first.weight_hh.shape[0] // 4
-        self.width = first.weight_hh.shape[1]
-        self.projected = first.weight_hr is not None
+    def __init__(self, kind: Kind, alive: Alive | None, available: int):
+        self.variant = variant = variant_of(kind.dtype)
+        self.kind, self.available, self.block, self.size = kind, available, variant.block, variant.size
+        self.steps, self.batch, self.directions = kind.steps, kind.batch, kind.directions
+        self.inputs, self.hidden, self.width, self.projected = kind.inputs, kind.hidden, kind.width, kind.projected
         self.panels = ceil_div(self.hidden, self.block.lanes)
         self.padded_hidden = self.panels * self.block.lanes
         self.padded_width = ceil_div(self.width, self.block.lanes) * self.block.lanes
         self.columns = ceil_div(self.width, self.block.panel)
-        self.total = rows.total
+        self.buffers = Buffers()
         self._tables: list[Table] = []
-        self.batch_sizes, self.row_starts, sizes, starts = None, None, 0, 0
-        if rows.batch_sizes is not None:
-            self.batch_sizes, sizes = of_sizes = self.table(rows.batch_sizes.numpy())
-            self.row_starts, starts = self.table(np.concatenate(([0], np.cumsum(of_sizes.values))))
-        self.order = None if rows.order is None else rows.order.numpy()
-        self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
-        work = self.total * 4 * self.hidden * (self.inputs + self.width)
-        worth = tiling.worth_a_thread(work * self.directions)
-        self.threads = threads.count() if worth else 1
-        self.available = 1  # of those, when the work begins
+        self.batch_sizes, self.order, sizes, starts = None, None, 0, 0
+        if alive is not None:
+            self.order = alive.order
+            self.batch_sizes, sizes = self.table(alive.batch_sizes)
+            starts = self.table(np.concatenate(([0], np.cumsum(self.batch_sizes)))).address
         self.shape = {  # the arguments that both kernels share
             "steps": self.steps, "batch": self.batch, "inputs": self.inputs, "hidden": self.hidden, "width": self.width,
-            "batch_sizes": sizes, "row_starts": starts, "packed": int(rows.packed),
-            "h_rows": multiples(self.batch, self.padded_width * self.size).address,
-            "m_rows": multiples(self.batch, self.padded_hidden * self.size).address,
+            "batch_sizes": sizes, "row_starts": starts, "packed": int(kind.packed),
+            "h_rows": self.multiples(self.batch, self.padded_width * self.size).address,
+            "m_rows": self.multiples(self.batch, self.padded_hidden * self.size).address,
+            **dict.fromkeys((*SHARE, "counter"), 0),
         }  # fmt: skip
 
     def table(self, values: np.ndarray) -> Table:
@@ -120,17 +184,22 @@ class Problem:
         self._tables.append(table)
         return table
 
+    def multiples(self, count: int, stride: int) -> Table:
+        """0, stride, 2 stride, ..."""
+        table = multiples(count, stride)
+        self._tables.append(table)
+        return table
+
     def offsets(self, stride: int) -> Table:
         """Where each sorted row lies, among rows in the user's order that are ``stride`` bytes apart."""
-        return multiples(self.batch, stride) if self.order is None else self.table(self.order * stride)
+        return self.multiples(self.batch, stride) if self.order is None else self.table(self.order * stride)
 
-    def geometry(self, name: str, tensor: Tensor | None) -> dict[str, int]:
-        """The arguments (bytes from step to step, offsets of sorted rows) of a user's tensor of these rows."""
-        if tensor is None:
-            return {f"{name}_step": 0, f"{name}_rows": multiples(self.batch, 1).address}
-        size, strides = tensor.itemsize, tensor.stride()
-        rows = self.offsets(strides[0 if self.rows.packed else 1] * size)
-        return {f"{name}_step": strides[0] * size, f"{name}_rows": rows.address}
+    def geometry(self, name: str, strides: tuple[int, ...] | None) -> dict[str, int]:
+        """The arguments (bytes from step to step, offsets of sorted rows) of a user's tensor of these strides."""
+        if strides is None:
+            return {f"{name}_step": 0, f"{name}_rows": self.multiples(self.batch, 1).address}
+        rows = self.offsets(strides[0 if self.kind.packed else 1])
+        return {f"{name}_step": strides[0], f"{name}_rows": rows.address}
 
     def state_bytes(self, columns: int, borders: list[int]) -> int:
         """Bytes of a state (B, columns) of whole vectors; a gap follows each of several row groups."""
@@ -139,7 +208,7 @@ class Problem:
 
     def state_rows(self, columns: int, borders: list[int]) -> Table:
         """Where the rows of such a state lie."""
-        rows = multiples(self.batch, columns * self.size)
+        rows = self.multiples(self.batch, columns * self.size)
         if len(borders) <= 2:
             return rows
         groups = np.repeat(np.arange(len(borders) - 1), np.diff(borders))
@@ -151,14 +220,6 @@ class Problem:
             return h + (self.steps & 1) * h_half, rows
         lengths = (self.batch_sizes[:, None] > np.arange(self.batch)).sum(0)
         return h, self.table(rows.values + (lengths & 1) * h_half)
-
-    @functools.cached_property
-    def flat_index(self) -> Tensor | None:
-        """Where row n of the internal order lies in a padded tensor flattened to (T * B, ·); None: at n."""
-        if self.rows.batch_sizes is None or self.rows.packed:
-            return None
-        t, r = (torch.arange(self.batch, device="cpu") < self.rows.batch_sizes[:, None]).nonzero(as_tuple=True)
-        return t * self.batch + (r if self.rows.order is None else self.rows.order[r])
 
     def alive(self, first: int, last: int) -> np.ndarray | None:
         """Rows alive at each step among rows ``first`` to ``last``: (T,), or None where all are."""
@@ -223,15 +284,11 @@ def _sharing(
     return np.array(share, np.int64), np.array(row_groups, np.int64)
 
 
-def launch(kernel: Callable[[], Any], launches: list[np.ndarray], count: int) -> None:
-    """Runs ``launches``, each its members' records: as many side by side as ``count`` threads allow."""
-    counters = np.zeros((len(launches), 16), np.int64)  # on lines of their own
+def launch(kernel: Any, records: np.ndarray, members: int, count: int) -> None:
+    """Runs launches of ``members`` records each: as many side by side as ``count`` threads allow."""
+    counters = np.zeros((len(records) // members, 16), np.int64)  # on lines of their own
     base, line = counters.ctypes.data, counters.strides[0]
-    for index, records in enumerate(launches):
-        records[:, -1] = base + index * line
-    members = len(launches[0])
-    together = max(1, count // members)  # a launch is never cut: its members wait for one another
-    for at in range(0, len(launches), together):
-        side_by_side = launches[at : at + together]
-        records = side_by_side[0] if len(side_by_side) == 1 else np.concatenate(side_by_side)
-        threads.run(kernel, records, counters)
+    records[:, -1] = base + np.arange(len(records)) // members * line
+    together = members * max(1, count // members)  # a launch is never cut: its members wait for one another
+    for at in range(0, len(records), together):
+        threads.run(kernel, records[at : at + together], counters)

