@@ -41,12 +41,12 @@ def _speed(line: Summary | None) -> str:
     return f"**{line.ratio:.2f}×**" + (f" ({line.lowest:.2f}–{line.highest:.2f})" if line.cases > 1 else "")
 
 
-def _cells(line: Summary | None) -> tuple[str, str, str]:
-    """Speed with its range, ours and torch's share of the peak, and memory, of one mode."""
+def _cells(line: Summary | None) -> tuple[str, str, str, str]:
+    """Speed with its range, that alone, ours and torch's share of the peak, and memory, of one mode."""
     if line is None:
-        return "", "", ""
-    memory = "" if line.memory_ratio is None else f"{line.memory_ratio:.2f}×"
-    return _speed(line), f"{percent(line.ours_share)} / {percent(line.peer_share)}", memory
+        return "", "", "", ""
+    alone, memory = ("" if ratio is None else f"{ratio:.2f}×" for ratio in (line.alone, line.memory_ratio))
+    return _speed(line), alone, f"{percent(line.ours_share)} / {percent(line.peer_share)}", memory
 
 
 def _by_group(rows: Sequence[Row]) -> dict[str, dict[str, Summary]]:
@@ -60,13 +60,13 @@ def _by_group(rows: Sequence[Row]) -> dict[str, dict[str, Summary]]:
 def _table(rows: Sequence[Row]) -> Iterator[str]:
     """One line a group: what it is, and both modes."""
     by_group = _by_group(rows)
-    yield "| group | cases | training: speed | share of FMA peak | peak memory | inference: speed | share of FMA peak |"
-    yield "|---|--:|--:|--:|--:|--:|--:|"
+    of_mode = "speed | alone | share of FMA peak"
+    yield f"| group | cases | training: {of_mode} | peak memory | inference: {of_mode} |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     for group, modes in by_group.items():
         any_line = next(iter(modes.values()))
-        training, training_share, memory = _cells(modes.get("training"))
-        inference, inference_share, _ = _cells(modes.get("inference"))
-        cells = (training, training_share, memory, inference, inference_share)
+        *inference, _ = _cells(modes.get("inference"))
+        cells = (*_cells(modes.get("training")), *inference)
         yield f"| {group}: {any_line.title} | {any_line.cases} | {' | '.join(cells)} |"
 
 
@@ -76,7 +76,7 @@ def _gpu_tables(rows: Sequence[Row]) -> Iterator[str]:
     yield "|---|--:|--:|--:|--:|"
     for group, modes in _by_group(rows).items():
         any_line = next(iter(modes.values()))
-        training, _, memory = _cells(modes.get("training"))
+        training, *_, memory = _cells(modes.get("training"))
         inference = _speed(modes.get("inference"))
         yield f"| {group}: {any_line.title} | {any_line.cases} | {training} | {memory} | {inference} |"
     yield ""
@@ -93,6 +93,17 @@ def _gpu_tables(rows: Sequence[Row]) -> Iterator[str]:
 def _span(values: Sequence[str]) -> str:
     """All the different values, for rows that were not measured in one go."""
     return ", ".join(dict.fromkeys(values))
+
+
+def _settings(rows: Sequence[Row]) -> str:
+    """In what setting a CPU's rows were taken."""
+    behind = {row.setting for row in rows}
+    if rows[0].on_gpu:
+        return ""
+    if behind == {"alone"}:
+        return "Each call was timed alone, the threads of torch asleep. "
+    text = 'The call stands behind an operation of torch\'s, as in a model; "alone" it follows a pause. '
+    return text + ("" if behind == {"behind"} else "(Rows without a figure alone were taken in that setting only.) ")
 
 
 def section(rows: Sequence[Row], images: Sequence[tuple[str, str]]) -> str:
@@ -120,6 +131,7 @@ def section(rows: Sequence[Row], images: Sequence[tuple[str, str]]) -> str:
         f"{', '.join(named[:-1])} and {named[-1]}. Speed is the "
         "time of `torch.nn.LSTM` over that of `lstmcore.LSTM`: the geometric mean of the group, then its lowest and "
         "highest case. "
+        + _settings(rows)
         + (
             "Share of FMA peak is ours / torch's, of "
             + ", ".join(f"{value:.0f} GF/s in {dtype}" for dtype, value in peak.items())

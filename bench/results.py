@@ -54,6 +54,9 @@ class Row:
     triton: str = ""  # versions
     cudnn: str | None = None  # on a GPU only
     precision: str | None = None  # on a GPU, of float32: "tf32", or "ieee" where products are float32 throughout
+    setting: str = "alone"  # "behind": an operation of torch's, as in a model (see timing.py)
+    alone_ms: float | None = None  # the median alone, where the setting is another
+    alone_ratio: float | None = None  # ours only
 
     @property
     def runs(self) -> str:

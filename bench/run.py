@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from rich.console import Console
@@ -22,7 +23,7 @@ from bench.memory import gpu_peak_mib, peak_memory_mib
 from bench.providers import OURS, PEER, PROVIDERS, algorithm, build, draw, precision
 from bench.results import Row
 from bench.summary import pairs
-from bench.timing import CLOCKS, Samples, interleave, percentile
+from bench.timing import CLOCKS, Samples, interleave, operation, percentile
 from bench.verify import Mismatch, Verdict, check
 
 BACKENDS = ("auto", "triton", "numba", "torch", "reference")
@@ -58,6 +59,7 @@ class Measured:
 
     verdict: Verdict
     samples: Samples
+    alone: Samples | None  # on a CPU, where ``samples`` are those behind an operation of torch's
     memory: Mapping[str, float] = field(default_factory=dict)  # MiB by provider, where measured in this process
 
 
@@ -65,9 +67,9 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of ``python -m bench``."""
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Times lstmcore.LSTM against torch.nn.LSTM, alternating, on cases whose outputs and gradients were "
-        "just checked. The full run takes about half an hour and updates bench/results/; --quick takes minutes and "
-        "writes to out/. Ctrl-C keeps what has been measured.",
+        description="Times lstmcore.LSTM against torch.nn.LSTM by turns, behind an operation of torch's as in a model, "
+        "and alone, on cases whose outputs and gradients were just checked. The full run takes about half an hour and "
+        "updates bench/results/; --quick takes minutes and writes to out/. Ctrl-C keeps what has been measured.",
     )
     parser.add_argument(
         "command",
@@ -114,18 +116,19 @@ def measure(case: Case, modes: Sequence[str], backend: str, effort: Effort) -> d
     ours, peer = build(OURS, problem, backend), build(PEER, problem)
     verdicts = check(problem, ours, peer, modes)
     measured = {}
+    on_cpu, alone = case.device == "cpu", None
     for mode in modes:
+        calls = getattr(ours, mode), getattr(peer, mode)
+        pairs_at_least, budget, clock = effort.min_pairs, effort.budget_s, CLOCKS[case.device]
         samples = interleave(
-            getattr(ours, mode),
-            getattr(peer, mode),
-            min_pairs=effort.min_pairs,
-            budget_s=effort.budget_s,
-            clock=CLOCKS[case.device],
+            *calls, min_pairs=pairs_at_least, budget_s=budget, clock=clock, before=operation if on_cpu else None
         )
+        if on_cpu:
+            alone = interleave(*calls, min_pairs=pairs_at_least // 2 + 1, budget_s=budget / 3, clock=clock)
         memory = {}
         if case.device == "cuda" and effort.memory and case.memory and mode == "training":
             memory = {OURS: gpu_peak_mib(ours), PEER: gpu_peak_mib(peer)}
-        measured[mode] = Measured(verdicts[mode], samples, memory)
+        measured[mode] = Measured(verdicts[mode], samples, alone, memory)
     return measured
 
 
@@ -133,7 +136,7 @@ def rows_of(case: Case, mode: str, measured: Measured, backend: str, peak: float
     """The two rows of a case in a mode."""
     rows = []
     on_gpu = case.device == "cuda"
-    samples, verdict = measured.samples, measured.verdict
+    samples, alone, verdict = measured.samples, measured.alone, measured.verdict
     for provider, seconds in ((OURS, samples.ours), (PEER, samples.peer)):
         mine = provider == OURS
         p20, p50, p80 = (percentile(seconds, share) * 1e3 for share in (0.2, 0.5, 0.8))
@@ -173,6 +176,9 @@ def rows_of(case: Case, mode: str, measured: Measured, backend: str, peak: float
                 memory_mib=measured.memory.get(provider),
                 cudnn=machine.cudnn() if on_gpu else None,
                 precision=("tf32" if case.tf32 else "ieee") if on_gpu and case.dtype == "float32" else None,
+                setting="behind" if alone else "alone",
+                alone_ms=median(alone.ours if mine else alone.peer) * 1e3 if alone else None,
+                alone_ratio=alone.ratio if mine and alone else None,
             )
         )
     return rows

@@ -27,6 +27,7 @@ class Summary:
     ours_share: float | None  # mean share of the FMA peak, where that was measured
     peer_share: float | None
     memory_ratio: float | None  # ours over the peer's, geometric mean of the cases that have both
+    alone: float | None = None  # the ratio alone, where ``ratio`` is that behind an operation of torch's
 
 
 def pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -44,6 +45,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _summarise(group: str, title: str, mode: str, chosen: list[tuple[Row, Row]]) -> Summary:
     ratios = [ours.ratio for ours, _ in chosen if ours.ratio is not None]
     memory = [ours.memory_mib / peer.memory_mib for ours, peer in chosen if ours.memory_mib and peer.memory_mib]
+    alone = [ours.alone_ratio for ours, _ in chosen if ours.alone_ratio is not None]
     return Summary(
         group=group,
         title=title,
@@ -55,6 +57,7 @@ def _summarise(group: str, title: str, mode: str, chosen: list[tuple[Row, Row]])
         ours_share=_mean([ours.peak_share for ours, _ in chosen]),
         peer_share=_mean([peer.peak_share for _, peer in chosen]),
         memory_ratio=geometric_mean(memory) if memory else None,
+        alone=geometric_mean(alone) if alone else None,
     )
 
 

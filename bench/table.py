@@ -73,12 +73,13 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
     first = rows[0]
     table = Table(
         title=f"{first.device}, {counted(first)}, torch {first.torch}",
-        caption="medians; share: of the machine's FMA peak; speed: torch's time over ours",
+        caption="medians; share: of the machine's FMA peak; speed: torch's time over ours"
+        + ("" if first.on_gpu else ", behind an operation of torch's, and alone"),
     )
     table.add_column("case", no_wrap=True)
     table.add_column("mode")
     table.add_column("backend")
-    for name in ("ours ms", "torch ms", "ours share", "torch share", "speed", "pairwise", "error"):
+    for name in ("ours ms", "torch ms", "ours share", "torch share", "speed", "pairwise", "alone", "error"):
         table.add_column(name, justify="right")
     for ours, peer in pairs(rows):
         assert ours.ratio is not None and ours.pair_ratio is not None and ours.max_error is not None
@@ -92,6 +93,7 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
             percent(peer.peak_share),
             _speed(ours.ratio),
             _speed(ours.pair_ratio),
+            "" if ours.alone_ratio is None else _speed(ours.alone_ratio),
             f"{ours.max_error:.1e}",
         )
     console.print(table)
@@ -99,7 +101,7 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
     table = Table(title="geometric means by group")
     for name in ("group", "mode"):
         table.add_column(name, no_wrap=True)
-    for name in ("cases", "speed", "lowest", "highest", "ours share", "torch share", "memory"):
+    for name in ("cases", "speed", "lowest", "highest", "alone", "ours share", "torch share", "memory"):
         table.add_column(name, justify="right")
     for line in summaries(rows):
         table.add_row(
@@ -109,6 +111,7 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
             _speed(line.ratio),
             _speed(line.lowest),
             _speed(line.highest),
+            "" if line.alone is None else _speed(line.alone),
             percent(line.ours_share),
             percent(line.peer_share),
             "" if line.memory_ratio is None else f"{line.memory_ratio:.2f}",

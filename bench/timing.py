@@ -1,9 +1,15 @@
-"""The interleaved timer: ours and the peer alternate in one process, so both meet the same clock and neighbours."""
+"""The interleaved timer: ours and the peer take turns in one process, so both meet the same clock and neighbours.
+
+On a CPU a call is timed in two settings.  Behind an operation of torch's, as in any model: the threads of torch's
+OpenMP runtime still spin then, waiting for more.  And alone, after a pause that has let them go to sleep.
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +20,7 @@ import torch
 
 # A sample lasts at least this long: calls that are shorter are repeated within it.
 SAMPLE_S = 0.01
-# After a parallel region the threads of an OpenMP runtime keep spinning for a few milliseconds.  On a machine with few
-# cores they would run against whoever comes next, so each sample starts after a pause that lets them go to sleep.
+# After a parallel region the threads of an OpenMP runtime keep spinning for a few milliseconds.
 PAUSE_S = 0.005
 MAX_PAIRS = 101
 
@@ -96,8 +101,25 @@ def _probe(call: Callable[[], object], clock: Clock) -> float:
     return first if first > 5 * SAMPLE_S else min(first, _seconds(call, 1, clock), _seconds(call, 1, clock))
 
 
-def _sample(call: Callable[[], object], calls: int, clock: Clock) -> float:
-    """Seconds a call, from one sample."""
+@functools.cache
+def _operands() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(256, 1024), torch.randn(1024, 1024)
+
+
+def operation() -> None:
+    """What stands before the call in a model: a Linear that torch shares out among all its threads."""
+    with torch.no_grad():
+        torch.nn.functional.linear(*_operands())
+
+
+def _sample(call: Callable[[], object], calls: int, clock: Clock, before: Callable[[], object] | None) -> float:
+    """Seconds a call, from one sample; each call behind one of ``before``, whose time does not count."""
+    if before is not None:
+        seconds = 0.0
+        for _ in range(calls):
+            before()
+            seconds += _seconds(call, 1, clock)
+        return seconds / calls
     clock.settle()
     if calls > 1:
         call()  # wakes the threads, which a loop over short calls does once and not at each
@@ -112,18 +134,19 @@ def interleave(
     min_pairs: int,
     budget_s: float,
     clock: Clock = CLOCKS["cpu"],
+    before: Callable[[], object] | None = None,
 ) -> Samples:
-    """Alternates the two, at least ``min_pairs`` times, and on until ``budget_s`` is used up.
+    """Runs the two by turns, at least ``min_pairs`` times, and on until ``budget_s`` is used up.
 
-    Who goes first alternates too.  Both have to have run before: nothing here is a warm-up of compilers or caches.
+    Who goes first is drawn.  Both have to have run before: nothing here is a warm-up of compilers or caches.
     """
+    draw = random.Random(0)
     with _no_gc():
         started = time.perf_counter()
         slowest = max(_probe(ours, clock), _probe(peer, clock))
         calls = max(1, math.ceil(SAMPLE_S / slowest))
         times: tuple[list[float], list[float]] = ([], [])
         while len(times[0]) < min_pairs or (len(times[0]) < MAX_PAIRS and time.perf_counter() - started < budget_s):
-            sides = ((ours, times[0]), (peer, times[1]))
-            for call, record in sides if len(times[0]) % 2 == 0 else sides[::-1]:
-                record.append(_sample(call, calls, clock))
+            for call, record in draw.sample(((ours, times[0]), (peer, times[1])), 2):
+                record.append(_sample(call, calls, clock, before))
     return Samples(tuple(times[0]), tuple(times[1]))
