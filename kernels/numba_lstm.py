@@ -1,10 +1,9 @@
 """The time loop, forward and backward: the code that each thread of a launch runs.
 
 One launch is one direction of one layer, in backward one part of its batch (``tiling.parts``); launches run side by
-side where threads allow.  T steps, B rows sorted so
-that row r is alive where r < batch_sizes[t], I input, H hidden, P what the recurrence carries (the projection, or H),
-U panels of ``lanes`` hidden units, padded sizes H' = U * lanes and P' likewise.  N counts (step, row) pairs;
-n = row_starts[t] + r.  All addresses, strides and offsets are in bytes.
+side where threads allow.  T steps, B rows sorted so that row r is alive where r < batch_sizes[t], I input, H hidden, P
+what the recurrence carries (the projection, or H), U panels of ``lanes`` hidden units, padded sizes H' = U * lanes and
+P' likewise.  N counts (step, row) pairs; n = row_starts[t] + r.  All addresses, strides and offsets are in bytes.
 
 Memory, beside the tensors of the caller:
 
@@ -48,8 +47,9 @@ multiplications and additions, of a peak of 220 to 270):
   at B = 32, 1.6 at B = 8 and 2 at B = 1.
 * Sharing units instead of rows: within 3 % of each other where both can work (H >= 256), better by a fifth where the
   weights of one core's share fit its cache and all of them do not (H = 512, B = 8: 128 against 100), worse below.
-* No operation of torch's between launches that would wake torch's own thread pool: its threads spin for milliseconds on
-  the cores that a lockstep needs (backward at H = 128, B = 1: 10.9 ms, without it 6.1).
+* On a pool of our own, no operation of torch's between launches that would wake torch's threads: these spin for
+  milliseconds on the cores that a lockstep needs (backward at H = 128, B = 1: 10.9 ms, without it 6.1).  As members of
+  torch's team the launches stand behind an operation of torch's as well as alone.
 * Not done: AMX for bfloat16.  A block of 16 rows on its tiles ran at 370 GF/s a core from Numba, three times this one.
 """
 
