@@ -91,7 +91,7 @@ def _allocate(size: int) -> np.ndarray:
         raw = np.empty(size + ALIGN, np.uint8)
     except MemoryError:
         clear()
-        raw = torch.empty(size + ALIGN, dtype=torch.uint8).numpy()  # raises what torch raises
+        raw = torch.empty(size + ALIGN, dtype=torch.uint8, device="cpu").numpy()  # raises what torch raises
     start = -raw.ctypes.data % ALIGN
     return raw[start : start + size]
 
@@ -108,10 +108,9 @@ def carve(*sizes: int) -> tuple[object, list[int]]:
     for size in sizes:
         offsets.append(total)
         total += -(-size // ALIGN) * ALIGN
-    owner: object
     if _kept(total):
         owner, base = _lend(total)
     else:
-        owner = small = torch.empty(total + ALIGN, dtype=torch.uint8)
-        base = -(-small.data_ptr() // ALIGN) * ALIGN
+        owner = _allocate(total)
+        base = owner.ctypes.data
     return owner, [base + offset if size else 0 for offset, size in zip(offsets, sizes, strict=True)]

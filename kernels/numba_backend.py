@@ -364,7 +364,7 @@ def _cells_in(rows: Rows, kind: Kind, padded: int, grad_cells: Tensor, compute: 
         values = grad_cells[..., direction * hidden : (direction + 1) * hidden]
         if index is not None:
             values = values[index // rows.batch, index % rows.batch]
-        internal = torch.zeros((rows.total, padded), dtype=compute)
+        internal = torch.zeros((rows.total, padded), dtype=compute, device="cpu")
         internal[:, :hidden] = values.reshape(rows.total, hidden)
         result.append(internal)
     return result
@@ -430,10 +430,10 @@ def _new_gradients(parameters: Weights, compute: torch.dtype, needs: Needs) -> W
     """Tensors for the weight gradients in the compute dtype."""
     if not needs.weights:
         return WeightGradients()
-    empty = WeightGradients(*(None if w is None else torch.empty(w.shape, dtype=compute) for w in parameters))
-    if empty.weight_hr is None:
-        return empty
-    return empty._replace(weight_hr=torch.empty(empty.weight_hr.shape[::-1], dtype=compute))  # it comes transposed
+    shapes = [None if w is None else w.shape for w in parameters]
+    if shapes[-1] is not None:
+        shapes[-1] = shapes[-1][::-1]  # weight_hr's comes transposed
+    return WeightGradients(*(None if s is None else torch.empty(s, dtype=compute, device="cpu") for s in shapes))
 
 
 def _draw_backward(problem: Problem, given: _BackwardGiven) -> _Drawing:
@@ -578,7 +578,7 @@ def _no_squares(kind: Kind, block: tiling.Block) -> np.ndarray:
 
 def _magnitudes(rows: Rows, variant: Any, squares: list[np.ndarray]) -> Tensor:
     """(2, D, T, B) norms from the partial sums of squares (2, T * B, ·) of each direction."""
-    each = torch.empty((len(squares), 2, rows.steps * rows.batch), dtype=variant.compute)
+    each = torch.empty((len(squares), 2, rows.steps * rows.batch), dtype=variant.compute, device="cpu")
     kernel = variant.norms()
     for direction, of_direction in enumerate(squares):
         kernel(each[direction].numpy(), of_direction)
