@@ -80,24 +80,34 @@ def _bfloat16_hardware() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def faster_than_torch(layer: Layer) -> bool:
-    """Whether the Numba kernels beat ATen for this class of layer: what the benchmark's results say, as a rule.
+def faster_than_torch(layer: Layer, several: bool = True) -> bool:
+    """Whether the Numba kernels beat ATen for this class of layer: what measurements say, as a rule.
 
-    * Short sequences: a call of ours costs about 0.2 ms more (0.5 ms in training) before its first step than one of
-      oneDNN, which covers dense float32 and bfloat16; both are level at 64 to 200 steps, and sooner where a step is
-      long.
+    ``several``: they share the work out among threads.
+
+    * Dense float32 and bfloat16: ATen calls oneDNN.  A call of ours costs 0.05 to 0.1 ms more before its first step (in
+      training 0.2 to 0.3 ms), so short sequences of small layers are oneDNN's.  Where both are level was measured
+      behind an operation of torch's for T 1 to 160, B 1, 8, 32 and H 16 to 512 on one and two cores with AVX2: at about
+      the same T, times H, times the root of B up to 16, in training.  In inference our lead is smaller, and smallest
+      for one row of some 64 units (level until T = 400), and for wide layers.
     * What oneDNN does not cover (packed, projections, float64, float16) ATen runs step by step, at some 50
       microseconds a step.
     * bfloat16 on a CPU that multiplies it: oneDNN uses that, our kernels compute in float32; ours win while the cell
       and the overhead of a step outweigh its products.
     """
-    covered = layer.dtype in (torch.float32, torch.bfloat16) and not layer.ragged and not layer.proj_size
-    if not covered:
-        return layer.steps >= 24
-    if layer.dtype == torch.bfloat16 and _bfloat16_hardware() and layer.batch * layer.hidden_size > 128:
+    steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
+    if layer.ragged:
+        return steps >= (24 if layer.training else 32)
+    if layer.proj_size or layer.dtype not in (torch.float32, torch.bfloat16):
+        return steps >= (6 if layer.training else 12)
+    if layer.dtype == torch.bfloat16 and _bfloat16_hardware() and batch * hidden > 128:
         return False
-    long_steps = layer.hidden_size >= 512 and layer.batch >= 8 and layer.steps * layer.batch >= 400
-    return long_steps or layer.steps >= (192 if layer.training else 128)
+    size = steps * hidden * min(batch, 16) ** 0.5
+    if layer.training:
+        return hidden >= 512 or (hidden >= 256 and steps >= 10) or size >= (5000 if several else 9000)
+    if batch == 1:
+        return size >= 24000 or (hidden >= 256 and steps >= 40)
+    return size >= 7000 and steps >= (40 if hidden >= 256 else 20)
 
 
 _LOST_THREADS = (
@@ -133,22 +143,28 @@ def _why_not(name: str, layers: tuple[Layer, ...], extended: bool, opaque: bool)
     return None
 
 
-def _slower(name: str, layers: tuple[Layer, ...]) -> str | None:
+def _slower(name: str, layers: tuple[Layer, ...], several: bool) -> str | None:
     """One sentence on why ``"auto"`` leaves these layers to ATen although ``name`` could run them, or None."""
-    if name == "numba" and not all(map(faster_than_torch, layers)):
+    if name == "numba" and not all(faster_than_torch(layer, several) for layer in layers):
         return "ATen was measured faster for this class of shape"
     return None
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(
-    name: str, layers: tuple[Layer, ...], extended: bool = False, opaque: bool = False, orphan: bool = False
+    name: str,
+    layers: tuple[Layer, ...],
+    extended: bool = False,
+    opaque: bool = False,
+    orphan: bool = False,
+    several: bool = True,
 ) -> Choice:
     """The backend for a stack of layers.
 
     ``layers``: the first layer, and the others' common shape where there are more.  ``extended``: the call uses what
     ATen's LSTM does not have (lengths, reset, cells, a recording).  ``opaque``: its tensors are of a subclass,
-    or torch.jit traces it.  ``orphan``: torch may wait for threads that stayed with the parent process.  A named
+    or torch.jit traces it.  ``orphan``: torch may wait for threads that stayed with the parent process.
+    ``several``: there is more than one thread.  A named
     backend that cannot run them raises RuntimeError with the reason; ``"auto"`` always finds one.
     """
     check_name(name)
@@ -186,7 +202,7 @@ def choose(
         if reason is None and candidate == "torch" and orphan and layers[0].device.type == "cpu":
             reason = _LOST_THREADS
         if reason is None and not extended and not orphan:
-            reason = _slower(candidate, layers)
+            reason = _slower(candidate, layers, several)
         if reason is None:
             return Choice(candidate, (*reasons, (candidate, why)))
         reasons.append((candidate, reason))
@@ -212,6 +228,7 @@ def plan(
     extended: bool,
     opaque: bool,
     orphan: bool,
+    several: bool,
 ) -> Choice:
     """:func:`choose` for a call described by plain values; cached, because it runs once a call."""
 
@@ -221,7 +238,7 @@ def plan(
     layers: tuple[Layer, ...] = (layer(input_size),)
     if num_layers > 1:
         layers += (layer(directions * (proj_size or hidden_size)),)
-    return choose(name, layers, extended, opaque, orphan)
+    return choose(name, layers, extended, opaque, orphan, several)
 
 
 def in_graph(name: str, described: Layer, extended: bool) -> str:
@@ -232,7 +249,7 @@ def in_graph(name: str, described: Layer, extended: bool) -> str:
     return plan(
         name, described.device, described.dtype, LONG, SOME, SOME, int(described.hidden_size),
         int(described.proj_size), 1, described.directions, described.bias, described.ragged, described.training,
-        extended, opaque=False, orphan=process.torch_would_hang(),
+        extended, opaque=False, orphan=process.torch_would_hang(), several=True,
     ).name  # fmt: skip
 
 
@@ -276,7 +293,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended
         stack = (m.proj_size, m.num_layers, 2 if m.bidirectional else 1)
     choice = plan(
         name, data.device, data.dtype, steps, batch, m.input_size, m.hidden_size, *stack, m.bias, packed, training,
-        extended, opaque=False, orphan=process.torch_would_hang(),
+        extended, opaque=False, orphan=process.torch_would_hang(), several=process.torch_threads() > 1,
     )  # fmt: skip
     return _with_threads(choice)
 

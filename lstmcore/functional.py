@@ -186,7 +186,7 @@ def lstm(
             device, dtype, steps, batch, input_size, hidden_size, proj_size, num_layers, directions, has_biases,
             rows.ragged, training,
             extended=lengths is not None or reset is not None or bool(return_cells) or recording.watched(module),
-            opaque=way is Way.OPERATIONS, orphan=process.torch_would_hang(),
+            opaque=way is Way.OPERATIONS, orphan=process.torch_would_hang(), several=process.torch_threads() > 1,
         ).name  # fmt: skip
         if name != "torch" and (packed or lengths is not None) and torch._C._get_tracing_state():
             raise RuntimeError(

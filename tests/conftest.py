@@ -127,6 +127,20 @@ def poisoned_memory(monkeypatch):
 
 
 @pytest.fixture
+def fresh_plans():
+    """What the CPU kernels are told is drawn anew: for tests that change how, or what machine it is."""
+    from lstmcore.kernels import numba_backend, numba_problem
+
+    def forget() -> None:
+        for cached in (numba_backend._kept, numba_problem.variant_of):
+            cached.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
 def threads(monkeypatch):
     """Sets the number of threads, torch's and the kernels', for the duration of a test.
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from lstmcore.kernels import tiling
+from lstmcore.kernels import numba_backend, tiling
 
 import lstmcore
 
@@ -40,11 +40,12 @@ def test_run_to_run_and_any_number_of_threads(case, dtype, threads):
 
 @pytest.mark.parametrize("groups", [(1, 2), (2, 1), (2, 2), (3, 2)], ids=lambda g: f"{g[0]}x{g[1]}")
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_any_way_of_sharing(case, groups, threads, monkeypatch):
+def test_any_way_of_sharing(case, groups, threads, monkeypatch, fresh_plans):
     """Rows and units shared out in other ways than this machine's plan does: groups in each part and direction."""
     data = draw(case, torch.float32)
     threads(1)
     expected = run(case, data, torch.float32, "numba")
+    numba_backend._kept.cache_clear()
     planned, used = tiling.plan, set()
 
     def plan(steps, batch, hidden, depth, inputs, block, size, available, backward=False):

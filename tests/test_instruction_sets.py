@@ -13,11 +13,9 @@ from .oracle import assert_parity
 
 
 @pytest.fixture(params=["avx2", "neon", "generic"])  # AVX-512's estimate of a reciprocal is its own instruction
-def isa(request, monkeypatch):
+def isa(request, monkeypatch, fresh_plans):
     monkeypatch.setattr(tiling, "cpu_isa", lambda: request.param)
-    numba_problem.variant_of.cache_clear()
-    yield request.param
-    numba_problem.variant_of.cache_clear()
+    return request.param
 
 
 def test_parity(isa):
