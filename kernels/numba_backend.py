@@ -275,7 +275,7 @@ def _drawn(draw: Callable[..., _Drawing], kind: Kind, rows: Rows, available: int
     return draw(Problem(kind, alive, available), given) if alive else _kept(draw, kind, available, given)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def _kept(draw: Callable[..., _Drawing], kind: Kind, available: int, given: NamedTuple) -> _Drawing:
     return draw(Problem(kind, None, available), given)
 

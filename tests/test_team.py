@@ -48,6 +48,7 @@ def test_torch_keeps_its_threads():
     """A launch of fewer members than torch has threads ends none of them; nor does it start any."""
     run("""
         launched = shared_out("team")
+        sys.modules["lstmcore.kernels.threads"]._cores = lambda: 6
         torch.set_num_threads(6)
         wide = torch.randn(512, 512)
         wide @ wide
@@ -81,8 +82,19 @@ def test_a_team_smaller_than_asked_for(limit):
     )
 
 
+def test_more_threads_than_cores():
+    """Then the pool has as many as there are cores, and what torch's other threads would do is nobody's loss."""
+    run("""
+        launched = shared_out("team")
+        threads = sys.modules["lstmcore.kernels.threads"]
+        torch.set_num_threads(3)
+        assert right() and launched == {"pool"} and "more threads than there are cores" in threads.describe()
+    """)
+
+
 @pytest.mark.parametrize("policy", ["passive", "active"])
 def test_any_waiting_policy(policy):
+    """Whether torch's threads spin or sleep between its operations."""
     run('launched = shared_out("team")\nassert right() and launched == {"team"}', OMP_WAIT_POLICY=policy)
 
 
