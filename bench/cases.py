@@ -121,6 +121,8 @@ QUICK = {
     "float64-h128-b32",
     "bfloat16-h128-b32",
     "last-h128-b32",
+    "short-h64-b32-t30",
+    "short-h128-b16-t100",
     "call-h16-b1-t1",
 }
 
@@ -139,6 +141,18 @@ MEMORY = {
     "float64-h128-b32",
     "bfloat16-h128-b32",
 }
+
+
+SHORT = (  # T, B, I, H
+    (16, 128, 64, 64),
+    (20, 24, 80, 80),
+    (30, 32, 32, 64),
+    (30, 64, 64, 128),
+    (50, 16, 16, 32),
+    (70, 16, 128, 128),
+    (100, 16, 128, 128),
+    (100, 1, 64, 256),
+)
 
 
 def _cases() -> Iterator[Case]:
@@ -169,13 +183,16 @@ def _cases() -> Iterator[Case]:
     for hidden, batch in ((32, 32), (128, 32), (256, 8)):
         name = f"last-h{hidden}-b{batch}-t1000"
         yield Case(name, "last", hidden, hidden, batch, 1000, modes=("training",), loss="last")
+    # What libraries feed their models: windows of a series, sentences, rollouts.
+    for steps, batch, inputs, hidden in SHORT:
+        yield Case(f"short-h{hidden}-b{batch}-t{steps}", "short", inputs, hidden, batch, steps)
     # One step of one row: what a call costs before any arithmetic.
     yield Case("call-h16-b1-t1", "call", 16, 16, 1, 1)
 
 
 def _shape(name: str) -> str:
     """A case's name without the number of steps that it got."""
-    return name if name.startswith(("steps-", "call-")) else name.rpartition("-t")[0]
+    return name if name.startswith(("steps-", "short-", "call-")) else name.rpartition("-t")[0]
 
 
 CASES = {
@@ -196,6 +213,7 @@ GROUPS = {
     "bfloat16": "bfloat16",
     "float16": "float16",
     "last": "a loss of the last step alone: the gradient vanishes on its way",
+    "short": "16 to 100 steps, as libraries feed their models",
     "call": "one step of one row: the overhead of a call",
 }
 # Means that are taken over several groups, because a user does not choose between them.

@@ -41,12 +41,13 @@ def _speed(line: Summary | None) -> str:
     return f"**{line.ratio:.2f}×**" + (f" ({line.lowest:.2f}–{line.highest:.2f})" if line.cases > 1 else "")
 
 
-def _cells(line: Summary | None) -> tuple[str, str, str, str]:
-    """Speed with its range, that alone, ours and torch's share of the peak, and memory, of one mode."""
+def _cells(line: Summary | None) -> tuple[str, str, str]:
+    """Speed with its range, and alone where that was measured too; ours and torch's share of the peak; memory."""
     if line is None:
-        return "", "", "", ""
+        return "", "", ""
     alone, memory = ("" if ratio is None else f"{ratio:.2f}×" for ratio in (line.alone, line.memory_ratio))
-    return _speed(line), alone, f"{percent(line.ours_share)} / {percent(line.peer_share)}", memory
+    speed = _speed(line) + (f"; alone {alone}" if alone else "")
+    return speed, f"{percent(line.ours_share)} / {percent(line.peer_share)}", memory
 
 
 def _by_group(rows: Sequence[Row]) -> dict[str, dict[str, Summary]]:
@@ -60,9 +61,8 @@ def _by_group(rows: Sequence[Row]) -> dict[str, dict[str, Summary]]:
 def _table(rows: Sequence[Row]) -> Iterator[str]:
     """One line a group: what it is, and both modes."""
     by_group = _by_group(rows)
-    of_mode = "speed | alone | share of FMA peak"
-    yield f"| group | cases | training: {of_mode} | peak memory | inference: {of_mode} |"
-    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    yield "| group | cases | training: speed | share of FMA peak | peak memory | inference: speed | share of FMA peak |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
     for group, modes in by_group.items():
         any_line = next(iter(modes.values()))
         *inference, _ = _cells(modes.get("inference"))
@@ -76,7 +76,7 @@ def _gpu_tables(rows: Sequence[Row]) -> Iterator[str]:
     yield "|---|--:|--:|--:|--:|"
     for group, modes in _by_group(rows).items():
         any_line = next(iter(modes.values()))
-        training, *_, memory = _cells(modes.get("training"))
+        training, _, memory = _cells(modes.get("training"))
         inference = _speed(modes.get("inference"))
         yield f"| {group}: {any_line.title} | {any_line.cases} | {training} | {memory} | {inference} |"
     yield ""
