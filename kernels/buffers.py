@@ -51,11 +51,11 @@ def take(count: int, dtype: torch.dtype) -> Tensor:
     Raises RuntimeError, in torch's words, where there is no memory left.
     """
     size = max(count * dtype.itemsize, ALIGN)
-    memory = _lend(size)[0] if _kept(size) else _allocate(size)
+    memory = _lend(size)[0] if _lends(size) else _allocate(size)
     return torch.from_numpy(memory).view(dtype)[:count]
 
 
-def _kept(size: int) -> bool:
+def _lends(size: int) -> bool:
     """Whether ``size`` bytes come from a block (a garbage collection inside of ``_lend`` may run code that takes)."""
     return size >= SMALL and not _lock._is_owned()
 
@@ -102,15 +102,9 @@ def clear() -> None:
         _blocks[:] = [block for block in _blocks if block.lent() is not None]
 
 
-def carve(*sizes: int) -> tuple[object, list[int]]:
-    """One buffer for several uses: (its owner, the aligned address of each); 0 for a size of 0 bytes."""
-    offsets, total = [], 0
-    for size in sizes:
-        offsets.append(total)
-        total += -(-size // ALIGN) * ALIGN
-    if _kept(total):
-        owner, base = _lend(total)
-    else:
-        owner = _allocate(total)
-        base = owner.ctypes.data
-    return owner, [base + offset if size else 0 for offset, size in zip(offsets, sizes, strict=True)]
+def room(size: int) -> tuple[object, int]:
+    """``size`` bytes for scratch: what owns them, and their aligned address."""
+    if _lends(size):
+        return _lend(size)
+    memory = _allocate(max(size, ALIGN))
+    return memory, memory.ctypes.data

@@ -13,6 +13,7 @@ honoured).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -150,11 +151,12 @@ def _trusted_payload(path: Path) -> bytes | None:
 @functools.cache
 def _tell_once() -> None:
     """Says why a first call takes its time, on stderr."""
-    print(
-        f"lstmcore compiles its CPU kernels, which takes some ten seconds each and is kept in {cache_directory()}; "
-        "python -m lstmcore prewarm does it ahead",
-        file=sys.stderr,
-    )
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no stderr, or nobody to read it
+        print(
+            f"lstmcore compiles its CPU kernels, which takes some ten seconds each, and keeps them in "
+            f"{cache_directory()} if it can; python -m lstmcore prewarm does it ahead",
+            file=sys.stderr,
+        )
 
 
 class DiskCache(_Cache):

@@ -157,7 +157,7 @@ class _Drawing:
     def run(self, kernel: Any, tensors: dict[object, Tensor | np.ndarray | None]) -> None:
         """Works off the launches, with these tensors as the buffers of the same names."""
         p, available = self.problem, self.problem.available
-        scratch, (base,) = buffers.carve(max(p.buffers.scratch, 1))
+        scratch, base = buffers.room(p.buffers.scratch)
         addresses = np.zeros(len(p.buffers.numbers) + 1, np.int64)
         for name, number in p.buffers.numbers.items():
             addresses[number] = base if name == "scratch" else _address(tensors[name])
@@ -272,11 +272,11 @@ class _BackwardGiven(NamedTuple):
 def _drawn(draw: Callable[..., _Drawing], kind: Kind, rows: Rows, available: int, given: NamedTuple) -> _Drawing:
     """The drawing of this kind of call: that of the last one where all rows are alive at every step."""
     alive = Alive.of(rows)
-    return draw(Problem(kind, alive, available), given) if alive else _kept(draw, kind, available, given)
+    return draw(Problem(kind, alive, available), given) if alive else _drawn_once(draw, kind, available, given)
 
 
-@functools.lru_cache(maxsize=1024)
-def _kept(draw: Callable[..., _Drawing], kind: Kind, available: int, given: NamedTuple) -> _Drawing:
+@functools.lru_cache(maxsize=512)
+def _drawn_once(draw: Callable[..., _Drawing], kind: Kind, available: int, given: NamedTuple) -> _Drawing:
     return draw(Problem(kind, None, available), given)
 
 

@@ -281,7 +281,7 @@ def block_size(rows, most):
 def device_functions(scalar: str, storage: str, block: Block, fast_reciprocal: bool) -> SimpleNamespace:
     """What both kernels share, for computing in ``scalar`` on tensors of ``storage``."""
     ops = simd(scalar, block.lanes, fast_reciprocal)
-    key = f"{scalar}_{storage}_{block.lanes}x{block.rows}{'_fast' if fast_reciprocal else ''}"
+    key = f"{scalar}_{storage}_{block.lanes}x{block.rows}of{block.registers}{'_fast' if fast_reciprocal else ''}"
     lanes, panel, most, size, stored = block.lanes, block.panel, block.rows, ops.size, SIZE[storage]
     vector_bytes = lanes * size
     store, zeros, add_vectors = ops.store, ops.zeros, ops.add_vectors

@@ -52,7 +52,7 @@ def _peak_kernel(scalar: str, block: tiling.Block):
 
     ops_size, rows = ops.size, block.rows
     full_block = make_block(
-        ops, (rows,), 4, start, finish_peak, key=f"{scalar}_{block.lanes}", registers=block.registers
+        ops, (rows,), 4, start, finish_peak, key=f"{scalar}_{block.lanes}of{block.registers}", registers=block.registers
     )
 
     read = make_read(PeakArgs)

@@ -64,7 +64,7 @@ def start_thread(function: Callable[..., None], *arguments: Any) -> None:
     _start_new_thread(function, arguments)
 
 
-_native_code = ctypes.CDLL(None, handle=ctypes.pythonapi._handle)  # whose calls let other threads run Python
+_native_code = ctypes.CDLL("", handle=ctypes.pythonapi._handle)  # whose calls let other threads run Python
 _new_gate = ctypes.CFUNCTYPE(ctypes.c_void_p)(("PyThread_allocate_lock", _native_code))
 _wait_at = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)(("PyThread_acquire_lock", _native_code))
 _open = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(("PyThread_release_lock", _native_code))

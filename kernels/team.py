@@ -10,6 +10,9 @@ A launch asks for as many threads as torch does: the runtime ends threads that a
 operation of torch's would start them anew.  Those that it has no member for return at once.  A team may be smaller than
 asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC, a region inside of another): every thread looks at its size before it begins,
 so that no member waits for one that does not come, and the host learns that nothing has been computed.
+
+Every Python thread is the master of a team of its own, whose threads the runtime starts when it first asks, as for
+torch's own operations there; where the system refuses them, the runtime ends the process, as it would then.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +36,7 @@ class Entry(NamedTuple):
 
     parallel: Callable[[int, int, int, int], None]  # (function, its argument, threads, flags)
     in_parallel: Callable[[], int]  # whether the caller is a member of a team
+    cores: Callable[[], int]  # that the process may use
     thread_num: int  # addresses
     num_threads: int
 
@@ -61,14 +65,27 @@ def _load() -> Entry | str:
         return f"torch's library cannot be opened: {error}"
     for library in libraries:
         try:
-            parallel, in_parallel = library.GOMP_parallel, library.omp_in_parallel
+            parallel = library.GOMP_parallel
+            asked = library.omp_in_parallel, library.omp_get_num_procs
             numbers = library.omp_get_thread_num, library.omp_get_num_threads
         except AttributeError:
             continue
         parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-        in_parallel.argtypes, in_parallel.restype = [], ctypes.c_int
-        return Entry(parallel, in_parallel, *(ctypes.cast(each, ctypes.c_void_p).value or 0 for each in numbers))
+        at_once = ctypes.PYFUNCTYPE(ctypes.c_int)  # keeps the GIL: to let it go can cost milliseconds
+        in_parallel, cores = (at_once(_address(each)) for each in asked)
+        thread_num, num_threads = map(_address, numbers)
+        return Entry(parallel, in_parallel, cores, thread_num, num_threads)
     return "this build of torch has no OpenMP runtime with GOMP_parallel"
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def cores() -> int | None:
+    """How many cores the process may use, as the runtime says; None where there is none."""
+    entry = _load()
+    return None if isinstance(entry, str) else entry.cores()
 
 
 _too_small: str | None = None  # once a team was smaller than asked for, how

@@ -39,6 +39,10 @@ def count() -> int:
 
 
 def _cores() -> int:
+    """How many cores this process may use, as OpenMP's runtime knows it: it may have pinned this thread to one."""
+    cores = team.cores()
+    if cores is not None:
+        return cores
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -80,20 +84,21 @@ class _Launch:
         self.function, self.counters = function, counters
         self.waiting = dict(enumerate(addresses))  # who takes a member's record out runs it
         self.workers = dict(enumerate(_workers[: len(addresses) - 1], 1))
-        self.over: dict[int, Callable] = {member: worker.gate.open for member, worker in self.workers.items()}
+        self.waited: list[int] = []  # members whose gates the caller has passed
         self.errors: list[BaseException] = []
 
     def run(self, member: int) -> None:
-        """What a thread of the pool does."""
+        """What a thread of the pool does; it opens its gate if the member was still to be run."""
+        record = self.waiting.pop(member, None)
+        if record is None:
+            return
         try:
-            record = self.waiting.pop(member, None)
-            if record is not None:
-                _deeper(self.function, record)
+            _deeper(self.function, record)
         except BaseException as error:  # kernels raise none: there was no memory to call one; raised by the caller
             self.errors.append(error)
             self.open_barriers()
         finally:
-            self.over[member]()
+            self.workers[member].gate.open()
 
     def open_barriers(self) -> None:
         """Nobody waits for a member that does not come."""
@@ -104,10 +109,8 @@ class _Launch:
         """No member starts any more; returns when those that run are over."""
         self.open_barriers()
         for member, worker in self.workers.items():
-            if self.waiting.pop(member, None) is None:
+            if self.waiting.pop(member, None) is None and member not in self.waited:
                 worker.gate.wait()
-            else:
-                self.over[member] = bool  # nobody waits for it
 
 
 _workers: list[_Worker] = []
@@ -125,7 +128,7 @@ def available(wanted: int) -> int:
     """How many threads a launch may use now: ``wanted``, or 1 while another launch runs."""
     if wanted <= 1 or _lock.locked() or sys.is_finalizing():  # then no other thread gets to run any more
         return 1
-    return wanted if _no_team() is None else _start_workers(wanted)
+    return min(wanted, process.torch_threads()) if _no_team() is None else _start_workers(wanted)
 
 
 def _no_team() -> str | None:
@@ -170,7 +173,7 @@ def run(kernel: Any, records: Sequence[tuple] | np.ndarray, counters: np.ndarray
         return
     if _no_team() is None:
         launch = team.Launch(kernel.address, packed)
-        _in_one(launch.run, abandon=bool)
+        _in_one(launch.run, abandon=_nothing)
         if launch.done():
             return
     if _start_workers(len(records)) < len(records):
@@ -183,10 +186,18 @@ def _run_on_pool(function: Callable, addresses: Sequence[int], counters: np.ndar
     launch = _Launch(function, addresses, counters)
     own = partial(function, launch.waiting.pop(0))
     hand_out = [partial(worker.calls.put, (launch, member)) for member, worker in launch.workers.items()]
-    waits = [worker.gate.wait for worker in launch.workers.values()]
+    waits = [
+        part
+        for member, worker in launch.workers.items()
+        for part in (worker.gate.wait, partial(launch.waited.append, member))
+    ]
     _in_one(*hand_out, own, *waits, abandon=launch.abandon)
     if launch.errors:
         raise launch.errors[0]
+
+
+def _nothing() -> None:
+    pass
 
 
 def _in_one(*parts: Callable, abandon: Callable[[], object]) -> None:

@@ -293,7 +293,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended
         stack = (m.proj_size, m.num_layers, 2 if m.bidirectional else 1)
     choice = plan(
         name, data.device, data.dtype, steps, batch, m.input_size, m.hidden_size, *stack, m.bias, packed, training,
-        extended, opaque=False, orphan=process.torch_would_hang(), several=process.torch_threads() > 1,
+        extended, opaque=False, orphan=process.torch_would_hang(), several=threads.count() > 1,
     )  # fmt: skip
     return _with_threads(choice)
 

@@ -88,7 +88,7 @@ def state(which: int, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
             "Input and hidden tensors are not at the same device, "
             f"found input tensor at {device} and hidden tensor at {state.device}"
         )
-    if state.dtype != dtype and not torch._C._is_any_autocast_enabled():
+    if state.dtype != dtype and not torch.is_autocast_enabled(device.type):
         raise RuntimeError(f"Expected hidden[{which}] dtype {dtype}, got {state.dtype}; convert it: state.to({dtype})")
 
 

@@ -17,7 +17,7 @@ from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lstmcore import aten, autograd, backends, checks, ops, recording, routing
-from lstmcore.kernels import process
+from lstmcore.kernels import process, threads
 from lstmcore.kernels.contract import Rows
 from lstmcore.routing import Way
 
@@ -186,7 +186,7 @@ def lstm(
             device, dtype, steps, batch, input_size, hidden_size, proj_size, num_layers, directions, has_biases,
             rows.ragged, training,
             extended=lengths is not None or reset is not None or bool(return_cells) or recording.watched(module),
-            opaque=way is Way.OPERATIONS, orphan=process.torch_would_hang(), several=process.torch_threads() > 1,
+            opaque=way is Way.OPERATIONS, orphan=process.torch_would_hang(), several=threads.count() > 1,
         ).name  # fmt: skip
         if name != "torch" and (packed or lengths is not None) and torch._C._get_tracing_state():
             raise RuntimeError(

@@ -132,7 +132,7 @@ def fresh_plans():
     from lstmcore.kernels import numba_backend, numba_problem
 
     def forget() -> None:
-        for cached in (numba_backend._kept, numba_problem.variant_of):
+        for cached in (numba_backend._drawn_once, numba_problem.variant_of):
             cached.cache_clear()
 
     forget()

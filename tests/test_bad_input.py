@@ -286,3 +286,14 @@ def test_functional_parameters(name, backend):
         lstmcore.lstm(X, None, spoil(params), backend=backend)
     for text in named:
         assert text in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_states_of_another_dtype_under_another_device_s_autocast(dtype):
+    """What autocast of another device does not convert is not read as if it were of the input's dtype."""
+    ours, theirs = lstmcore.LSTM(3, 4, backend="numba"), nn.LSTM(3, 4)
+    with torch.no_grad(), torch.autocast("xpu", dtype=torch.float16):
+        assert torch._C._is_any_autocast_enabled(), "the test shows nothing"
+        for module in (theirs, ours):
+            with pytest.raises(RuntimeError):
+                module(X, states(GOOD, GOOD, dtype=dtype))

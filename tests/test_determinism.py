@@ -45,7 +45,7 @@ def test_any_way_of_sharing(case, groups, threads, monkeypatch, fresh_plans):
     data = draw(case, torch.float32)
     threads(1)
     expected = run(case, data, torch.float32, "numba")
-    numba_backend._kept.cache_clear()
+    numba_backend._drawn_once.cache_clear()
     planned, used = tiling.plan, set()
 
     def plan(steps, batch, hidden, depth, inputs, block, size, available, backward=False):

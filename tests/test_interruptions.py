@@ -179,6 +179,37 @@ def test_a_member_that_cannot_start(failing):
     """)
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_member_that_cannot_be_handed_out(failing):
+    """On the pool, for want of memory: those that have begun end, the others never begin, and the pool goes on."""
+    in_process(f"""
+        from types import SimpleNamespace
+        from lstmcore.kernels import threads
+        launched = shared_out("pool")
+        threads._cores = lambda: 3
+        torch.set_num_threads(3)
+        job = dict(T=40, B=1, H=256)  # in lockstep
+        expected = work(**job)
+        assert len(threads._workers) == 2
+
+        def put(message):
+            raise MemoryError("none left")
+
+        worker = threads._workers[{failing} - 1]
+        queue = worker.calls
+        for _ in range(50):
+            worker.calls = SimpleNamespace(put=put, get=queue.get)
+            try:
+                work(**job)
+                raise AssertionError("no error")
+            except MemoryError as error:
+                assert "none left" in str(error)
+            finally:
+                worker.calls = queue
+            assert torch.equal(work(**job), expected) and threads.available(3) == 3
+    """)
+
+
 @pytest.mark.parametrize("threads_of", ["team", "pool"])
 def test_at_the_end_of_the_process(threads_of):
     """Functions of atexit, and what is deleted last, can still call a module."""

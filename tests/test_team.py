@@ -98,6 +98,21 @@ def test_any_waiting_policy(policy):
     run('launched = shared_out("team")\nassert right() and launched == {"team"}', OMP_WAIT_POLICY=policy)
 
 
+def test_bound_threads():
+    """The runtime has pinned the main thread to a core: what it says of itself are not the cores there are."""
+    run(
+        """
+        threads = sys.modules["lstmcore.kernels.threads"]
+        torch.set_num_threads(2)
+        before = threads._cores()
+        assert len(os.sched_getaffinity(0)) == 1 or before == 1
+        launched = shared_out("team")
+        assert right() and launched == {"team"} and (before == 1 or before == os.cpu_count()), before
+        """,
+        OMP_PROC_BIND="true",
+    )
+
+
 def test_dynamic_teams():
     run('launched = shared_out("team")\nfor _ in range(5): assert right()', OMP_DYNAMIC="true")
 
