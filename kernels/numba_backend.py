@@ -37,7 +37,7 @@ from .numba_jobs import (
     run,
 )
 from .numba_lstm import JOINED_ROWS, NORM_PANELS, BackwardArgs, ForwardArgs
-from .numba_problem import DTYPES, Alive, Kind, Problem, Table, Template, launch, variant_of
+from .numba_problem import DTYPES, Alive, Kind, Problem, Table, Template, launch, starts_of, variant_of
 from .tiling import ceil_div
 
 Strides = tuple[int, ...] | None  # of a tensor, in bytes; None where there is none
@@ -55,7 +55,7 @@ def supports(layer: Layer) -> str | None:
 def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """See the contract: the gates of each direction, then their cells."""
     variant = variant_of(layer.dtype)
-    padded = ceil_div(layer.hidden_size, variant.block.lanes) * variant.block.lanes
+    padded = variant.block.padded(layer.hidden_size)
     sizes = ((4 * padded, layer.dtype), (padded, variant.compute))
     return [((room * width,), dtype) for width, dtype in sizes for _ in range(layer.directions)]
 
@@ -216,7 +216,7 @@ def forward(
     kind, variant, count = Kind.of(x, weights, rows), variant_of(x.dtype), len(weights)
     output = rows.new(x, count * kind.width)
     h_n, c_n = x.new_empty((count, kind.batch, kind.width)), x.new_empty((count, kind.batch, kind.hidden))
-    padded = ceil_div(kind.hidden, variant.block.lanes) * variant.block.lanes
+    padded = variant.block.padded(kind.hidden)
     kept = [buffers.take(rows.room * padded, variant.compute) for _ in range(count * (save or cells))]
     gates = [buffers.take(rows.room * 4 * padded, x.dtype) for _ in range(count * save)]
     available = threads.available(kind.threads(rows.total))
@@ -393,7 +393,7 @@ def backward(
     x, y, dy, h_0, c_0, dh_n, dc_n = map(_rows_dense, (input, output, grad_output, h_0, c_0, grad_h_n, grad_c_n))
     kind, variant, count, flags = Kind.of(x, weights, rows), variant_of(x.dtype), len(weights), _flags(reset)
     saved = tuple(each.contiguous() for each in saved)  # a saved-tensors hook may have brought them
-    padded = ceil_div(kind.hidden, variant.block.lanes) * variant.block.lanes
+    padded = variant.block.padded(kind.hidden)
     dx = [rows.new(x, kind.inputs) for _ in range(count * needs.input)]
     grad_h = x.new_empty((count, kind.batch, kind.width)) if needs.h_0 else None
     grad_c = x.new_empty((count, kind.batch, kind.hidden)) if needs.c_0 else None
@@ -591,7 +591,7 @@ def _magnitudes(rows: Rows, variant: Any, squares: list[np.ndarray]) -> Tensor:
 def _gate_statistics(rows: Rows, kind: Kind, variant: Any, gates: tuple[Tensor, ...], wanted: int) -> GateStatistics:
     sizes = None if rows.batch_sizes is None else np.ascontiguousarray(rows.batch_sizes.numpy(), np.int64)
     starting = rows.batch if sizes is None else int(sizes[0])
-    starts = None if sizes is None else np.concatenate(([0], np.cumsum(sizes)))
+    starts = None if sizes is None else starts_of(sizes)
     return statistics(
         variant.statistics(), gates, np.array(sampled_rows(starting, wanted)), sizes, starts,
         rows.steps, rows.batch, kind.hidden, variant.block.lanes,

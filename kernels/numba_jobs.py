@@ -82,6 +82,21 @@ def column_panels_size(depth: int, columns: int, lanes: int) -> int:
 
 
 @functools.cache
+def _make_add_parts(scalar: str, block: Block):
+    """What adds the other parts of an UNPACK job into the first, from byte ``begin`` to ``end`` of each."""
+    ops = simd(scalar, block.lanes)
+    load, store, vector_bytes = ops.load, ops.store, block.lanes * ops.size
+
+    @inline
+    def add_parts(job, begin, end):
+        for part in range(1, job.parts):
+            for at in range(job.source + begin, job.source + end, vector_bytes):
+                store(at, load(at) + load(at + part * job.part_stride))
+
+    return add_parts
+
+
+@functools.cache
 def _gate_jobs(scalar: str, block: Block):
     """(pack_gates, pack_bias, unpack_gates) of panels ``begin`` to ``end``.
 
@@ -91,8 +106,8 @@ def _gate_jobs(scalar: str, block: Block):
     ops = simd(scalar, block.lanes)
     lanes, size = block.lanes, ops.size
     vector_bytes, panel_bytes = lanes * ops.size, block.panel * ops.size
-    load, store, zeros, transpose_tile, copy_one = ops.load, ops.store, ops.zeros, ops.transpose_tile, ops.copy_one
-    load_first = ops.make_load(scalar)
+    store, zeros, transpose_tile, copy_one = ops.store, ops.zeros, ops.transpose_tile, ops.copy_one
+    load_first, add_parts = ops.make_load(scalar), _make_add_parts(scalar, block)
 
     @inline
     def pack_gates(job, begin, end):
@@ -128,10 +143,8 @@ def _gate_jobs(scalar: str, block: Block):
     @inline
     def unpack_gates(job, begin, end):
         row, panel_size = job.depth * size, job.depth * panel_bytes
+        add_parts(job, begin * panel_size, end * panel_size)
         for p in range(begin, end):
-            for part in range(1, job.parts):
-                for at in range(job.source + p * panel_size, job.source + (p + 1) * panel_size, vector_bytes):
-                    store(at, load(at) + load(at + part * job.part_stride))
             units = min(lanes, job.columns - p * lanes)
             for gate in range(4):
                 source = job.source + p * panel_size + gate * vector_bytes
@@ -153,9 +166,8 @@ def _column_jobs(scalar: str, block: Block):
     """(pack_columns, unpack_columns) of panels ``begin`` to ``end``."""
     ops = simd(scalar, block.lanes)
     lanes, panel, size = block.lanes, block.panel, ops.size
-    vector_bytes, panel_bytes = lanes * ops.size, block.panel * ops.size
-    load, store, zeros = ops.load, ops.store, ops.zeros
-    load_first, store_first = ops.make_load(scalar), ops.make_store(scalar)
+    panel_bytes, store, zeros = block.panel * ops.size, ops.store, ops.zeros
+    load_first, store_first, add_parts = ops.make_load(scalar), ops.make_store(scalar), _make_add_parts(scalar, block)
 
     @inline
     def pack_columns(job, begin, end):
@@ -174,11 +186,8 @@ def _column_jobs(scalar: str, block: Block):
 
     @inline
     def unpack_columns(job, begin, end):
-        panel_size = job.depth * panel_bytes
+        add_parts(job, begin * job.depth * panel_bytes, end * job.depth * panel_bytes)
         for q in range(begin, end):
-            for part in range(1, job.parts):
-                for at in range(job.source + q * panel_size, job.source + (q + 1) * panel_size, vector_bytes):
-                    store(at, load(at) + load(at + part * job.part_stride))
             for k in range(job.depth):
                 target = job.target + (k * job.columns + q * panel) * size
                 source = job.source + (q * job.depth + k) * panel_bytes

@@ -46,6 +46,11 @@ def _table(values: np.ndarray) -> Table:
     return Table(values, values.ctypes.data)
 
 
+def starts_of(sizes: np.ndarray) -> np.ndarray:
+    """How many rows come before each step, and after the last one: (T + 1,) from (T,)."""
+    return np.concatenate(([0], np.cumsum(sizes)))
+
+
 @functools.lru_cache(maxsize=1024)
 def multiples(count: int, stride: int) -> Table:
     """0, stride, 2 stride, ..."""
@@ -160,8 +165,7 @@ class Problem:
         self.steps, self.batch, self.directions = kind.steps, kind.batch, kind.directions
         self.inputs, self.hidden, self.width, self.projected = kind.inputs, kind.hidden, kind.width, kind.projected
         self.panels = ceil_div(self.hidden, self.block.lanes)
-        self.padded_hidden = self.panels * self.block.lanes
-        self.padded_width = ceil_div(self.width, self.block.lanes) * self.block.lanes
+        self.padded_hidden, self.padded_width = self.block.padded(self.hidden), self.block.padded(self.width)
         self.columns = ceil_div(self.width, self.block.panel)
         self.buffers = Buffers()
         self._tables: list[Table] = []
@@ -169,7 +173,7 @@ class Problem:
         if alive is not None:
             self.order = alive.order
             self.batch_sizes, sizes = self.table(alive.batch_sizes)
-            starts = self.table(np.concatenate(([0], np.cumsum(self.batch_sizes)))).address
+            starts = self.table(starts_of(self.batch_sizes)).address
         self.shape = {  # the arguments that both kernels share
             "steps": self.steps, "batch": self.batch, "inputs": self.inputs, "hidden": self.hidden, "width": self.width,
             "batch_sizes": sizes, "row_starts": starts, "packed": int(kind.packed),
@@ -232,7 +236,7 @@ class Problem:
         for first, last in itertools.pairwise(tiling.balanced_rows(self.batch_sizes, self.batch, count)):
             starts, alive = 0, self.alive(first, last)
             if alive is not None:
-                starts = self.table(np.concatenate(([0], np.cumsum(alive)))).address
+                starts = self.table(starts_of(alive)).address
             if last > first:
                 result.append((first, last, starts))
         return result

@@ -42,6 +42,10 @@ class Block:
         """Columns of a packed panel: four gates of ``lanes`` units, or four vectors of any matrix."""
         return 4 * self.lanes
 
+    def padded(self, values: int) -> int:
+        """``values`` in whole vectors."""
+        return ceil_div(values, self.lanes) * self.lanes
+
     def row_choices(self, vectors: int) -> tuple[int, ...]:
         """The numbers of rows that a block of ``vectors`` vectors (1, 2 or 4) is compiled for.
 

@@ -85,8 +85,8 @@ def faster_than_torch(layer: Layer, several: bool = True) -> bool:
 
     ``several``: they share the work out among threads.
 
-    * Dense float32 and bfloat16: ATen calls oneDNN.  A call of ours costs 0.05 to 0.1 ms more before its first step (in
-      training 0.2 to 0.3 ms), so short sequences of small layers are oneDNN's.  Where both are level was measured
+    * Dense float32 and bfloat16: ATen calls oneDNN.  A call of ours costs about 0.1 ms more before its first step (in
+      training 0.3 to 0.5 ms), so short sequences of small layers are oneDNN's.  Where both are level was measured
       behind an operation of torch's for T 1 to 160, B 1, 8, 32 and H 16 to 512 on one and two cores with AVX2: at about
       the same T, times H, times the root of B up to 16, in training.  In inference our lead is smaller, and smallest
       for one row of some 64 units (level until T = 400), and for wide layers.
@@ -164,8 +164,8 @@ def choose(
     ``layers``: the first layer, and the others' common shape where there are more.  ``extended``: the call uses what
     ATen's LSTM does not have (lengths, reset, cells, a recording).  ``opaque``: its tensors are of a subclass,
     or torch.jit traces it.  ``orphan``: torch may wait for threads that stayed with the parent process.
-    ``several``: there is more than one thread.  A named
-    backend that cannot run them raises RuntimeError with the reason; ``"auto"`` always finds one.
+    ``several``: there is more than one thread.  A named backend that cannot run them raises RuntimeError with the
+    reason; ``"auto"`` always finds one.
     """
     check_name(name)
     if name != "auto":

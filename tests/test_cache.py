@@ -201,3 +201,29 @@ def test_kernels_cached_by_different_processes_do_not_meet(tmp_path):
             check=True,
             timeout=LIMIT,
         )
+
+
+def test_the_first_compilation_says_so(tmp_path):
+    """On stderr, in one line: what it is, where it is kept, how to do it ahead; and not where it is kept already."""
+    code = """
+import os, sys
+from lstmcore.kernels.jit import kernel
+if len(sys.argv) > 1: sys.stderr.close()
+for key in ("one", "two"):
+    @kernel(key)
+    def nothing(address):
+        pass
+"""
+
+    def said(*arguments: str) -> list[str]:
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / (arguments or ("kept",))[0])}
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stderr.splitlines()
+
+    (line,) = said()
+    assert str(tmp_path / "kept") in line
+    assert "python -m lstmcore prewarm" in line
+    assert said() == []
+    assert said("closed") == []

@@ -99,3 +99,12 @@ def test_on_a_gpu_auto_runs_something():
     choice = lstmcore.explain(module, X.cuda())
     assert choice.name in ("triton", "torch")
     assert module(X.cuda())[0].is_cuda
+
+
+def test_the_number_of_threads_decides_short_calls(threads):
+    """The same call, in training: ours on several threads, ATen's on one; long ones are ours on any number."""
+    module = lstmcore.LSTM(64, 64)
+    for count, name in ((2, "numba"), (1, "torch"), (2, "numba")):
+        threads(count)
+        assert lstmcore.explain(module, torch.randn(20, 16, 64)).name == name
+        assert lstmcore.explain(module, torch.randn(200, 16, 64)).name == "numba"

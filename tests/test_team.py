@@ -10,8 +10,7 @@ import pytest
 
 from .processes import PRELUDE, in_process, run_program
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are reached on Linux only")
-pytestmark = linux
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are reached on Linux only")
 
 JOBS = """
 jobs = [dict(T=60, B=16, H=64), dict(T=60, B=16, H=64, bidirectional=True), dict(T=20, B=1, H=256)]  # that in lockstep
@@ -92,6 +91,23 @@ def test_more_threads_than_cores():
     """)
 
 
+def test_neither_team_nor_pool():
+    """A team that proves too small where the system refuses threads, too: an error once, then one thread."""
+    run(
+        """
+        sys.modules["lstmcore.kernels.process"]._start_new_thread = lambda *given: None
+        launched = shared_out("team")
+        try:
+            right()
+            raise AssertionError("no error")
+        except RuntimeError as error:
+            assert "torch.set_num_threads(1)" in str(error), error
+        assert right()
+        """,
+        OMP_THREAD_LIMIT="1",
+    )
+
+
 @pytest.mark.parametrize("policy", ["passive", "active"])
 def test_any_waiting_policy(policy):
     """Whether torch's threads spin or sleep between its operations."""
@@ -165,7 +181,6 @@ def test_python_threads_at_once():
     """)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
 def test_a_forked_child():
     """The team stays with the parent."""
     run("""
