@@ -133,7 +133,9 @@ def available(wanted: int) -> int:
 
 def _no_team() -> str | None:
     """None where a launch runs on torch's team; else one sentence on why not."""
-    if process.torch_threads() > _cores():  # training took 1.2 times as long with 8 threads of torch's on 2 cores
+    # With 8 threads of torch's on 2 cores (AMD EPYC) team and pool are level, but beside another process training took
+    # 1.2 times as long on the team.
+    if process.torch_threads() > _cores():
         return "torch has more threads than there are cores"
     return team.missing()
 
