@@ -96,7 +96,7 @@ def _module(name: str) -> Any | None:
 
 def predicted_us(case: Case, part: str, multiprocessors: int) -> float | None:
     """The model's microseconds a step of the recurrence, without the input product; None where there is no model."""
-    model = _module("tiling_gpu")
+    model = _module("gpu.tiling")
     if model is None:
         return None
     precision = model.precision_of(case.torch_dtype, case.tf32)
@@ -220,9 +220,9 @@ def predicted_s(case: Case) -> float:
 
 def handoff(out: Path) -> int:
     """Measures the hand-off by number of blocks; writes handoff.csv."""
-    measure = getattr(_module("triton_probe"), "handoff_latency", None)
+    measure = getattr(_module("gpu.probe"), "handoff_latency", None)
     if measure is None:
-        print("this version of the kernels has no lstmcore.kernels.triton_probe.handoff_latency")
+        print("this version of the kernels has no lstmcore.kernels.gpu.probe.handoff_latency")
         return NOTHING
     rows: list[HandoffRow] = []
     for blocks in handoff_blocks(machine.units("cuda")):

@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from lstmcore.kernels import tiling_gpu
-from lstmcore.kernels.tiling_gpu import Design
+from lstmcore.kernels.gpu import tiling
+from lstmcore.kernels.gpu.tiling import Design
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -92,7 +92,7 @@ def design_of(case: Configuration) -> Design:
     """What the tiling chooses."""
     precision = case.dtype if case.dtype in ("tf32", "float32") else "16"
     sizes = (case.hidden, case.batch, case.directions)
-    return tiling_gpu.plan(*sizes, precision, SMS[case.target], case.backward, shared=SHARED[case.target])
+    return tiling.plan(*sizes, precision, SMS[case.target], case.backward, shared=SHARED[case.target])
 
 
 def configurations(targets: Sequence[int], quick: bool) -> Iterator[Configuration]:
@@ -129,13 +129,13 @@ def compile_one(case: Configuration) -> Compiled:
     """Compiles one kernel and reads the machine code."""
     warnings.filterwarnings("ignore", category=UserWarning, module="triton")
     import triton
-    from lstmcore.kernels import triton_backend, triton_resident, triton_split
+    from lstmcore.kernels.gpu import backend, persistent, split
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     design = design_of(case)
-    module = triton_resident if design.kind == "resident" else triton_split
+    module = persistent if design.kind == "resident" else split
     kernel = module.lstm_bwd_kernel if case.backward else module.lstm_fwd_kernel
     value = {"float16": "fp16", "bfloat16": "bf16"}.get(case.dtype, "fp32")
     tl = triton.language
@@ -174,7 +174,7 @@ def compile_one(case: Configuration) -> Compiled:
         for index, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*")
     }
-    options = {"num_warps": design.warps, **triton_backend.HINTS}
+    options = {"num_warps": design.warps, **backend.HINTS}
     if design.kind == "split":
         options["launch_cooperative_grid"] = True
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)

@@ -49,7 +49,7 @@ def _measure(case: Case, provider: str, backend: str) -> float:
     build(provider, draw(case, steps=min(WARM_UP_STEPS, case.steps)), backend).training()
     runner = build(provider, draw(case), backend)
     if provider == OURS:
-        from lstmcore.kernels import buffers
+        from lstmcore.kernels.cpu import buffers
 
         buffers.clear()  # what the first step left for the next one must not hide what this one allocates
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -65,7 +65,7 @@ def _measure(case: Case, provider: str, backend: str) -> float:
 
 def gpu_peak_mib(runner: Runner) -> float:
     """MiB that one training step allocates on the GPU at its peak; one has to have run before."""
-    from lstmcore.kernels import buffers
+    from lstmcore.kernels.cpu import buffers
 
     buffers.clear()  # what is kept for the next step counts as part of this one
     torch.cuda.synchronize()

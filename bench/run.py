@@ -195,7 +195,7 @@ def fma_peaks(dtypes: Sequence[str]) -> dict[str, float]:
 
     There is no float16 arithmetic in the kernels, which compute it in float32; so that is its limit too.
     """
-    from lstmcore.kernels.numba_peak import fma_peak
+    from lstmcore.kernels.cpu.peak import fma_peak
 
     threads = torch.get_num_threads()
     return {

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore.kernels import process, threads
 from lstmcore.kernels.contract import Layer
+from lstmcore.kernels.cpu import process, threads
 
 NAMES = ("auto", "triton", "numba", "torch", "reference")
 _MODULES = {
-    "triton": "lstmcore.kernels.triton_backend",
-    "numba": "lstmcore.kernels.numba_backend",
+    "triton": "lstmcore.kernels.gpu.backend",
+    "numba": "lstmcore.kernels.cpu.backend",
     "torch": "lstmcore.aten",
     "reference": "lstmcore.reference",
 }

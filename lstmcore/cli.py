@@ -72,7 +72,7 @@ def info(arguments: argparse.Namespace) -> int:
     """Versions, machine, threads, cache, and which backend would run what."""
     from llvmlite import binding
 
-    from lstmcore.kernels import jit, threads, tiling
+    from lstmcore.kernels.cpu import jit, threads, tiling
 
     isa = tiling.cpu_isa()
     host = binding.get_host_cpu_features()
@@ -116,9 +116,9 @@ def info(arguments: argparse.Namespace) -> int:
 
 def _designs(hidden: int, batch: int) -> tuple[str, str, str, str]:
     """What the GPU half of the tiling chooses, which needs no GPU."""
-    from lstmcore.kernels import tiling_gpu
+    from lstmcore.kernels.gpu import tiling
 
-    forward, backward = (tiling_gpu.plan(hidden, batch, 1, "16", GPU_SMS, backward) for backward in (False, True))
+    forward, backward = (tiling.plan(hidden, batch, 1, "16", GPU_SMS, backward) for backward in (False, True))
     return str(hidden), str(batch), str(forward), str(backward)
 
 

@@ -17,8 +17,8 @@ from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lstmcore import aten, autograd, backends, checks, ops, recording, routing
-from lstmcore.kernels import process, threads
 from lstmcore.kernels.contract import Rows
+from lstmcore.kernels.cpu import process, threads
 from lstmcore.routing import Way
 
 # What is checked here does not end up in a trace; torch keeps quiet about its own checks in the same way.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from lstmcore.kernels import threads as kernel_threads
+from lstmcore.kernels.cpu import threads as kernel_threads
 
 from lstmcore import backends
 
@@ -129,10 +129,10 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture
 def fresh_plans():
     """What the CPU kernels are told is drawn anew: for tests that change how, or what machine it is."""
-    from lstmcore.kernels import numba_backend, numba_problem
+    from lstmcore.kernels.cpu import backend, problem
 
     def forget() -> None:
-        for cached in (numba_backend._drawn_once, numba_problem.variant_of):
+        for cached in (backend._drawn_once, problem.variant_of):
             cached.cache_clear()
 
     forget()

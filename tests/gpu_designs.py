@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from lstmcore.kernels import tiling_gpu
-from lstmcore.kernels.tiling_gpu import Design
+from lstmcore.kernels.gpu import tiling
+from lstmcore.kernels.gpu.tiling import Design
 
-ceil_div = tiling_gpu.ceil_div
-PLAN = tiling_gpu.plan  # as it is before a test changes it
+ceil_div = tiling.ceil_div
+PLAN = tiling.plan  # as it is before a test changes it
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Share:
     stream: bool = False
 
     def plan(self, hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, **kw) -> Design:
-        """Takes the place of ``tiling_gpu.plan``."""
+        """Takes the place of ``tiling.plan``."""
         chosen = PLAN(hidden, batch, directions, precision, sms, backward, **kw, kind="split")
         units = self.units or chosen.units
         if backward:
@@ -56,4 +56,4 @@ class Share:
 def use(monkeypatch, kind: str | None = None, share: Share | None = None) -> None:
     """Makes the backend take the tiling's design of this ``kind``, or the split design that is shared like this."""
     plan = share.plan if share is not None else functools.partial(PLAN, kind=kind)
-    monkeypatch.setattr(tiling_gpu, "plan", plan)
+    monkeypatch.setattr(tiling, "plan", plan)

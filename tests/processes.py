@@ -40,7 +40,7 @@ def work(seed=0, **options):
 def shared_out(threads_of):
     # from here on two threads share out what is worth it, those of torch's team, or those of the pool as where there
     # is no team; the value says whose launches have run
-    from lstmcore.kernels import team, threads
+    from lstmcore.kernels.cpu import team, threads
     torch.set_num_threads(2)
     threads._cores = lambda: 2
     if threads_of == "pool":

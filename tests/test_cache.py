@@ -17,7 +17,7 @@ module = lstmcore.LSTM(2, 3, backend="numba")
 with torch.inference_mode():
     output, _ = module(torch.randn(4, 1, 2))
 print(output.double().sum().item().hex())
-from lstmcore.kernels import jit
+from lstmcore.kernels.cpu import jit
 print(jit.cache_directory())
 """
 
@@ -153,7 +153,7 @@ def test_home(warm, tmp_path, home):
 
 
 def test_home_unset_has_a_place():
-    program = "from lstmcore.kernels import jit; print(jit.cache_directory())"
+    program = "from lstmcore.kernels.cpu import jit; print(jit.cache_directory())"
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment(HOME=None), capture_output=True, text=True, timeout=LIMIT
     )
@@ -207,7 +207,7 @@ def test_the_first_compilation_says_so(tmp_path):
     """On stderr, in one line: what it is, where it is kept, how to do it ahead; and not where it is kept already."""
     code = """
 import os, sys
-from lstmcore.kernels.jit import kernel
+from lstmcore.kernels.cpu.jit import kernel
 if len(sys.argv) > 1: sys.stderr.close()
 for key in ("one", "two"):
     @kernel(key)

@@ -273,7 +273,7 @@ assert all(each.get() for each in [pool.spawn(run, k % 3) for k in range(12)])
 def test_no_native_threads_at_all():
     """Then one thread computes, where there is no team of torch's."""
     in_process("""
-        from lstmcore.kernels import process, threads
+        from lstmcore.kernels.cpu import process, threads
         process._start_new_thread = lambda *given: None
         launched = shared_out("pool")
         assert threads.available(2) == 1

@@ -261,7 +261,7 @@ def assert_bitwise(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def assert_same(kernels, got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Two runs of ``kernels`` gave the same, as ``tolerances.assert_same`` understands it."""
-    ours = kernels is importlib.import_module("lstmcore.kernels.numba_backend")
+    ours = kernels is importlib.import_module("lstmcore.kernels.cpu.backend")
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         tolerances.assert_same(got[name], value, "numba" if ours else "triton", name)
@@ -270,7 +270,7 @@ def assert_same(kernels, got: dict[str, Tensor], expected: dict[str, Tensor]) ->
 @pytest.fixture
 def kernels():
     """The module of the Numba backend; the Triton backend has a choice of these tests in test_triton.py."""
-    return importlib.import_module("lstmcore.kernels.numba_backend")
+    return importlib.import_module("lstmcore.kernels.cpu.backend")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from lstmcore.kernels import numba_backend, tiling
+from lstmcore.kernels.cpu import backend, tiling
 
 import lstmcore
 
@@ -45,7 +45,7 @@ def test_any_way_of_sharing(case, groups, threads, monkeypatch, fresh_plans):
     data = draw(case, torch.float32)
     threads(1)
     expected = run(case, data, torch.float32, "numba")
-    numba_backend._drawn_once.cache_clear()
+    backend._drawn_once.cache_clear()
     planned, used = tiling.plan, set()
 
     def plan(steps, batch, hidden, depth, inputs, block, size, available, backward=False):
@@ -119,7 +119,7 @@ def test_ragged_rows_on_several_threads(dtype, grad, threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_peak_is_measured(dtype, count, threads):
     """What every share of the peak is a share of: it runs, on as many threads as asked for."""
-    from lstmcore.kernels.numba_peak import fma_peak
+    from lstmcore.kernels.cpu.peak import fma_peak
 
     threads(count)
     assert 0 < fma_peak(dtype, count) < 1e6  # GF/s; no core does a thousandth of that many

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lstmcore.kernels import flat_rows
 from lstmcore.kernels.contract import GateStatistics, Layer, Needs, Rows, Weights
+from lstmcore.kernels.gpu import flat_rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

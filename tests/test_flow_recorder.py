@@ -331,16 +331,16 @@ def test_results_are_the_same_bits(backend):
 
 
 def test_nothing_is_asked_for_when_off(monkeypatch):
-    from lstmcore.kernels import numba_backend
+    from lstmcore.kernels.cpu import backend
 
     asked = []
-    original = numba_backend.backward
+    original = backend.backward
 
     def backward(*args, **kwargs):
         asked.append((kwargs["norms"], kwargs["gate_rows"]))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(numba_backend, "backward", backward)
+    monkeypatch.setattr(backend, "backward", backward)
     module = lstmcore.LSTM(I, H, backend="numba")
 
     def train() -> None:

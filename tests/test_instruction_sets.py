@@ -6,7 +6,7 @@ would be fast there is not shown by this; that it is right is.
 
 import pytest
 import torch
-from lstmcore.kernels import numba_problem, tiling
+from lstmcore.kernels.cpu import problem, tiling
 
 from .cases import BY_NAME
 from .oracle import assert_parity
@@ -20,6 +20,6 @@ def isa(request, monkeypatch, fresh_plans):
 
 def test_parity(isa):
     lanes = tiling.block_shape(isa, torch.float32).lanes
-    assert numba_problem.variant_of(torch.float32).block.lanes == lanes
+    assert problem.variant_of(torch.float32).block.lanes == lanes
     for name in ("h17", "packed_everything", "proj_bidirectional"):
         assert_parity(BY_NAME[name], torch.float32, "numba")

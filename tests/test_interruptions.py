@@ -18,7 +18,7 @@ PATHS = {
 }
 SETUP = """
     import random, time
-    from lstmcore.kernels import threads
+    from lstmcore.kernels.cpu import threads
     options, T, B, I, packed, trains = {path}
     launched = shared_out("{threads_of}")
     module = lstmcore.LSTM(I, **{{"hidden_size": 64}} | options, backend="numba")
@@ -148,10 +148,10 @@ def test_a_member_that_cannot_start(failing):
     """On the pool, for want of memory, say: the others, who would wait for it, end too, and its error is raised."""
     in_process(f"""
         import numpy as np
-        from lstmcore.kernels import threads
-        from lstmcore.kernels.jit import kernel
-        from lstmcore.kernels.numba_simd import load_int
-        from lstmcore.kernels.numba_sync import arrive_and_wait
+        from lstmcore.kernels.cpu import threads
+        from lstmcore.kernels.cpu.jit import kernel
+        from lstmcore.kernels.cpu.simd import load_int
+        from lstmcore.kernels.cpu.sync import arrive_and_wait
 
         @kernel("test")
         def meet(address):
@@ -184,7 +184,7 @@ def test_a_member_that_cannot_be_handed_out(failing):
     """On the pool, for want of memory: those that have begun end, the others never begin, and the pool goes on."""
     in_process(f"""
         from types import SimpleNamespace
-        from lstmcore.kernels import threads
+        from lstmcore.kernels.cpu import threads
         launched = shared_out("pool")
         threads._cores = lambda: 3
         torch.set_num_threads(3)

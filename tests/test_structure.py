@@ -42,7 +42,7 @@ def imported(path: pathlib.Path) -> set[str]:
 
 
 def owner(module: str) -> str:
-    """The layer that an imported name belongs to: 'kernels' for lstmcore.kernels.jit, '' for the package itself."""
+    """The layer that an imported name belongs to: 'kernels' for lstmcore.kernels.cpu.jit, '' for the package itself."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -62,6 +62,22 @@ def test_imports_go_one_way(layer):
                 assert owner(name) == "kernels", f"{SOURCES[path]} imports {name}: kernels know nothing of lstmcore"
             else:
                 assert owner(name) in allowed, f"{SOURCES[path]} imports {name}: the arrow goes back"
+
+
+@pytest.mark.parametrize(("room", "stranger"), [("cpu", "gpu"), ("gpu", "cpu")])
+def test_kernels_of_one_kind_do_not_know_the_other(room, stranger):
+    paths = [path for path, relative in SOURCES.items() if relative.parts[:2] == ("kernels", room)]
+    assert len(paths) > 1
+    for path in paths:
+        for name in imported(path):
+            assert name.split(".")[2:3] != [stranger], f"{SOURCES[path]} imports {name}"
+
+
+def test_what_all_backends_share_knows_none():
+    for path, relative in SOURCES.items():
+        if relative.parts[0] == "kernels" and len(relative.parts) == 2:
+            for name in imported(path):
+                assert name.split(".")[2:3] not in (["cpu"], ["gpu"]), f"{relative} imports {name}"
 
 
 def test_the_parser_sees_an_arrow_back(tmp_path, monkeypatch):
@@ -104,7 +120,7 @@ def test_import_loads_no_compiler(tmp_path):
     loaded = set(done.stdout.split())
     assert "lstmcore.module" in loaded
     assert not {name.split(".")[0] for name in loaded} & {"numba", "llvmlite", "triton", "matplotlib", "rich"}
-    assert "lstmcore.kernels.numba_backend" not in loaded
+    assert "lstmcore.kernels.cpu.backend" not in loaded
 
 
 def test_import_adds_little_to_torchs(tmp_path):
@@ -148,7 +164,7 @@ def test_wheel_contents(wheel):
     assert len(tops) == 2
     expected = {f"lstmcore/{path.name}" for path in (ROOT / "lstmcore").glob("*.py")} | {"lstmcore/py.typed"}
     expected |= {f"lstmcore/flow/{path.name}" for path in (ROOT / "lstmcore" / "flow").glob("*.py")}
-    expected |= {f"lstmcore/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected |= {f"lstmcore/{SOURCES[path]}" for path in (ROOT / "kernels").rglob("*.py")}
     assert {name for name in names if name.startswith("lstmcore/")} == expected
     assert any(name.endswith("LICENSE") for name in names)
 

@@ -50,7 +50,7 @@ def test_out_of_memory_gives_back_what_is_not_used():
     """Before it raises, and only then."""
     in_process("""
         import numpy as np
-        from lstmcore.kernels import buffers
+        from lstmcore.kernels.cpu import buffers
         kept = buffers.take(50_000_000, torch.uint8)
         del kept
         assert sum(block.memory.nbytes for block in buffers._blocks) >= 50_000_000
@@ -69,7 +69,7 @@ def test_out_of_memory_gives_back_what_is_not_used():
 def test_buffers_are_used_again():
     """As long as nobody holds them, and within the limit."""
     in_process("""
-        from lstmcore.kernels import buffers
+        from lstmcore.kernels.cpu import buffers
         buffers.LIMIT, size = 1_000_000, 300_000
         def total(): return sum(block.memory.nbytes for block in buffers._blocks)
         first = buffers.take(size, torch.uint8)

@@ -33,11 +33,11 @@ def test_bits_of_the_pool(count):
     """For any number of threads, more than there are cores too."""
     run(f"""
         launched = shared_out("team")
-        threads = sys.modules["lstmcore.kernels.threads"]
+        threads = sys.modules["lstmcore.kernels.cpu.threads"]
         threads._cores = lambda: {count}
         torch.set_num_threads({count})
         assert right() and launched == {{"team"}}, launched
-        sys.modules["lstmcore.kernels.team"]._load = lambda: "not in this test"
+        sys.modules["lstmcore.kernels.cpu.team"]._load = lambda: "not in this test"
         launched.clear()
         assert right() and launched == {{"pool"}}, launched
     """)
@@ -47,7 +47,7 @@ def test_torch_keeps_its_threads():
     """A launch of fewer members than torch has threads ends none of them; nor does it start any."""
     run("""
         launched = shared_out("team")
-        sys.modules["lstmcore.kernels.threads"]._cores = lambda: 6
+        sys.modules["lstmcore.kernels.cpu.threads"]._cores = lambda: 6
         torch.set_num_threads(6)
         wide = torch.randn(512, 512)
         wide @ wide
@@ -68,7 +68,7 @@ def test_a_team_smaller_than_asked_for(limit):
     run(
         """
         launched = shared_out("team")
-        threads = sys.modules["lstmcore.kernels.threads"]
+        threads = sys.modules["lstmcore.kernels.cpu.threads"]
         threads._cores = lambda: 4
         torch.set_num_threads(4)
         assert threads.describe() == "torch's own"
@@ -85,7 +85,7 @@ def test_more_threads_than_cores():
     """Then the pool has as many as there are cores, and what torch's other threads would do is nobody's loss."""
     run("""
         launched = shared_out("team")
-        threads = sys.modules["lstmcore.kernels.threads"]
+        threads = sys.modules["lstmcore.kernels.cpu.threads"]
         torch.set_num_threads(3)
         assert right() and launched == {"pool"} and "more threads than there are cores" in threads.describe()
     """)
@@ -95,7 +95,7 @@ def test_neither_team_nor_pool():
     """A team that proves too small where the system refuses threads, too: an error once, then one thread."""
     run(
         """
-        sys.modules["lstmcore.kernels.process"]._start_new_thread = lambda *given: None
+        sys.modules["lstmcore.kernels.cpu.process"]._start_new_thread = lambda *given: None
         launched = shared_out("team")
         try:
             right()
@@ -119,7 +119,7 @@ def test_bound_threads():
     cores = len(os.sched_getaffinity(0))
     run(
         f"""
-        threads = sys.modules["lstmcore.kernels.threads"]
+        threads = sys.modules["lstmcore.kernels.cpu.threads"]
         torch.set_num_threads(2)
         assert threads._cores() == {cores} and len(os.sched_getaffinity(0)) == 1
         launched = shared_out("team")
@@ -138,7 +138,7 @@ def test_inside_of_a_team():
     run("""
         import ctypes
         launched = shared_out("team")
-        team, threads = sys.modules["lstmcore.kernels.team"], sys.modules["lstmcore.kernels.threads"]
+        team, threads = sys.modules["lstmcore.kernels.cpu.team"], sys.modules["lstmcore.kernels.cpu.threads"]
         results = []
 
         @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -156,7 +156,7 @@ def test_inside_of_a_team():
 def test_changes_of_the_number_of_threads():
     run("""
         launched = shared_out("team")
-        threads = sys.modules["lstmcore.kernels.threads"]
+        threads = sys.modules["lstmcore.kernels.cpu.threads"]
         threads._cores = lambda: 8
         for count in (2, 7, 1, 3, 8, 2, 5, 1, 4):
             torch.set_num_threads(count)
@@ -185,7 +185,7 @@ def test_a_forked_child():
     """The team stays with the parent."""
     run("""
         launched = shared_out("team")
-        threads = sys.modules["lstmcore.kernels.threads"]
+        threads = sys.modules["lstmcore.kernels.cpu.threads"]
         small = dict(T=40, B=16, H=32)  # nothing that torch itself would share out, and hang
         expected = work(**small)
         assert launched == {"team"}
@@ -203,7 +203,7 @@ def test_no_library_no_entry(monkeypatch):
     """A build whose library cannot be opened, and one whose runtime lacks the entry: the pool, and why."""
     in_process("""
         import ctypes
-        from lstmcore.kernels import team, threads
+        from lstmcore.kernels.cpu import team, threads
         class Empty:
             pass
         for library, why in ((lambda path: Empty(), "no OpenMP runtime"), (None, "cannot be opened")):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lstmcore.kernels import tiling
-from lstmcore.kernels.numba_gemm import vectors_together
+from lstmcore.kernels.cpu import tiling
+from lstmcore.kernels.cpu.microkernel import vectors_together
 
 
 @pytest.mark.parametrize("isa", tiling.REGISTERS)

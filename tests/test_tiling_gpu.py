@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from lstmcore.kernels import tiling_gpu
-from lstmcore.kernels.tiling import ceil_div
-from lstmcore.kernels.tiling_gpu import DEPTH, SHARED, STATE, WEIGHT, Design, cover, plan, power_of_two, predict
+from lstmcore.kernels.gpu import tiling
+from lstmcore.kernels.gpu.tiling import DEPTH, SHARED, STATE, WEIGHT, Design, cover, plan, power_of_two, predict
+from lstmcore.kernels.integers import ceil_div
 
 REGISTERS = 64 * 1024  # of an SM, 32 bits each
 THREADS = 32
@@ -39,7 +39,7 @@ def constants(design: Design) -> tuple:
 def test_a_design_can_be_carried_out(hidden, batch, directions, precision, sms, backward, kind):
     """It covers all units, rows and terms, holds what it says in registers, and fits the device at once."""
     if directions * ceil_div(hidden, 32) > sms and (
-        kind or tiling_gpu.resident_design(hidden, batch, directions, precision, sms) is None
+        kind or tiling.resident_design(hidden, batch, directions, precision, sms) is None
     ):
         with pytest.raises(ValueError, match=rf"{hidden}.*{sms}"):
             plan(hidden, batch, directions, precision, sms, backward, kind=kind)
@@ -81,7 +81,7 @@ def test_a_design_can_be_carried_out(hidden, batch, directions, precision, sms, 
 def test_resident_wherever_it_fits(hidden, batch, directions, precision, sms, backward):
     """And then for every batch: a resident program waits for nobody, so there may be more of them than SMs."""
     limit = {"16": 128, "tf32": 64, "float32": 64}[precision]
-    resident = tiling_gpu.resident_design(hidden, batch, directions, precision, sms)
+    resident = tiling.resident_design(hidden, batch, directions, precision, sms)
     assert (resident is not None) == (hidden <= limit)
     if resident is not None:
         assert plan(hidden, batch, directions, precision, sms, backward) == resident
@@ -156,9 +156,9 @@ def test_chunks_cover_with_little_waste(terms, least, factor):
 
 def test_precision_of_a_dtype():
     for dtype in (torch.float16, torch.bfloat16):
-        assert {tiling_gpu.precision_of(dtype, tf32) for tf32 in (False, True)} == {"16"}
-    assert tiling_gpu.precision_of(torch.float32, True) == "tf32"
-    assert tiling_gpu.precision_of(torch.float32, False) == "float32"
+        assert {tiling.precision_of(dtype, tf32) for tf32 in (False, True)} == {"16"}
+    assert tiling.precision_of(torch.float32, True) == "tf32"
+    assert tiling.precision_of(torch.float32, False) == "float32"
 
 
 def test_power_of_two():

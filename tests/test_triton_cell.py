@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="the GPU kernels need Triton, which is not 
 
 import triton
 import triton.language as tl
-from lstmcore.kernels.triton_cell import missing_in, sigmoid, tanh, to_bits
+from lstmcore.kernels.gpu.device import missing_in, sigmoid, tanh, to_bits
 
 N = 4096
 DTYPES = {

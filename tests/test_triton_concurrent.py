@@ -99,9 +99,9 @@ def test_programs_at_the_same_time(triton_kernels, monkeypatch, change, share):
     monkeypatch.setattr(triton_kernels, "_shared", lambda device: 227 * 1024)
     expected = contract.solve(triton_kernels, p)  # a launch a step
 
-    kernels = [Concurrent(getattr(triton_kernels.triton_split, f"lstm_{name}_kernel")) for name in ("fwd", "bwd")]
+    kernels = [Concurrent(getattr(triton_kernels.split, f"lstm_{name}_kernel")) for name in ("fwd", "bwd")]
     for name, kernel in zip(("fwd", "bwd"), kernels, strict=True):
-        monkeypatch.setattr(triton_kernels.triton_split, f"lstm_{name}_kernel", kernel)
+        monkeypatch.setattr(triton_kernels.split, f"lstm_{name}_kernel", kernel)
     # the host code launches as on a device: all steps at once
     monkeypatch.setattr(triton_kernels, "INTERPRETED", SimpleNamespace(value=False))
     got = contract.solve(triton_kernels, p)

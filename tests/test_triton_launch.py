@@ -20,7 +20,7 @@ warnings.simplefilter("ignore")
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from lstmcore.kernels import triton_backend
+from lstmcore.kernels.gpu import backend
 from lstmcore.kernels.contract import Rows, Weights
 
 
@@ -52,17 +52,17 @@ def only_compile(self, *args, grid, warmup, **kwargs):
 
 
 JITFunction.run = only_compile
-triton_backend._sms = lambda device: 132
-triton_backend._shared = lambda device: 232448
+backend._sms = lambda device: 132
+backend._shared = lambda device: 232448
 for hidden, directions, dtype, batch in ((40, 1, torch.bfloat16, 5), (130, 2, torch.float16, 6)):
     make = lambda *shape: torch.zeros(shape, dtype=dtype)
     bias = make(4 * hidden)
     weights = (Weights(make(4 * hidden, 3), make(4 * hidden, hidden), bias, bias),) * directions
     for steps, batch in ((7, batch), (16, batch), (1, batch + 2), (9, 1)):
         x, rows = make(steps, batch, 3), Rows(steps, batch)
-        f = triton_backend.forward(x, None, None, weights, rows, save=True)
+        f = backend.forward(x, None, None, weights, rows, save=True)
         given = {"input": x, "h_0": None, "c_0": None, "weights": weights, "rows": rows}
-        triton_backend.backward(
+        backend.backward(
             torch.zeros_like(f.output), None, None, None, **given, output=f.output, saved=f.saved
         )
 print(json.dumps(launches))

@@ -150,14 +150,14 @@ def test_torchs_setting_chooses_the_precision_of_float32(
     setting(recurrent)
     gpu_designs.use(monkeypatch, kind)
     planned, launched, multiplied = [], [], []
-    plan = gpu_designs.tiling_gpu.plan
+    plan = gpu_designs.tiling.plan
     names = list(inspect.signature(gpu_designs.PLAN).parameters)
 
     def note(*sizes, **rest):
         planned.append(dict(zip(names, sizes, strict=False))["precision"])
         return plan(*sizes, **rest)
 
-    monkeypatch.setattr(gpu_designs.tiling_gpu, "plan", note)
+    monkeypatch.setattr(gpu_designs.tiling, "plan", note)
     addmm = torch.addmm
 
     class Noting:
@@ -167,7 +167,7 @@ def test_torchs_setting_chooses_the_precision_of_float32(
         def __getitem__(self, grid):
             return lambda *a, **k: (launched.append(k["PRECISION"]), self.kernel[grid](*a, **k))
 
-    for module in (triton_kernels.triton_resident, triton_kernels.triton_split):
+    for module in (triton_kernels.persistent, triton_kernels.split):
         for name in ("lstm_fwd_kernel", "lstm_bwd_kernel"):
             monkeypatch.setattr(module, name, Noting(getattr(module, name)))
 

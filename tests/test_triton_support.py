@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lstmcore.kernels import tiling_gpu
 from lstmcore.kernels.contract import Layer
+from lstmcore.kernels.gpu import tiling
 
 import lstmcore
 from lstmcore import backends
@@ -31,7 +31,7 @@ def gpu(compiled_triton, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(compiled_triton, "_sms", lambda device: sms)
-        monkeypatch.setattr(compiled_triton, "_shared", lambda device: tiling_gpu.SHARED)
+        monkeypatch.setattr(compiled_triton, "_shared", lambda device: tiling.SHARED)
 
     change()
     return change
@@ -110,13 +110,13 @@ def test_the_other_layers_of_a_stack_count_too(gpu):
 @pytest.mark.parametrize("training", [False, True])
 def test_auto_leaves_it_to_torch_where_nobody_has_measured(gpu, monkeypatch, training):
     layer = replace(LAYER, training=training)
-    monkeypatch.setattr(tiling_gpu, "MEASURED", ())
+    monkeypatch.setattr(tiling, "MEASURED", ())
     choice = backends.choose("auto", (layer,))
     assert choice.name == "torch"
     assert "measured" in dict(choice.reasons)["triton"]
     assert "backend='triton'" in dict(choice.reasons)["triton"]
     assert backends.choose("auto", (layer,), extended=True).name == "reference"
-    monkeypatch.setattr(tiling_gpu, "MEASURED", ((9, 0),))
+    monkeypatch.setattr(tiling, "MEASURED", ((9, 0),))
     backends.choose.cache_clear()
     choice = backends.choose("auto", (layer,))
     assert choice.name == "triton"

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lstmcore.kernels import tiling_gpu
 from lstmcore.kernels.contract import Needs
-from lstmcore.kernels.tiling_gpu import Design
+from lstmcore.kernels.gpu import tiling
+from lstmcore.kernels.gpu.tiling import Design
 
 from . import gpu_designs, test_nonfinite
 from . import test_contract as contract
@@ -125,7 +125,7 @@ def test_a_wait_that_does_not_end(split, dtype, monkeypatch):
     expected = named(p, call_forward(split, p), None)
     good = split.forward
     with monkeypatch.context() as patch:
-        patch.setattr(tiling_gpu, "plan", Together.plan)
+        patch.setattr(tiling, "plan", Together.plan)
         got = named(p, call_forward(split, p), None)
     assert gave_up(split)
     output = got["output"]
@@ -144,7 +144,7 @@ def test_a_wait_that_does_not_end_in_backward(split, monkeypatch):
     forward = call_forward(split, p)
     expected = named(p, forward, call_backward(split, p, forward, norms=False))
     with monkeypatch.context() as patch:
-        patch.setattr(tiling_gpu, "plan", Together.plan)
+        patch.setattr(tiling, "plan", Together.plan)
         got = named(p, forward, call_backward(split, p, forward, norms=False))
     assert gave_up(split)
     assert torch.equal(got["grad input"][-1].isnan(), torch.zeros_like(got["grad input"][-1], dtype=torch.bool))
@@ -165,7 +165,7 @@ def test_a_module_reports_it_too(split, monkeypatch):
     module = lstmcore.LSTM(3, 20, backend="triton")
     x = torch.randn(3, 2, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(tiling_gpu, "plan", Together.plan)
+        patch.setattr(tiling, "plan", Together.plan)
         output, _ = module(x)
     assert output.isnan().any()
     with pytest.raises(RuntimeError, match="gave up waiting"):
@@ -199,9 +199,9 @@ def test_step_by_step_where_a_device_cannot_hold_all_programs(split, backward, m
     monkeypatch.setattr(split, "INTERPRETED", SimpleNamespace(value=False))
     kernels = {}
     for name in ("lstm_fwd_kernel", "lstm_bwd_kernel"):
-        kernel = getattr(split.triton_split, name)
+        kernel = getattr(split.split, name)
         kernels[name] = NotTogether(kernel, "Triton Error [CUDA]: too many blocks in cooperative launch")
-        monkeypatch.setattr(split.triton_split, name, kernels[name])
+        monkeypatch.setattr(split.split, name, kernels[name])
     contract.assert_same(split, contract.solve(split, p), expected)
     kernel = kernels["lstm_bwd_kernel" if backward else "lstm_fwd_kernel"]
     assert kernel.launches == [True] + [False] * SETUP.T
@@ -209,8 +209,8 @@ def test_step_by_step_where_a_device_cannot_hold_all_programs(split, backward, m
 
 def test_other_errors_of_a_launch_are_not_hidden(split, monkeypatch):
     monkeypatch.setattr(split, "INTERPRETED", SimpleNamespace(value=False))
-    kernel = NotTogether(split.triton_split.lstm_fwd_kernel, "Triton Error [CUDA]: out of memory")
-    monkeypatch.setattr(split.triton_split, "lstm_fwd_kernel", kernel)
+    kernel = NotTogether(split.split.lstm_fwd_kernel, "Triton Error [CUDA]: out of memory")
+    monkeypatch.setattr(split.split, "lstm_fwd_kernel", kernel)
     with pytest.raises(RuntimeError, match="out of memory"):
         call_forward(split, pose(SETUP))
     assert kernel.launches == [True]

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
 
-from .numba_simd import I64, PTR
+from .simd import I64, PTR
 
 
 @functools.cache

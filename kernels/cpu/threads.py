@@ -1,7 +1,7 @@
 """How a launch of a kernel gets its threads.
 
 A launch is a list of records, one a member: all members run at once, the first on the caller's own thread, because they
-wait for one another inside the kernel (``numba_sync.py``).  They are threads of torch's own team where there is one
+wait for one another inside the kernel (``sync.py``).  They are threads of torch's own team where there is one
 (``team.py``), else of a pool kept here, whose native threads sleep on a queue between launches.  Numba's parallel
 layers do not serve: its workqueue aborts the process when two threads enter it, its OpenMP layer dies in a forked
 child, and it loads a second OpenMP runtime beside torch's.

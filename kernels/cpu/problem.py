@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..contract import Rows, Weights, state_dtype
+from ..integers import ceil_div
 from . import buffers, threads, tiling
-from .contract import Rows, Weights, state_dtype
-from .numba_flow import norms_kernel, statistics_kernel
-from .numba_jobs import jobs_kernel
-from .numba_lstm import BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
-from .tiling import ceil_div
+from .jobs import jobs_kernel
+from .lstm import BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
+from .statistics import norms_kernel, statistics_kernel
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 

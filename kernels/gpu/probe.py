@@ -1,6 +1,6 @@
-"""The hand-off of ``triton_split.py`` on its own: programs that do nothing but pass rows around.
+"""The hand-off of ``split.py`` on its own: programs that do nothing but pass rows around.
 
-What it costs by number of programs and size of a row is what the model of a step (``tiling_gpu.py``) rests on.
+What it costs by number of programs and size of a row is what the model of a step (``tiling.py``) rests on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_cell import receive
+from .device import receive
 
 
 @triton.jit(do_not_specialize=["steps", "patience"])

@@ -39,7 +39,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_cell import (
+from .device import (
     alive,
     cell_grad,
     cell_grad_prev,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from . import cell
+from .. import cell
 
 # Under the interpreter a product takes float32 operands: its bfloat16 is not to be trusted there.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))

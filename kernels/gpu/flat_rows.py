@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contract import Rows
+from ..contract import Rows
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ registers; what a step reads from memory (z, or the gates in backward) was asked
 
     grid: D x ceil(B / BT)
 
-**Weights in registers**, as in ``triton_split.py``: batched products, one part a warp, and a ``while`` loop.  Forward
+**Weights in registers**, as in ``split.py``: batched products, one part a warp, and a ``while`` loop.  Forward
 splits the rows of the weights (each warp makes all gates of U / KW units from all of h, so nothing is summed across
 warps); backward splits K such that a warp multiplies the very dz that it has just computed, and sums dh across warps
 through shared memory.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_cell import (
+from .device import (
     alive,
     cell_grad,
     cell_grad_prev,

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..contract import state_dtype
 from . import threads, tiling
 from .arguments import make_read
-from .contract import state_dtype
 from .jit import kernel
-from .numba_gemm import make_block
-from .numba_simd import simd
+from .microkernel import make_block
+from .simd import simd
 
 DEPTH = 96  # 24 KiB of weights, 2.3 KiB of rows
 SECONDS = 0.05  # of one run

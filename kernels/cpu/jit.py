@@ -124,9 +124,8 @@ def cache_directory() -> Path:
 def source_stamp() -> str:
     """A hash of every source that Numba's kernels may depend on, and of the compilers' versions."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name.startswith("triton_"):
-            continue  # the GPU's, which Triton caches
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *here.parent.glob("*.py")]):  # the GPU's are Triton's to cache
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -1,7 +1,7 @@
 """The Triton backend of the contract: host code, from tensors to launches and back.
 
 A layer is three parts.  Before the recurrence, one large product: z = W_ih x + b_ih + b_hh for all steps.  The
-recurrence, one launch for both directions, of the design that ``tiling_gpu.plan`` chooses.  After it, in backward,
+recurrence, one launch for both directions, of the design that ``tiling.plan`` chooses.  After it, in backward,
 large products again: dx, dW_ih, dW_hh, and the sums for the biases.  The large ones are cuBLAS's (``torch.addmm``).
 
 The kernels know neither h_0 nor projections:
@@ -29,12 +29,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import tiling_gpu, triton_resident, triton_split
-from .contract import Forward, GateStatistics, Gradients, Layer, Needs, Rows, WeightGradients, Weights
+from ..contract import Forward, GateStatistics, Gradients, Layer, Needs, Rows, WeightGradients, Weights
+from ..gate_statistics import sampled_rows, statistics
+from . import persistent, split, tiling
+from .device import INTERPRETED
 from .flat_rows import FlatRows
-from .gate_statistics import sampled_rows, statistics
-from .tiling_gpu import Design
-from .triton_cell import INTERPRETED
+from .tiling import Design
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 BITS = {2: (tl.int16, torch.int16), 4: (tl.int32, torch.int32)}
@@ -79,7 +79,7 @@ def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
 
 def measured(device: torch.device) -> bool:
     """Whether the choice of ``"auto"`` on this device rests on measurements."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in tiling_gpu.MEASURED
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in tiling.MEASURED
 
 
 def describe(layer: Layer) -> str:
@@ -118,7 +118,7 @@ def _sms(device: torch.device) -> int:
 def _shared(device: torch.device) -> int:
     """Bytes of shared memory that a program may use."""
     if INTERPRETED.value:
-        return tiling_gpu.SHARED
+        return tiling.SHARED
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs leave this one out
     return properties.shared_memory_per_block_optin
 
@@ -129,8 +129,8 @@ def _tf32() -> bool:
 
 
 def _plan(device: torch.device, dtype: torch.dtype, hidden: int, batch: int, directions: int, backward: bool) -> Design:
-    precision = tiling_gpu.precision_of(dtype, _tf32())
-    return tiling_gpu.plan(hidden, batch, directions, precision, _sms(device), backward, shared=_shared(device))
+    precision = tiling.precision_of(dtype, _tf32())
+    return tiling.plan(hidden, batch, directions, precision, _sms(device), backward, shared=_shared(device))
 
 
 @contextmanager
@@ -243,7 +243,7 @@ class _Recurrence:
         ``entered`` (forward): what h_0 adds is in z already.
         """
         design, backward, rows = self.design, self.backward, self.rows
-        module = triton_resident if design.kind == "resident" else triton_split
+        module = persistent if design.kind == "resident" else split
         nothing = tensors[0]
         tensors = [nothing if tensor is None else tensor for tensor in (*tensors, rows.reset, rows.offsets)]
         constants = {

@@ -4,7 +4,7 @@ All of it, for one call, is a table of jobs that one kernel works off: a call of
 a Python call a tensor would take.  A job's panels, or rows, are shared out among the members, who need not wait for one
 another; the jobs of one table do not depend on each other but through panels, of which each member keeps its own.
 
-A panel is what a block of ``numba_gemm.py`` reads for one k: ``4 * lanes`` adjacent values.  Two kinds:
+A panel is what a block of ``microkernel.py`` reads for one k: ``4 * lanes`` adjacent values.  Two kinds:
 
 * gate panels ``[panel][k][gate][lane]``: the four gates of ``lanes`` hidden units side by side, so that a block's four
   vectors are all that the cell of those units needs.  Units beyond H are zero.
@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..integers import ceil_div
 from . import threads
 from .arguments import make_read
 from .jit import inline, kernel
-from .numba_simd import SIZE, load_int, simd
-from .tiling import Block, ceil_div
+from .simd import SIZE, load_int, simd
+from .tiling import Block
 
 WORTH_A_THREAD = 1 << 18  # values: some 100 microseconds of packing
 

@@ -11,7 +11,7 @@ from numba.core.extending import intrinsic
 
 from .arguments import make_read
 from .jit import kernel
-from .numba_simd import I32, I64, store_int
+from .simd import I32, I64, store_int
 from .team import Head
 
 

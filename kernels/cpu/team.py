@@ -107,7 +107,7 @@ def missing() -> str | None:
 @functools.cache
 def _member() -> int:
     """The address of the function that every thread of the team runs, on the address of a :class:`Head`."""
-    from .numba_team import member_kernel  # the compiler is not loaded before there is something to run
+    from .member import member_kernel  # the compiler is not loaded before there is something to run
 
     return member_kernel().address
 

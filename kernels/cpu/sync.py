@@ -14,7 +14,7 @@ from numba.core import types
 from numba.core.extending import intrinsic
 
 from .jit import inline
-from .numba_simd import I32, I64, PTR
+from .simd import I32, I64, PTR
 
 PATIENCE = 2000  # looks at the counter before yielding: some tens of microseconds
 

@@ -20,7 +20,7 @@ Denormal numbers count as zero inside (float32: below 1.2e-38).  A vanishing gra
 when its loss reads the last step, passes through them on its way to zero and would stay there for tens of thousands of
 multiplications at a hundred cycles each.
 
-Sharing.  A member of a launch owns a range of rows and a range of panels; ``numba_sync`` keeps members together: once
+Sharing.  A member of a launch owns a range of rows and a range of panels; ``sync`` keeps members together: once
 a step where panels are shared out (h_t has to be whole before step t + 1), else not at all in forward and twice a
 chunk in backward (where a part has one member: never).  Who owns what never changes a sum, so the bits do not depend
 on it.
@@ -59,12 +59,12 @@ import functools
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from . import cell
+from .. import cell
 from .arguments import make_read
 from .jit import inline, kernel
-from .numba_gemm import make_block
-from .numba_simd import SIZE, fetch, flush_denormals, load_byte, load_int, set_mode, simd, store_double, store_int
-from .numba_sync import arrive_and_wait
+from .microkernel import make_block
+from .simd import SIZE, fetch, flush_denormals, load_byte, load_int, set_mode, simd, store_double, store_int
+from .sync import arrive_and_wait
 from .tiling import Block
 
 NEAR_DEPTH = 512  # k of a strip of a matrix product

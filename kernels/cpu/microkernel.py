@@ -16,13 +16,13 @@ The code is emitted as LLVM IR by a Numba intrinsic, once per number of rows: re
 spills. The number of rows is chosen at run time among those compiled; sums run over k in one order whatever it is, so
 a row's result does not depend on the block that it fell into.
 
-W is packed by ``numba_jobs.py`` so that one k is ``vectors * lanes`` adjacent values.  A is walked in one of two ways:
+W is packed by ``jobs.py`` so that one k is ``vectors * lanes`` adjacent values.  A is walked in one of two ways:
 
 * ``by_rows``: A[r, k] at ``a + offset[r] + k * size``; k may be split in panels that lie ``stride`` bytes apart.
 * ``by_strip``: A[r, k] at ``a + (k * rows + r) * size``; the transposed product of the weight gradients, whose k is
   the (step, row) index.  Its operand is copied into strips as wide as the block first: columns of a matrix, read
   where they lie, are a page apart and fall into one set of the first-level cache (the figures are in
-  ``numba_lstm.py``).
+  ``lstm.py``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from numba.core.compiler import Flags
 from numba.core.extending import intrinsic
 from numba.core.typing import signature
 
-from .numba_simd import I32, I64, PTR, fma, llvm_call, splat
+from .simd import I32, I64, PTR, fma, llvm_call, splat
 
 SEGMENT = 7  # values of a segment
 # Bytes of W that are fetched ahead into the first-level cache.  Without it 6 rows reach 0.7 of the peak, not 1, when W

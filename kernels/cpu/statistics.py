@@ -26,11 +26,11 @@ from numba.core import types
 from numba.core.extending import intrinsic
 from torch import Tensor
 
+from ..contract import GateStatistics
+from ..gate_statistics import BINS, LEAST
 from . import buffers
-from .contract import GateStatistics
-from .gate_statistics import BINS, LEAST
 from .jit import kernel
-from .numba_simd import I32, I64, PTR, SIZE, llvm_call, load_int, simd, splat, sum_lanes, widen_to_double
+from .simd import I32, I64, PTR, SIZE, llvm_call, load_int, simd, splat, sum_lanes, widen_to_double
 from .tiling import Block
 
 FACTORS = 40  # gates in a product: LEAST ** 40 is far from float64's smallest number
@@ -39,7 +39,7 @@ FULL = (1 << FIELD) - 1  # what a field can count to
 
 
 def _operations(scalar: str, lanes: int):
-    """What the kernel does to vectors beyond ``numba_simd``: (add to the accumulators, empty them, multiply into)."""
+    """What the kernel does to vectors beyond ``simd``: (add to the accumulators, empty them, multiply into)."""
     vector = simd(scalar, lanes).vector
     words = ir.VectorType(I64, lanes)
 

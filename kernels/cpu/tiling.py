@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..integers import ceil_div
+
 SIZE = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
 # Bytes of vector register and number of registers.
 REGISTERS = {"avx512": (64, 32), "avx2": (32, 16), "neon": (16, 32), "generic": (16, 16)}
@@ -66,10 +68,6 @@ def block_shape(isa: str, dtype: torch.dtype) -> Block:
     """
     width, registers = REGISTERS[isa]
     return Block(lanes=width // (8 if dtype == torch.float64 else 4), rows=6, registers=registers)
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 # Share of the multipliers' peak that a block of so many rows reaches with its weights in the second-level cache,

@@ -1,6 +1,6 @@
 """The GPU half of the tiling: from sizes, dtype and device to a design and its tiles; pure functions.
 
-Every program of both designs keeps its share of the recurrent weights in registers (``triton_split.py`` says how), so
+Every program of both designs keeps its share of the recurrent weights in registers (``split.py`` says how), so
 what a program can hold decides the design.  Among the tiles that fit, a model of a step's time chooses.
 
 The model's constants are predictions.  They come from published figures for Hopper (a load past the first-level cache
@@ -17,7 +17,7 @@ from itertools import product
 
 import torch
 
-from .tiling import ceil_div
+from ..integers import ceil_div
 
 # Compute capabilities on which the GPU tests have passed and the benchmark has been run.  On others "auto" leaves the
 # call to torch, and says so; backend="triton" runs the kernels all the same.

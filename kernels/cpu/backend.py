@@ -1,9 +1,9 @@
 """The Numba backend of the contract: host code, from tensors to launches and back.
 
-Everything that needs memory or a decision is here; the arithmetic is in ``numba_lstm.py``.  A call asks
+Everything that needs memory or a decision is here; the arithmetic is in ``lstm.py``.  A call asks
 ``tiling.plan`` how to share the work and works off three launches: jobs that pack the weights and read the states, one
 launch a direction and part of the batch, side by side where threads allow, and jobs that write what is left
-(``numba_jobs.py``).  What these are told is drawn once for a kind of call (``_Drawing``): a small call is over in less
+(``jobs.py``).  What these are told is drawn once for a kind of call (``_Drawing``): a small call is over in less
 time than it takes to do that anew.
 
 T time, B batch, N alive rows, I input, H hidden, P projection (or H), D directions, H' and P' padded to whole vectors.
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..contract import Forward, GateStatistics, Gradients, Layer, Needs, Rows, WeightGradients, Weights
+from ..gate_statistics import sampled_rows
+from ..integers import ceil_div
 from . import buffers, process, threads, tiling
-from .contract import Forward, GateStatistics, Gradients, Layer, Needs, Rows, WeightGradients, Weights
-from .gate_statistics import sampled_rows
-from .numba_flow import statistics
-from .numba_jobs import (
+from .jobs import (
     PACK_BIAS,
     PACK_COLUMNS,
     PACK_GATES,
@@ -36,9 +36,9 @@ from .numba_jobs import (
     gate_order,
     run,
 )
-from .numba_lstm import JOINED_ROWS, NORM_PANELS, BackwardArgs, ForwardArgs
-from .numba_problem import DTYPES, Alive, Kind, Problem, Table, Template, launch, starts_of, variant_of
-from .tiling import ceil_div
+from .lstm import JOINED_ROWS, NORM_PANELS, BackwardArgs, ForwardArgs
+from .problem import DTYPES, Alive, Kind, Problem, Table, Template, launch, starts_of, variant_of
+from .statistics import statistics
 
 Strides = tuple[int, ...] | None  # of a tensor, in bytes; None where there is none
 

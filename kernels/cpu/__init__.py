@@ -1,0 +1,1 @@
+"""The Numba kernels and their host code; ``backend.py`` answers the contract of :mod:`lstmcore.kernels`."""
