@@ -46,7 +46,7 @@ run = JITFunction.run
 def only_compile(self, *args, grid, warmup, **kwargs):
     kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
     variants = sum(len(caches[0]) for caches in self.device_caches.values())
-    module = self.fn.__module__.split("_")[-1]
+    module = self.fn.__module__.split(".")[-1]
     launches.append((module, self.__name__, grid[0], kernel.metadata.launch_cooperative_grid, variants))
     return kernel
 
@@ -81,7 +81,7 @@ def launches() -> list[list]:
 def test_each_call_is_one_launch_a_pass(launches):
     kernels = [(module, name) for module, name, *_ in launches]
     passes = ["lstm_fwd_kernel", "lstm_bwd_kernel"] * 4
-    assert kernels == [("resident", name) for name in passes] + [("split", name) for name in passes]
+    assert kernels == [("persistent", name) for name in passes] + [("split", name) for name in passes]
 
 
 def test_programs_that_wait_for_each_other_are_launched_together(launches):
