@@ -132,7 +132,7 @@ def fresh_plans():
     from lstmcore.kernels.cpu import backend, problem
 
     def forget() -> None:
-        for cached in (backend._drawn_once, problem.variant_of):
+        for cached in (backend._drawn_once, problem.kernels_of):
             cached.cache_clear()
 
     forget()

@@ -20,6 +20,6 @@ def isa(request, monkeypatch, fresh_plans):
 
 def test_parity(isa):
     lanes = tiling.block_shape(isa, torch.float32).lanes
-    assert problem.variant_of(torch.float32).block.lanes == lanes
+    assert problem.kernels_of(torch.float32).block.lanes == lanes
     for name in ("h17", "packed_everything", "proj_bidirectional"):
         assert_parity(BY_NAME[name], torch.float32, "numba")

@@ -150,7 +150,7 @@ def test_a_member_that_cannot_start(failing):
         import numpy as np
         from lstmcore.kernels.cpu import threads
         from lstmcore.kernels.cpu.jit import kernel
-        from lstmcore.kernels.cpu.simd import load_int
+        from lstmcore.kernels.cpu.memory import load_int
         from lstmcore.kernels.cpu.sync import arrive_and_wait
 
         @kernel("test")

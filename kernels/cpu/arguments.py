@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
 
-from .simd import I64, PTR
+from .vector import I64, PTR
 
 
 @functools.cache
@@ -33,3 +34,137 @@ def make_read(record: type) -> Callable:
         return kind(types.int64), codegen
 
     return read
+
+
+class ForwardArgs(NamedTuple):
+    """What a member of ``lstm_fwd_kernel`` is told (see ``arguments.py``): addresses, bytes, counts."""
+
+    # outputs
+    y: int  # of this direction, (rows, P)
+    gates: int  # (N, U, 4, lanes); 0: inference
+    cells: int  # (N, H'); 0: not wanted
+    # state and scratch
+    h: int  # (2, B, P')
+    c: int  # (B, H')
+    m: int  # (B, H'): o tanh(c), before the projection; 0 without one
+    z: int  # see above; 0: in gates
+    x_stage: int  # (members, rows of a chunk, I): x in the compute dtype; 0: x is
+    table: int  # (members, 2, rows of a chunk) int64
+    # inputs
+    x: int
+    w_x: int  # gate panels of W_ih
+    w_h: int  # gate panels of W_hh
+    w_r: int  # column panels of W_hr^T
+    bias: int  # (U, 4, lanes)
+    reset: int  # bytes; 0: none
+    # sizes
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+    width: int  # P
+    chunk: int
+    chunk_rows: int
+    fused: int
+    reverse: int
+    batch_sizes: int  # (T,) int64; 0: B
+    row_starts: int  # (T + 1,) int64; 0: t * B
+    packed: int  # user tensors are indexed by row_starts[t], not by t
+    # strides and offsets
+    x_step: int
+    x_rows: int  # (B,) int64 offsets
+    y_step: int
+    y_rows: int
+    reset_step: int
+    reset_rows: int
+    h_rows: int  # (B,) offsets of rows of h
+    h_half: int  # from h_{t-1} to h_t
+    m_rows: int
+    # sharing
+    row_begin: int
+    row_end: int
+    panel_begin: int
+    panel_end: int
+    column_begin: int  # column panels of P
+    column_end: int
+    lockstep: int  # panels are shared out: one hand-off a step
+    member: int
+    members: int
+    counter: int
+
+
+class BackwardArgs(NamedTuple):
+    """What a member of ``lstm_bwd_kernel`` is told; see ``ForwardArgs``."""
+
+    # outputs
+    dx: int  # (rows, I); 0: not wanted
+    dw_x: int  # gate panels, of this part; 0: weights not wanted
+    dw_h: int
+    dw_r: int  # (column panels of P, H, panel); 0 without projection
+    db: int  # (U, 4, lanes)
+    norms: int  # (2, T, B, blocks of NORM_PANELS panels) float64 sums of squares, zero where not alive; 0: not wanted
+    # state and scratch
+    dh: int  # (B, P'): in: dL/dh_n, out: dL/dh_0
+    dc: int  # (B, H'): in: dL/dc_n, out: dL/dc_0
+    dm: int  # (B, H'); 0 without projection
+    dz: int  # (U, rows of a chunk, 4, lanes)
+    dh_chunk: int  # (column panels of P, rows of a chunk, panel); 0 without projection
+    x_strips: int  # (strips of I, rows of a chunk, columns of a strip); 0: no weights wanted
+    h_strips: int  # h_{t-1}, likewise
+    m_strips: int  # likewise
+    dx_stage: int  # (rows of a chunk, I): dx in the compute dtype; 0: it is
+    table: int  # (rows of a chunk,) int64: rows of dx
+    # inputs
+    dy: int  # 0: none
+    dcells: int  # (N, H') in the order of cells; 0: none
+    gates: int
+    cells: int
+    x: int
+    y: int
+    h_0: int  # (B, P')
+    c_0: int  # (B, H')
+    zero: int  # a row of zeros, as long as the longest
+    w_h: int  # column panels of W_hh, k in gate order
+    w_x: int  # column panels of W_ih, k in gate order
+    w_r: int  # column panels of W_hr
+    reset: int
+    # sizes
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+    width: int
+    chunk: int
+    chunk_rows: int
+    reverse: int
+    batch_sizes: int
+    row_starts: int
+    packed: int
+    part_begin: int  # rows of this part
+    part_end: int
+    part_starts: int  # (T + 1,) int64: k of row ``part_begin`` at step t, counted from the first step; 0: t * rows
+    # strides and offsets
+    x_step: int
+    x_rows: int
+    y_step: int
+    y_rows: int
+    dx_step: int
+    dx_rows: int
+    dy_step: int
+    dy_rows: int
+    reset_step: int
+    reset_rows: int
+    h_rows: int
+    m_rows: int
+    panel_rows: int  # (rows of a block,) offsets of rows of dz
+    # sharing
+    row_begin: int
+    row_end: int
+    panel_begin: int
+    panel_end: int
+    column_begin: int
+    column_end: int
+    lockstep: int
+    member: int
+    members: int
+    counter: int

@@ -23,6 +23,8 @@ from ..contract import Forward, GateStatistics, Gradients, Layer, Needs, Rows, W
 from ..gate_statistics import sampled_rows
 from ..integers import ceil_div
 from . import buffers, process, threads, tiling
+from .arguments import BackwardArgs, ForwardArgs
+from .backward import JOINED_ROWS, NORM_PANELS
 from .jobs import (
     PACK_BIAS,
     PACK_COLUMNS,
@@ -36,8 +38,7 @@ from .jobs import (
     gate_order,
     run,
 )
-from .lstm import JOINED_ROWS, NORM_PANELS, BackwardArgs, ForwardArgs
-from .problem import DTYPES, Alive, Kind, Problem, Table, Template, launch, starts_of, variant_of
+from .problem import DTYPES, Alive, Kind, Problem, Table, Template, kernels_of, launch, starts_of
 from .statistics import statistics
 
 Strides = tuple[int, ...] | None  # of a tensor, in bytes; None where there is none
@@ -54,19 +55,19 @@ def supports(layer: Layer) -> str | None:
 
 def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """See the contract: the gates of each direction, then their cells."""
-    variant = variant_of(layer.dtype)
-    padded = variant.block.padded(layer.hidden_size)
-    sizes = ((4 * padded, layer.dtype), (padded, variant.compute))
+    kernels = kernels_of(layer.dtype)
+    padded = kernels.block.padded(layer.hidden_size)
+    sizes = ((4 * padded, layer.dtype), (padded, kernels.compute))
     return [((room * width,), dtype) for width, dtype in sizes for _ in range(layer.directions)]
 
 
 def prewarm(layer: Layer, *, training: bool) -> None:
     """Compiles, or loads from the disk cache, the kernels that ``layer`` will use."""
-    variant = variant_of(layer.dtype)
-    variant.jobs()
-    variant.forward()
+    kernels = kernels_of(layer.dtype)
+    kernels.jobs()
+    kernels.forward()
     if training:
-        variant.backward()
+        kernels.backward()
     threads.prewarm()
 
 
@@ -161,7 +162,7 @@ class _Drawing:
         addresses = np.zeros(len(p.buffers.numbers) + 1, np.int64)
         for name, number in p.buffers.numbers.items():
             addresses[number] = base if name == "scratch" else _address(tensors[name])
-        jobs = p.variant.jobs()
+        jobs = p.kernels.jobs()
         run(jobs, self._before.filled(addresses), available, self._values[0])
         launch(kernel, self._records.filled(addresses), self.members, available)
         if len(self._after):
@@ -213,11 +214,11 @@ def forward(
 ) -> Forward:
     """See the contract."""
     x, h_0, c_0, flags = _rows_dense(input), _rows_dense(h_0), _rows_dense(c_0), _flags(reset)
-    kind, variant, count = Kind.of(x, weights, rows), variant_of(x.dtype), len(weights)
+    kind, kernels, count = Kind.of(x, weights, rows), kernels_of(x.dtype), len(weights)
     output = rows.new(x, count * kind.width)
     h_n, c_n = x.new_empty((count, kind.batch, kind.width)), x.new_empty((count, kind.batch, kind.hidden))
-    padded = variant.block.padded(kind.hidden)
-    kept = [buffers.take(rows.room * padded, variant.compute) for _ in range(count * (save or cells))]
+    padded = kernels.block.padded(kind.hidden)
+    kept = [buffers.take(rows.room * padded, kernels.compute) for _ in range(count * (save or cells))]
     gates = [buffers.take(rows.room * 4 * padded, x.dtype) for _ in range(count * save)]
     available = threads.available(kind.threads(rows.total))
     given = _ForwardGiven(
@@ -226,10 +227,10 @@ def forward(
     drawing = _drawn(_draw_forward, kind, rows, available, given)
     tensors: dict[object, Any] = {
         "x": x, "y": output, "reset": flags, "h_0": h_0, "c_0": c_0, "h_n": h_n, "c_n": c_n,
-        **_parameters(weights, variant.compute, forward=True),
+        **_parameters(weights, kernels.compute, forward=True),
         **_by_direction("gates", gates), **_by_direction("cells", kept),
     }  # fmt: skip
-    drawing.run(variant.forward(), tensors)
+    drawing.run(kernels.forward(), tensors)
     return Forward(
         output, h_n, c_n, _cells_out(rows, kind, padded, kept, output) if cells else None,
         (*gates, *kept) if save else (),
@@ -288,7 +289,7 @@ def _draw_forward(problem: Problem, given: _ForwardGiven) -> _Drawing:
     borders = p.row_groups(plan, 0, p.batch)
     h_half = p.state_bytes(p.padded_width, borders)
     h_rows, c_rows = p.state_rows(p.padded_width, borders), p.state_rows(p.padded_hidden, borders)
-    fused = plan.fused and not p.variant.staged
+    fused = plan.fused and not p.kernels.staged
     shared = p.shape | p.geometry("x", given.x) | p.geometry("y", given.y) | p.geometry("reset", given.reset) | {
         "x": at("x"), "reset": at("reset") if given.reset else 0, "h_half": h_half,
         "chunk": plan.chunk, "chunk_rows": plan.chunk * p.batch, "fused": int(fused),
@@ -319,7 +320,7 @@ def _draw_forward(problem: Problem, given: _ForwardGiven) -> _Drawing:
 
 def _forward_scratch(p: Problem, plan: tiling.Plan, borders: list[int], fused: bool, save: bool) -> dict[str, int]:
     """The scratch of one direction; see ``ForwardArgs``."""
-    size, staged, chunk_rows, gate_bytes = p.size, p.variant.staged, plan.chunk * p.batch, 4 * p.padded_hidden * p.size
+    size, staged, chunk_rows, gate_bytes = p.size, p.kernels.staged, plan.chunk * p.batch, 4 * p.padded_hidden * p.size
     state = p.state_bytes(p.padded_hidden, borders)
     return p.buffers.lay(
         h=2 * p.state_bytes(p.padded_width, borders),
@@ -391,29 +392,29 @@ def backward(
 ) -> Gradients:
     """See the contract."""
     x, y, dy, h_0, c_0, dh_n, dc_n = map(_rows_dense, (input, output, grad_output, h_0, c_0, grad_h_n, grad_c_n))
-    kind, variant, count, flags = Kind.of(x, weights, rows), variant_of(x.dtype), len(weights), _flags(reset)
+    kind, kernels, count, flags = Kind.of(x, weights, rows), kernels_of(x.dtype), len(weights), _flags(reset)
     saved = tuple(each.contiguous() for each in saved)  # a saved-tensors hook may have brought them
-    padded = variant.block.padded(kind.hidden)
+    padded = kernels.block.padded(kind.hidden)
     dx = [rows.new(x, kind.inputs) for _ in range(count * needs.input)]
     grad_h = x.new_empty((count, kind.batch, kind.width)) if needs.h_0 else None
     grad_c = x.new_empty((count, kind.batch, kind.hidden)) if needs.c_0 else None
-    squares = [_no_squares(kind, variant.block) for _ in range(count * norms)]
-    dcells = [] if grad_cells is None else _cells_in(rows, kind, padded, grad_cells, variant.compute)
+    squares = [_no_squares(kind, kernels.block) for _ in range(count * norms)]
+    dcells = [] if grad_cells is None else _cells_in(rows, kind, padded, grad_cells, kernels.compute)
     available = threads.available(kind.threads(rows.total))
     given = _BackwardGiven(
         _strides(x), _strides(y), _strides(flags), _strides(h_0), _strides(c_0), _strides(dx[0] if dx else None),
         _strides(dy), _strides(dh_n), _strides(dc_n), bool(dcells), needs, norms,
     )  # fmt: skip
     drawing = _drawn(_draw_backward, kind, rows, available, given)
-    gradients = [_new_gradients(parameters, variant.compute, needs) for parameters in weights]
+    gradients = [_new_gradients(parameters, kernels.compute, needs) for parameters in weights]
     tensors: dict[object, Any] = {
         "x": x, "y": y, "dy": dy, "reset": flags, "h_0": h_0, "c_0": c_0, "dh_n": dh_n, "dc_n": dc_n,
-        "grad_h": grad_h, "grad_c": grad_c, **_parameters(weights, variant.compute, forward=False),
+        "grad_h": grad_h, "grad_c": grad_c, **_parameters(weights, kernels.compute, forward=False),
         **_by_direction("gates", saved[:count]), **_by_direction("cells", saved[count:]),
         **_by_direction("dx", dx), **_by_direction("norms", squares), **_by_direction("dcells", dcells),
         **{(f"grad of {name}", d): g for d, each in enumerate(gradients) for name, g in each._asdict().items()},
     }  # fmt: skip
-    drawing.run(variant.backward(), tensors)
+    drawing.run(kernels.backward(), tensors)
     if len(dx) == 2:
         dx[0] += dx[1]
     return Gradients(
@@ -421,8 +422,8 @@ def backward(
         grad_h,
         grad_c,
         tuple(_as_given(each, parameters) for each, parameters in zip(gradients, weights, strict=True)),
-        _magnitudes(rows, variant, squares) if norms else None,
-        _gate_statistics(rows, kind, variant, saved[:count], gate_rows) if gate_rows else None,
+        _magnitudes(rows, kernels, squares) if norms else None,
+        _gate_statistics(rows, kind, kernels, saved[:count], gate_rows) if gate_rows else None,
     )
 
 
@@ -555,7 +556,7 @@ def _part_scratch(p: Problem, chunk_rows: int, needs: Needs) -> dict[str, int]:
         x_strips=row * p.inputs * needs.weights,
         h_strips=row * p.width * needs.weights,
         m_strips=row * p.hidden * p.projected * needs.weights,
-        dx_stage=row * p.inputs * p.variant.staged,
+        dx_stage=row * p.inputs * p.kernels.staged,
         table=chunk_rows * 8,
     )
 
@@ -576,10 +577,10 @@ def _no_squares(kind: Kind, block: tiling.Block) -> np.ndarray:
     return squares
 
 
-def _magnitudes(rows: Rows, variant: Any, squares: list[np.ndarray]) -> Tensor:
+def _magnitudes(rows: Rows, kernels: Any, squares: list[np.ndarray]) -> Tensor:
     """(2, D, T, B) norms from the partial sums of squares (2, T * B, ·) of each direction."""
-    each = torch.empty((len(squares), 2, rows.steps * rows.batch), dtype=variant.compute, device="cpu")
-    kernel = variant.norms()
+    each = torch.empty((len(squares), 2, rows.steps * rows.batch), dtype=kernels.compute, device="cpu")
+    kernel = kernels.norms()
     for direction, of_direction in enumerate(squares):
         kernel(each[direction].numpy(), of_direction)
     norms = each.view(len(squares), 2, rows.steps, rows.batch).transpose(0, 1)
@@ -588,11 +589,11 @@ def _magnitudes(rows: Rows, variant: Any, squares: list[np.ndarray]) -> Tensor:
     return torch.empty_like(norms).index_copy_(-1, rows.order, norms)
 
 
-def _gate_statistics(rows: Rows, kind: Kind, variant: Any, gates: tuple[Tensor, ...], wanted: int) -> GateStatistics:
+def _gate_statistics(rows: Rows, kind: Kind, kernels: Any, gates: tuple[Tensor, ...], wanted: int) -> GateStatistics:
     sizes = None if rows.batch_sizes is None else np.ascontiguousarray(rows.batch_sizes.numpy(), np.int64)
     starting = rows.batch if sizes is None else int(sizes[0])
     starts = None if sizes is None else starts_of(sizes)
     return statistics(
-        variant.statistics(), gates, np.array(sampled_rows(starting, wanted)), sizes, starts,
-        rows.steps, rows.batch, kind.hidden, variant.block.lanes,
+        kernels.statistics(), gates, np.array(sampled_rows(starting, wanted)), sizes, starts,
+        rows.steps, rows.batch, kind.hidden, kernels.block.lanes,
     )  # fmt: skip

@@ -26,8 +26,8 @@ from ..integers import ceil_div
 from . import threads
 from .arguments import make_read
 from .jit import inline, kernel
-from .simd import SIZE, load_int, simd
-from .tiling import Block
+from .memory import load_int
+from .variant import Variant
 
 WORTH_A_THREAD = 1 << 18  # values: some 100 microseconds of packing
 
@@ -83,10 +83,9 @@ def column_panels_size(depth: int, columns: int, lanes: int) -> int:
 
 
 @functools.cache
-def _make_add_parts(scalar: str, block: Block):
+def _make_add_parts(variant: Variant) -> Any:
     """What adds the other parts of an UNPACK job into the first, from byte ``begin`` to ``end`` of each."""
-    ops = simd(scalar, block.lanes)
-    load, store, vector_bytes = ops.load, ops.store, block.lanes * ops.size
+    load, store, vector_bytes = variant.ops.load, variant.ops.store, variant.vector_bytes
 
     @inline
     def add_parts(job, begin, end):
@@ -98,17 +97,16 @@ def _make_add_parts(scalar: str, block: Block):
 
 
 @functools.cache
-def _gate_jobs(scalar: str, block: Block):
+def _gate_jobs(variant: Variant) -> Any:
     """(pack_gates, pack_bias, unpack_gates) of panels ``begin`` to ``end``.
 
     Gate panels are transposes, made tile by tile in registers: element by element they took three to four times as
     long (H = 1024: 11.8 ms a weight, in tiles 4.0).
     """
-    ops = simd(scalar, block.lanes)
-    lanes, size = block.lanes, ops.size
-    vector_bytes, panel_bytes = lanes * ops.size, block.panel * ops.size
+    ops, lanes, size = variant.ops, variant.block.lanes, variant.size
+    vector_bytes, panel_bytes = variant.vector_bytes, variant.gate_bytes
     store, zeros, transpose_tile, copy_one = ops.store, ops.zeros, ops.transpose_tile, ops.copy_one
-    load_first, add_parts = ops.make_load(scalar), _make_add_parts(scalar, block)
+    load_first, add_parts = ops.make_load(variant.scalar), _make_add_parts(variant)
 
     @inline
     def pack_gates(job, begin, end):
@@ -163,12 +161,12 @@ def _gate_jobs(scalar: str, block: Block):
 
 
 @functools.cache
-def _column_jobs(scalar: str, block: Block):
+def _column_jobs(variant: Variant) -> Any:
     """(pack_columns, unpack_columns) of panels ``begin`` to ``end``."""
-    ops = simd(scalar, block.lanes)
-    lanes, panel, size = block.lanes, block.panel, ops.size
-    panel_bytes, store, zeros = block.panel * ops.size, ops.store, ops.zeros
-    load_first, store_first, add_parts = ops.make_load(scalar), ops.make_store(scalar), _make_add_parts(scalar, block)
+    ops, lanes, panel, size = variant.ops, variant.block.lanes, variant.block.panel, variant.size
+    panel_bytes, store, zeros = variant.gate_bytes, ops.store, ops.zeros
+    load_first, store_first = ops.make_load(variant.scalar), ops.make_store(variant.scalar)
+    add_parts = _make_add_parts(variant)
 
     @inline
     def pack_columns(job, begin, end):
@@ -200,13 +198,12 @@ def _column_jobs(scalar: str, block: Block):
 
 
 @functools.cache
-def _row_jobs(scalar: str, storage: str, block: Block):
+def _row_jobs(variant: Variant) -> Any:
     """(rows_in, rows_out) of rows ``begin`` to ``end``."""
-    ops = simd(scalar, block.lanes)
-    lanes, size, stored = block.lanes, ops.size, SIZE[storage]
+    ops, lanes, size, stored = variant.ops, variant.block.lanes, variant.size, variant.stored
     store, zeros = ops.store, ops.zeros
-    load_storage, store_storage = ops.make_load(storage), ops.make_store(storage)
-    load_scalar = ops.make_load(scalar)
+    load_storage, store_storage = ops.make_load(variant.storage), ops.make_store(variant.storage)
+    load_scalar = ops.make_load(variant.scalar)
 
     @inline
     def rows_in(job, begin, end):
@@ -231,14 +228,14 @@ def _row_jobs(scalar: str, storage: str, block: Block):
 
 
 @functools.cache
-def jobs_kernel(scalar: str, storage: str, block: Block) -> Any:
-    """The compiled kernel, for computing in ``scalar`` on tensors of ``storage``."""
-    pack_gates, pack_bias, unpack_gates = _gate_jobs(scalar, block)
-    pack_columns, unpack_columns = _column_jobs(scalar, block)
-    rows_in, rows_out = _row_jobs(scalar, storage, block)
+def jobs_kernel(variant: Variant) -> Any:
+    """The compiled kernel."""
+    pack_gates, pack_bias, unpack_gates = _gate_jobs(variant)
+    pack_columns, unpack_columns = _column_jobs(variant)
+    rows_in, rows_out = _row_jobs(variant)
     read, read_job, job_bytes = make_read(JobsArgs), make_read(Job), 8 * len(Job._fields)
 
-    @kernel(f"{scalar}_{storage}_{block.lanes}")
+    @kernel(variant.key)
     def lstm_jobs_kernel(address):
         a = read(address)
         for index in range(a.length):

@@ -11,8 +11,9 @@ from numba.core.extending import intrinsic
 
 from .arguments import make_read
 from .jit import kernel
-from .simd import I32, I64, store_int
+from .memory import store_int
 from .team import Head
+from .vector import I32, I64
 
 
 @intrinsic

@@ -35,7 +35,7 @@ from numba.core.compiler import Flags
 from numba.core.extending import intrinsic
 from numba.core.typing import signature
 
-from .simd import I32, I64, PTR, fma, llvm_call, splat
+from .vector import I32, I64, PTR, fma, llvm_call, splat
 
 SEGMENT = 7  # values of a segment
 # Bytes of W that are fetched ahead into the first-level cache.  Without it 6 rows reach 0.7 of the peak, not 1, when W

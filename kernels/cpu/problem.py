@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +17,12 @@ from torch import Tensor
 from ..contract import Rows, Weights, state_dtype
 from ..integers import ceil_div
 from . import buffers, threads, tiling
+from .arguments import BackwardArgs, ForwardArgs
+from .backward import backward_kernel
+from .forward import forward_kernel
 from .jobs import jobs_kernel
-from .lstm import BackwardArgs, ForwardArgs, backward_kernel, forward_kernel
 from .statistics import norms_kernel, statistics_kernel
+from .variant import Variant
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -57,20 +59,35 @@ def multiples(count: int, stride: int) -> Table:
     return _table(np.arange(count, dtype=np.int64) * stride)
 
 
+class Kernels:
+    """What a dtype is computed with: how, and the compiled kernels, each made when it is first asked for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        isa, self.compute = tiling.cpu_isa(), state_dtype(dtype)
+        self.block = tiling.block_shape(isa, self.compute)
+        self.variant = Variant(DTYPES[self.compute], DTYPES[dtype], self.block, isa == "avx512")
+        self.size = self.variant.size
+        self.staged = self.compute != dtype  # rows are copied into the compute dtype
+
+    def jobs(self) -> Any:
+        return jobs_kernel(self.variant)
+
+    def forward(self) -> Any:
+        return forward_kernel(self.variant)
+
+    def backward(self) -> Any:
+        return backward_kernel(self.variant)
+
+    def statistics(self) -> Any:
+        return statistics_kernel(self.variant)
+
+    def norms(self) -> Any:
+        return norms_kernel(self.variant.scalar)
+
+
 @functools.cache
-def variant_of(dtype: torch.dtype) -> SimpleNamespace:
-    """What depends on the dtype alone: names, block shape, compiled kernels."""
-    isa = tiling.cpu_isa()
-    compute = state_dtype(dtype)
-    block = tiling.block_shape(isa, compute)
-    scalar, storage = DTYPES[compute], DTYPES[dtype]
-    key = (scalar, storage, block, isa == "avx512")
-    return SimpleNamespace(
-        compute=compute, size=compute.itemsize, block=block, staged=scalar != storage,
-        jobs=functools.partial(jobs_kernel, scalar, storage, block),
-        forward=functools.partial(forward_kernel, *key), backward=functools.partial(backward_kernel, *key),
-        statistics=functools.partial(statistics_kernel, *key[:3]), norms=functools.partial(norms_kernel, scalar),
-    )  # fmt: skip
+def kernels_of(dtype: torch.dtype) -> Kernels:
+    return Kernels(dtype)
 
 
 class Kind(NamedTuple):
@@ -160,8 +177,8 @@ class Problem:
     """The sizes and the rows of a kind of call.  What it gives addresses of lives as long as it does."""
 
     def __init__(self, kind: Kind, alive: Alive | None, available: int):
-        self.variant = variant = variant_of(kind.dtype)
-        self.kind, self.available, self.block, self.size = kind, available, variant.block, variant.size
+        self.kernels = kernels = kernels_of(kind.dtype)
+        self.kind, self.available, self.block, self.size = kind, available, kernels.block, kernels.size
         self.steps, self.batch, self.directions = kind.steps, kind.batch, kind.directions
         self.inputs, self.hidden, self.width, self.projected = kind.inputs, kind.hidden, kind.width, kind.projected
         self.panels = ceil_div(self.hidden, self.block.lanes)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numba
 import numpy as np
@@ -30,8 +31,10 @@ from ..contract import GateStatistics
 from ..gate_statistics import BINS, LEAST
 from . import buffers
 from .jit import kernel
-from .simd import I32, I64, PTR, SIZE, llvm_call, load_int, simd, splat, sum_lanes, widen_to_double
-from .tiling import Block
+from .memory import load_int
+from .simd import simd
+from .variant import Variant
+from .vector import I32, I64, PTR, llvm_call, splat, sum_lanes, widen_to_double
 
 FACTORS = 40  # gates in a product: LEAST ** 40 is far from float64's smallest number
 FIELD = 6  # bits of a bin
@@ -118,15 +121,14 @@ def _operations(scalar: str, lanes: int):
 
 
 @functools.cache
-def statistics_kernel(scalar: str, storage: str, block: Block):
+def statistics_kernel(variant: Variant) -> Any:
     """The compiled kernel, for gates (N, U, 4, lanes) of ``storage``."""
-    ops = simd(scalar, block.lanes)
-    lanes, stored, gate_bytes = block.lanes, SIZE[storage], block.lanes * 8
-    load_storage = ops.make_load(storage)
-    accumulate, empty, multiply_into = _operations(scalar, lanes)
+    lanes, stored, gate_bytes = variant.block.lanes, variant.stored, variant.block.lanes * 8
+    load_storage = variant.ops.make_load(variant.storage)
+    accumulate, empty, multiply_into = _operations(variant.scalar, lanes)
 
     @kernel(
-        f"{scalar}_{storage}_{lanes}",
+        variant.key,
         numba.void(
             numba.float64[:, ::1], numba.int32[:, :, ::1], numba.float64[::1], numba.float64[:, ::1],
             numba.float64[:, :, ::1], *[numba.int64] * 7,

@@ -14,7 +14,7 @@ from numba.core import types
 from numba.core.extending import intrinsic
 
 from .jit import inline
-from .simd import I32, I64, PTR
+from .vector import I32, I64, PTR
 
 PATIENCE = 2000  # looks at the counter before yielding: some tens of microseconds
 
@@ -70,3 +70,10 @@ def arrive_and_wait(counter, members, turn):
                 _yield()
             else:
                 _relax()
+
+
+@inline
+def meet(a, turns):
+    """Waits at the next barrier of a launch, whose member is told ``a``; ``turns`` are behind it, plus 1 afterwards."""
+    arrive_and_wait(a.counter, a.members, turns + 1)
+    return turns + 1

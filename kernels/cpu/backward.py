@@ -1,0 +1,439 @@
+"""The backward kernel: what each thread of a launch runs; see the package's docstring for sizes, memory and sharing.
+
+A launch works off its chunks of steps from the last to the first: the steps of a chunk one after another, then what
+joins all of its rows, the gradients of the weights and of the input.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from .. import cell
+from .arguments import BackwardArgs, make_read
+from .jit import inline, kernel
+from .matmul import make_matrix_product
+from .memory import fetch, load_int, store_double, store_int
+from .microkernel import make_block
+from .mode import flush_denormals, set_mode
+from .rows import row_functions
+from .steps import alive_rows, resets, row_start, user_index, walk
+from .sync import meet
+from .variant import Variant
+
+JOINED_ROWS = 192  # rows that share a strip of W_ih while it is near
+NORM_PANELS = 4  # panels of a partial sum of a norm: those of a column panel, which no two members share
+
+
+class TileEnd(NamedTuple):
+    """Where a tile of a weight gradient goes."""
+
+    weight: int
+    add: int  # to what earlier chunks left there
+
+
+class Widths(NamedTuple):
+    """What follows from a member's arguments: counts, bytes from row to row, and its part of a row of dh."""
+
+    panels: int
+    part: int  # rows of this part of the batch
+    c_row: int
+    h_row: int
+    gates_row: int
+    dz_panel: int
+    h_first: int  # in vectors
+    h_count: int
+    norm_row: int
+    norms_c: int  # where those of c begin
+
+
+class Chunk(NamedTuple):
+    """A chunk of steps."""
+
+    first: int  # step in the direction's order
+    last: int
+    k_base: int  # k of its first row, counted from the first step
+    rows: int
+    add: int  # whether chunks before it have left weight gradients
+
+
+class Step(NamedTuple):
+    """A step, as a member sees it."""
+
+    t: int
+    end: int  # of the member's rows that are alive
+    n: int  # of row 0
+    k: int  # of row 0 in the chunk
+    position: int  # in the user's tensors
+    n_prev: int  # at the step before, in the direction's order
+    position_prev: int
+    continued: int  # rows that were alive at it
+    back: int  # W is walked from its end
+
+
+def _make_walk(variant: Variant) -> Any:
+    """(widths_of, chunk_of, step_of)."""
+    lanes, panel, stored = variant.block.lanes, variant.block.panel, variant.stored
+    vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
+
+    @inline
+    def widths_of(a):
+        panels, h_vectors = -(-a.hidden // lanes), -(-a.width // lanes)
+        first = 4 * a.column_begin
+        norm_row = 8 * -(-max(panels, h_vectors) // NORM_PANELS)
+        return Widths(
+            panels, a.part_end - a.part_begin, panels * vector_bytes, h_vectors * vector_bytes,
+            panels * panel * stored, a.chunk_rows * gate_bytes, first, min(4 * a.column_end, h_vectors) - first,
+            norm_row, a.norms + a.steps * a.batch * norm_row,
+        )  # fmt: skip
+
+    @inline
+    def chunk_of(a, w, number):
+        first, last = number * a.chunk, min((number + 1) * a.chunk, a.steps)
+        one, other = walk(a.reverse, a.steps, first), walk(a.reverse, a.steps, last - 1)
+        k_base = row_start(a.part_starts, w.part, min(one, other))
+        count = row_start(a.part_starts, w.part, max(one, other) + 1) - k_base
+        return Chunk(first, last, k_base, count, 1 if last < a.steps else 0)
+
+    @inline
+    def step_of(a, w, chunk, s):
+        t, t_prev = walk(a.reverse, a.steps, s), walk(a.reverse, a.steps, s - 1)
+        alive = alive_rows(a.batch_sizes, a.batch, t)
+        return Step(
+            t, min(a.row_end, alive), row_start(a.row_starts, a.batch, t),
+            row_start(a.part_starts, w.part, t) - chunk.k_base - a.part_begin,
+            user_index(a.packed, a.row_starts, a.batch, t),
+            row_start(a.row_starts, a.batch, t_prev) if s > 0 else 0,
+            user_index(a.packed, a.row_starts, a.batch, t_prev) if s > 0 else 0,
+            min(alive, alive_rows(a.batch_sizes, a.batch, t_prev)) if s > 0 else 0, s & 1,
+        )  # fmt: skip
+
+    return widths_of, chunk_of, step_of
+
+
+def _make_project_back(variant: Variant) -> Any:
+    """(complete_dh, project_back, keep_hidden): the steps of a layer with a projection, h = W_hr m."""
+    ops, lanes, stored = variant.ops, variant.block.lanes, variant.stored
+    vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
+    load, store, square_sum, load_storage = ops.load, ops.store, ops.square_sum, ops.make_load(variant.storage)
+    matrix_product, copy_strips = make_matrix_product(variant), row_functions(variant).copy_strips
+
+    @inline
+    def complete_dh(a, w, step):
+        """dh_t, whole only with the user's part, which is also wanted panel by panel for dW_hr."""
+        for r in range(a.row_begin, step.end):
+            squares = 0.0
+            for v in range(w.h_first, w.h_first + w.h_count):
+                at = a.dh + r * w.h_row + v * vector_bytes
+                value = load(at)
+                if a.dy != 0:
+                    source = a.dy + step.position * a.dy_step + load_int(a.dy_rows + 8 * r) + v * lanes * stored
+                    value = value + load_storage(source, a.width - v * lanes)
+                if a.norms != 0:
+                    squares += square_sum(value)
+                    if (v + 1) % NORM_PANELS == 0 or v + 1 == w.h_first + w.h_count:
+                        norm = (step.t * a.batch + r) * w.norm_row + v // NORM_PANELS * 8
+                        store_double(a.norms + norm, squares)
+                        squares = 0.0
+                store(at, value)
+                if a.dw_r != 0:
+                    row = a.dh_chunk + (v // 4 * a.chunk_rows + step.k + r) * gate_bytes
+                    store(row + v % 4 * vector_bytes, value)
+
+    @inline
+    def project_back(a, w, step):
+        """dm = W_hr^T dh."""
+        matrix_product(
+            step.end - a.row_begin, a.dh, a.h_rows + 8 * a.row_begin, 1, 0, a.width, a.w_r,
+            -(-a.panel_begin // 4), -(-a.panel_end // 4), a.hidden, a.dm, a.m_rows + 8 * a.row_begin, step.back,
+        )  # fmt: skip
+
+    @inline
+    def keep_hidden(a, w, step):
+        """m_t, which the cell has left in dm, for dW_hr."""
+        for r in range(a.row_begin, step.end):
+            copy_strips(a.m_strips, a.dm + r * w.c_row, a.hidden, step.k + r, a.chunk_rows, False)
+
+    return complete_dh, project_back, keep_hidden
+
+
+def _make_vector_gradients(variant: Variant) -> Any:
+    """The gradients of one vector of units of one row: what arrives at its h and its c."""
+    ops, lanes, stored, vector_bytes = variant.ops, variant.block.lanes, variant.stored, variant.vector_bytes
+    load, store, tanh, first_lanes = ops.load, ops.store, ops.tanh, ops.first_lanes
+    load_storage = ops.make_load(variant.storage)
+    hidden_state, cell_grad = inline(cell.hidden_state), inline(cell.cell_grad)
+    gate_grads, cell_grad_prev = inline(cell.gate_grads), inline(cell.cell_grad_prev)
+
+    @inline
+    def vector_gradients(a, w, step, r, p, c_prev_row, dy_row):
+        unit, at_vector = p * lanes, p * vector_bytes
+        left = a.hidden - unit
+        at = a.gates + (step.n + r) * w.gates_row + unit * 4 * stored
+        i, f = load_storage(at, lanes), load_storage(at + lanes * stored, lanes)
+        g, o = load_storage(at + 2 * lanes * stored, lanes), load_storage(at + 3 * lanes * stored, lanes)
+        tanh_c = tanh(load(a.cells + (step.n + r) * w.c_row + at_vector))
+        c_prev = load(c_prev_row + at_vector)
+        if a.dm != 0:
+            grad_h = load(a.dm + r * w.c_row + at_vector)
+            if a.dw_r != 0:
+                # dm has served; m_t takes its place until it is copied for dW_hr.
+                store(a.dm + r * w.c_row + at_vector, hidden_state(o, tanh_c))
+        else:
+            grad_h = load(a.dh + r * w.c_row + at_vector)
+            if a.dy != 0:
+                grad_h = grad_h + load_storage(dy_row + unit * stored, left)
+        grad_c = load(a.dc + r * w.c_row + at_vector)
+        if a.dcells != 0:
+            grad_c = grad_c + load(a.dcells + (step.n + r) * w.c_row + at_vector)
+        grad_c = cell_grad(grad_c, grad_h, o, tanh_c)
+        dz_i, dz_f, dz_g, dz_o = gate_grads(grad_c, grad_h, i, f, g, o, c_prev, tanh_c)
+        if left < lanes:  # units beyond H may hold NaN; they must not reach a sum
+            dz_i, dz_f = first_lanes(dz_i, left), first_lanes(dz_f, left)
+            dz_g, dz_o = first_lanes(dz_g, left), first_lanes(dz_o, left)
+            grad_c = first_lanes(grad_c, left)
+            f = first_lanes(f, left)
+        store(a.dc + r * w.c_row + at_vector, cell_grad_prev(grad_c, f))
+        at = a.dz + p * w.dz_panel + (step.k + r) * 4 * vector_bytes
+        store(at, dz_i)
+        store(at + vector_bytes, dz_f)
+        store(at + 2 * vector_bytes, dz_g)
+        store(at + 3 * vector_bytes, dz_o)
+        return grad_h, grad_c
+
+    return vector_gradients
+
+
+def _make_cell_gradients(variant: Variant) -> Any:
+    """(cell_gradients, reset_rows): a step of a member's rows and panels, but for its products."""
+    lanes, stored, vector_bytes = variant.block.lanes, variant.stored, variant.vector_bytes
+    square_sum, clear = variant.ops.square_sum, row_functions(variant).clear
+    vector_gradients = _make_vector_gradients(variant)
+
+    @inline
+    def fetch_back(a, w, step, r, p, dy_row):
+        """The step before is fetched now: walking backwards, no prefetcher of the processor's own does, and at H = 16
+        reading the gates took longer than the arithmetic."""
+        for line in range(0, 4 * lanes * stored, 64):
+            fetch(a.gates + (step.n_prev + r) * w.gates_row + p * 4 * lanes * stored + line)
+        if a.dy != 0:
+            fetch(dy_row + (step.position_prev - step.position) * a.dy_step + p * lanes * stored)
+
+    @inline
+    def cell_gradients(a, w, step):
+        for r in range(a.row_begin, step.end):
+            c_prev_row = a.cells + (step.n_prev + r) * w.c_row if r < step.continued else a.c_0 + r * w.c_row
+            if resets(a, step.position, r):
+                c_prev_row = a.zero
+            dy_row = a.dy + step.position * a.dy_step + load_int(a.dy_rows + 8 * r) if a.dy != 0 else 0
+            squares_h, squares_c = 0.0, 0.0
+            for p in range(a.panel_begin, a.panel_end):
+                fetch_back(a, w, step, r, p, dy_row)
+                grad_h, grad_c = vector_gradients(a, w, step, r, p, c_prev_row, dy_row)
+                if a.norms != 0:
+                    squares_h += square_sum(grad_h)
+                    squares_c += square_sum(grad_c)
+                    if (p + 1) % NORM_PANELS == 0 or p + 1 == a.panel_end:
+                        norm = (step.t * a.batch + r) * w.norm_row + p // NORM_PANELS * 8
+                        if a.dm == 0:
+                            store_double(a.norms + norm, squares_h)
+                        store_double(w.norms_c + norm, squares_c)
+                        squares_h, squares_c = 0.0, 0.0
+
+    @inline
+    def reset_rows(a, w, step):
+        """No gradient passes a reset."""
+        for r in range(a.row_begin, step.end):
+            if resets(a, step.position, r):
+                clear(a.dh + r * w.h_row + w.h_first * vector_bytes, w.h_count)
+                clear(a.dc + r * w.c_row + a.panel_begin * vector_bytes, a.panel_end - a.panel_begin)
+
+    return cell_gradients, reset_rows
+
+
+def _make_copy_operands(variant: Variant) -> Any:
+    """The rows of a chunk: copies of x and h_{t-1} for the weight gradients, and where dx goes."""
+    size, copy_strips = variant.size, row_functions(variant).copy_strips
+
+    @inline
+    def copy_row(a, w, step, r, alive_before):
+        k = step.k + r
+        if a.dx_stage != 0:
+            store_int(a.table + 8 * k, a.dx_stage + k * a.inputs * size)
+        else:
+            store_int(a.table + 8 * k, a.dx + step.position * a.dx_step + load_int(a.dx_rows + 8 * r))
+        if a.dw_x != 0:
+            x_row = a.x + step.position * a.x_step + load_int(a.x_rows + 8 * r)
+            copy_strips(a.x_strips, x_row, a.inputs, k, a.chunk_rows, True)
+            if resets(a, step.position, r):
+                copy_strips(a.h_strips, a.zero, a.width, k, a.chunk_rows, False)
+            elif alive_before:
+                y_prev = a.y + step.position_prev * a.y_step + load_int(a.y_rows + 8 * r)
+                copy_strips(a.h_strips, y_prev, a.width, k, a.chunk_rows, True)
+            else:
+                copy_strips(a.h_strips, a.h_0 + r * w.h_row, a.width, k, a.chunk_rows, False)
+
+    @inline
+    def copy_operands(a, w, step):
+        """Those of a step, of all rows of the part."""
+        alive = alive_rows(a.batch_sizes, a.batch, step.t)
+        for r in range(a.part_begin, min(a.part_end, alive)):
+            copy_row(a, w, step, r, r < step.continued)
+
+    return copy_operands
+
+
+def _make_weight_gradients(variant: Variant) -> Any:
+    """The gradients of a chunk's weights: a member's share of the tiles."""
+    ops, block, size, gate_bytes = variant.ops, variant.block, variant.size, variant.gate_bytes
+    load_four, store_vectors, zero_four = ops.load_four, ops.store_vectors, ops.zero_four
+    most, panel = block.rows, block.panel
+
+    def start_tile(row, e):
+        return zero_four()
+
+    def finish_tile(row, sums, e):
+        at = e.weight + row * gate_bytes
+        if e.add != 0:
+            before = load_four(at)
+            sums = (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2], before[3] + sums[3])
+        store_vectors(at, sums, panel)
+
+    tile_block = make_block(
+        ops, block.row_choices(4), 4, start_tile, finish_tile, key=variant.key, registers=block.registers, by_strip=True
+    )
+
+    @inline
+    def weight_tile(a, chunk, job, jobs, depth, columns, weight, strips):
+        """Tile ``job`` of ``jobs`` of a (depth, panel) gradient: a strip against a panel of dz (or dh)."""
+        begin, end = depth * job // jobs, depth * (job + 1) // jobs
+        strip = strips + begin * a.chunk_rows * size
+        segment = (strip, 0, 1, 0, chunk.rows, columns, columns)
+        tile_block(end - begin, segment, TileEnd(weight + begin * gate_bytes, chunk.add))
+
+    @inline
+    def bias_tile(chunk, columns, at):
+        """The sum of all rows of a panel of dz."""
+        i, f, g, o = zero_four()
+        for k in range(chunk.rows):
+            row = load_four(columns + k * gate_bytes)
+            i, f, g, o = i + row[0], f + row[1], g + row[2], o + row[3]
+        if chunk.add != 0:
+            row = load_four(at)
+            i, f, g, o = i + row[0], f + row[1], g + row[2], o + row[3]
+        store_vectors(at, (i, f, g, o), panel)
+
+    @inline
+    def weight_gradients(a, w, chunk):
+        tiles_x, tiles_h, tiles_r = -(-a.inputs // most), -(-a.width // most), -(-a.hidden // most)
+        jobs = tiles_x + tiles_h + 1
+        for job in range(w.panels * jobs * a.member // a.members, w.panels * jobs * (a.member + 1) // a.members):
+            p, j = job // jobs, job % jobs
+            dz = a.dz + p * w.dz_panel
+            if j < tiles_x:
+                weight_tile(a, chunk, j, tiles_x, a.inputs, dz, a.dw_x + p * a.inputs * gate_bytes, a.x_strips)
+            elif j < tiles_x + tiles_h:
+                dw_h = a.dw_h + p * a.width * gate_bytes
+                weight_tile(a, chunk, j - tiles_x, tiles_h, a.width, dz, dw_h, a.h_strips)
+            else:
+                bias_tile(chunk, dz, a.db + p * gate_bytes)
+        jobs = -(-a.width // panel) * tiles_r if a.dm != 0 else 0
+        for job in range(jobs * a.member // a.members, jobs * (a.member + 1) // a.members):
+            q, j = job // tiles_r, job % tiles_r
+            dh = a.dh_chunk + q * w.dz_panel
+            weight_tile(a, chunk, j, tiles_r, a.hidden, dh, a.dw_r + q * a.hidden * gate_bytes, a.m_strips)
+
+    return weight_gradients
+
+
+def _make_input_gradients(variant: Variant) -> Any:
+    """dx of a member's share of the rows of a chunk."""
+    panel, size, gate_bytes = variant.block.panel, variant.size, variant.gate_bytes
+    matrix_product, narrow_row = make_matrix_product(variant), row_functions(variant).narrow_row
+
+    @inline
+    def narrow_rows(a, w, chunk, begin, end):
+        """From the compute dtype, in which they were summed, to dx."""
+        for s in range(chunk.first, chunk.last):
+            t = walk(a.reverse, a.steps, s)
+            k_here = row_start(a.part_starts, w.part, t) - chunk.k_base
+            k_next = row_start(a.part_starts, w.part, t + 1) - chunk.k_base
+            dx_here = a.dx + user_index(a.packed, a.row_starts, a.batch, t) * a.dx_step
+            for k in range(max(begin, k_here), min(end, k_next)):
+                target = dx_here + load_int(a.dx_rows + 8 * (a.part_begin + k - k_here))
+                narrow_row(target, a.dx_stage + k * a.inputs * size, a.inputs)
+
+    @inline
+    def input_gradients(a, w, chunk):
+        begin, end = chunk.rows * a.member // a.members, chunk.rows * (a.member + 1) // a.members
+        done = begin
+        while done < end:
+            n = min(JOINED_ROWS, end - done)
+            matrix_product(
+                n, a.dz + done * gate_bytes, a.panel_rows, w.panels, w.dz_panel, panel, a.w_x,
+                0, -(-a.inputs // panel), a.inputs, 0, a.table + 8 * done, 0,
+            )  # fmt: skip
+            done += n
+        if a.dx_stage != 0:
+            narrow_rows(a, w, chunk, begin, end)
+
+    return input_gradients
+
+
+@functools.cache
+def backward_kernel(variant: Variant) -> Any:
+    """The compiled backward kernel."""
+    panel, gate_bytes = variant.block.panel, variant.gate_bytes
+    widths_of, chunk_of, step_of = _make_walk(variant)
+    complete_dh, project_back, keep_hidden = _make_project_back(variant)
+    cell_gradients, reset_rows = _make_cell_gradients(variant)
+    copy_operands, weight_gradients = _make_copy_operands(variant), _make_weight_gradients(variant)
+    input_gradients, matrix_product = _make_input_gradients(variant), make_matrix_product(variant)
+    read = make_read(BackwardArgs)
+
+    @inline
+    def recurrent_gradients(a, w, step):
+        """dh_{t-1} = W_hh^T dz."""
+        matrix_product(
+            step.end - a.row_begin, a.dz + (step.k + a.row_begin) * gate_bytes, a.panel_rows, w.panels, w.dz_panel,
+            panel, a.w_h, a.column_begin, a.column_end, a.width, a.dh, a.h_rows + 8 * a.row_begin, step.back,
+        )  # fmt: skip
+
+    @inline
+    def step_back(a, w, step, turns):
+        if a.dm != 0:
+            complete_dh(a, w, step)
+            if a.lockstep != 0:
+                turns = meet(a, turns)
+            project_back(a, w, step)
+        cell_gradients(a, w, step)
+        if a.lockstep != 0:
+            turns = meet(a, turns)
+        recurrent_gradients(a, w, step)
+        if a.dm != 0 and a.dw_r != 0 and a.panel_begin == 0:
+            keep_hidden(a, w, step)
+        if a.reset != 0:
+            reset_rows(a, w, step)
+        return turns
+
+    @kernel(variant.key)
+    def lstm_bwd_kernel(address):
+        a = read(address)
+        mode = flush_denormals()
+        w = widths_of(a)
+        turns = 0
+        for number in range(-(-a.steps // a.chunk) - 1, -1, -1):
+            chunk = chunk_of(a, w, number)
+            for s in range(chunk.last - 1, chunk.first - 1, -1):
+                turns = step_back(a, w, step_of(a, w, chunk, s), turns)
+            for s in range(chunk.first + a.member, chunk.last, a.members):
+                copy_operands(a, w, step_of(a, w, chunk, s))
+            turns = meet(a, turns)
+            if a.dw_x != 0:
+                weight_gradients(a, w, chunk)
+            if a.dx != 0:
+                input_gradients(a, w, chunk)
+            turns = meet(a, turns)
+        set_mode(mode)
+
+    return lstm_bwd_kernel

@@ -1,0 +1,296 @@
+"""The forward kernel: what each thread of a launch runs; see the package's docstring for sizes, memory and sharing."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from .. import cell
+from .arguments import ForwardArgs, make_read
+from .jit import inline, kernel
+from .matmul import make_matrix_product
+from .memory import load_int, store_int
+from .microkernel import make_block
+from .mode import flush_denormals, set_mode
+from .rows import row_functions
+from .steps import alive_rows, block_size, resets, row_start, user_index, walk
+from .sync import meet
+from .variant import Variant
+
+
+class CellEnd(NamedTuple):
+    """What the cell of a block of rows of one panel reads and writes; what is 0 is not written."""
+
+    start: int  # what its sums start from, and from row to row
+    start_row: int
+    c: int
+    c_row: int
+    h: int
+    h_row: int
+    y: int
+    y_rows: int  # offsets of its rows
+    left: int  # hidden units from this panel on
+    gates: int
+    gates_row: int
+    cells: int
+
+
+class ProjectionEnd(NamedTuple):
+    """Where the projected input of a block of rows of one panel goes."""
+
+    bias: int
+    offset: int  # of the panel
+    rows: int  # addresses of the rows
+
+
+class Widths(NamedTuple):
+    """What follows from a member's arguments: bytes from row to row, and its part of a row of h, in vectors."""
+
+    c_row: int
+    h_row: int
+    z_row: int
+    gates_row: int
+    z_base: int
+    h_first: int
+    h_count: int
+
+
+class Step(NamedTuple):
+    """A step, as a member sees it."""
+
+    s: int  # in the direction's order
+    end: int  # of the member's rows that are alive
+    n: int  # of row 0
+    position: int  # in the user's tensors
+    h_in: int
+    h_out: int
+
+
+def _make_cell_block(variant: Variant) -> Any:
+    """The recurrent product of some rows with one panel, and the cell."""
+    ops, block, lanes, stored = variant.ops, variant.block, variant.block.lanes, variant.stored
+    load, store, load_four, tanh, activate = ops.load, ops.store, ops.load_four, ops.tanh, ops.gates
+    store_storage = ops.make_store(variant.storage)
+    cell_state, hidden_state = inline(cell.cell_state), inline(cell.hidden_state)
+
+    def start_cell(row, e):
+        return load_four(e.start + row * e.start_row)
+
+    def finish_cell(row, sums, e):
+        i, f, g, o = activate(sums[0], sums[1], sums[2], sums[3])
+        at_c = e.c + row * e.c_row
+        c = cell_state(i, f, g, load(at_c))
+        h = hidden_state(o, tanh(c))
+        store(at_c, c)
+        store(e.h + row * e.h_row, h)
+        if e.y != 0:
+            store_storage(e.y + load_int(e.y_rows + 8 * row), h, e.left)
+        if e.gates != 0:
+            at = e.gates + row * e.gates_row
+            store_storage(at, i, lanes)
+            store_storage(at + lanes * stored, f, lanes)
+            store_storage(at + 2 * lanes * stored, g, lanes)
+            store_storage(at + 3 * lanes * stored, o, lanes)
+        if e.cells != 0:
+            store(e.cells + row * e.c_row, c)
+
+    return make_block(
+        ops, block.row_choices(4), 4, start_cell, finish_cell, key=variant.key, registers=block.registers, rolled=True
+    )
+
+
+def _make_project_chunk(variant: Variant) -> Any:
+    """The input projection of a chunk of steps, ahead of them."""
+    ops, block, size, gate_bytes = variant.ops, variant.block, variant.size, variant.gate_bytes
+    load_four, store_vectors, width, most = ops.load_four, ops.store_vectors, 4 * block.lanes, block.rows
+    widen_row = row_functions(variant).widen_row
+
+    def start_bias(row, e):
+        return load_four(e.bias)
+
+    def finish_projection(row, sums, e):
+        store_vectors(e.offset + load_int(e.rows + 8 * row), sums, width)
+
+    projection_block = make_block(
+        ops, block.row_choices(4), 4, start_bias, finish_projection, key=variant.key, registers=block.registers
+    )
+
+    @inline
+    def list_rows(a, w, s, x_table, z_table):
+        """Writes where the member's rows of x and z of the chunk from step ``s`` on lie; how many there are."""
+        stage = a.x_stage + a.member * a.chunk_rows * a.inputs * size
+        count = 0
+        for later in range(s, min(s + a.chunk, a.steps)):
+            t = walk(a.reverse, a.steps, later)
+            x_here = a.x + user_index(a.packed, a.row_starts, a.batch, t) * a.x_step
+            # Members may be in different chunks: in scratch, a row keeps its place from step to step, alive or not.
+            slot = (later - s) * a.batch if a.z != 0 else row_start(a.row_starts, a.batch, t)
+            for r in range(a.row_begin, min(a.row_end, alive_rows(a.batch_sizes, a.batch, t))):
+                source = x_here + load_int(a.x_rows + 8 * r)
+                if a.x_stage != 0:
+                    widen_row(stage + count * a.inputs * size, source, a.inputs)
+                    source = stage + count * a.inputs * size
+                store_int(x_table + 8 * count, source)
+                store_int(z_table + 8 * count, w.z_base + (slot + r) * w.z_row)
+                count += 1
+        return count
+
+    @inline
+    def project_chunk(a, w, s):
+        x_table = a.table + 16 * a.chunk_rows * a.member
+        z_table = x_table + 8 * a.chunk_rows
+        count = list_rows(a, w, s, x_table, z_table)
+        for p in range(a.panel_begin, a.panel_end):
+            done = 0
+            ahead = a.w_x + min(p + 1, a.panel_end - 1) * a.inputs * gate_bytes
+            while done < count:
+                n = block_size(count - done, most)
+                projection_block(
+                    n,
+                    (0, x_table + 8 * done, 1, 0, a.inputs, a.w_x + p * a.inputs * gate_bytes, ahead),
+                    ProjectionEnd(a.bias + p * gate_bytes, p * gate_bytes, z_table + 8 * done),
+                )
+                done += n
+                ahead += a.inputs * 64
+
+    return project_chunk
+
+
+def _make_compute_panels(variant: Variant) -> Any:
+    """A step of a member's rows and panels."""
+    lanes, stored, most = variant.block.lanes, variant.stored, variant.block.rows
+    vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
+    cell_block = _make_cell_block(variant)
+
+    @inline
+    def compute_panel(a, w, step, p, ahead):
+        """Panel p; ``ahead``: the weights that are wanted next."""
+        # Without a projection of their own, sums start from z; else from the bias, whose row stride is 0.
+        if a.fused != 0:
+            start, start_row, depth = a.bias, 0, a.inputs
+        else:
+            slot = step.s % a.chunk * a.batch if a.z != 0 else step.n
+            start, start_row, depth = w.z_base + (slot + a.row_begin) * w.z_row, w.z_row, 0
+        h_to, h_to_row = (a.m, w.c_row) if a.m != 0 else (step.h_out, w.h_row)
+        y = 0 if a.m != 0 else a.y + step.position * a.y_step + p * lanes * stored
+        done = a.row_begin
+        while done < step.end:
+            n = block_size(step.end - done, most)
+            cell_block(
+                n,
+                (
+                    a.x + step.position * a.x_step, a.x_rows + 8 * done, 1, 0, depth,
+                    a.w_x + p * a.inputs * gate_bytes, ahead,
+                    step.h_in, a.h_rows + 8 * done, 1, 0, a.width, a.w_h + p * a.width * gate_bytes, ahead,
+                ),
+                CellEnd(
+                    start + p * gate_bytes + (done - a.row_begin) * start_row, start_row,
+                    a.c + done * w.c_row + p * vector_bytes, w.c_row,
+                    h_to + done * h_to_row + p * vector_bytes, h_to_row,
+                    y, a.y_rows + 8 * done, a.hidden - p * lanes,
+                    0 if a.gates == 0 else a.gates + (step.n + done) * w.gates_row + p * lanes * 4 * stored,
+                    w.gates_row, 0 if a.cells == 0 else a.cells + (step.n + done) * w.c_row + p * vector_bytes,
+                ),
+            )  # fmt: skip
+            done += n
+            ahead += a.width * 64
+
+    @inline
+    def compute_panels(a, w, step):
+        # Every other step walks the panels backwards: it begins with the weights that are still near.
+        forth = 1 if step.s & 1 == 0 else -1
+        p = a.panel_begin if forth > 0 else a.panel_end - 1
+        while a.panel_begin <= p < a.panel_end:
+            # While a panel is multiplied, the next one is fetched.
+            following = min(max(p + forth, a.panel_begin), a.panel_end - 1)
+            compute_panel(a, w, step, p, a.w_h + following * a.width * gate_bytes)
+            p += forth
+
+    return compute_panels
+
+
+def _make_finish_step(variant: Variant) -> Any:
+    """(project_hidden, reset_rows): what follows a step."""
+    rows, matrix_product = row_functions(variant), make_matrix_product(variant)
+    clear, narrow_row = rows.clear, rows.narrow_row
+    lanes, stored, vector_bytes = variant.block.lanes, variant.stored, variant.vector_bytes
+
+    @inline
+    def project_hidden(a, w, step):
+        """h = W_hr m, and y."""
+        matrix_product(
+            step.end - a.row_begin, a.m, a.m_rows + 8 * a.row_begin, 1, 0, a.hidden, a.w_r,
+            a.column_begin, a.column_end, a.width, step.h_out, a.h_rows + 8 * a.row_begin, step.s & 1,
+        )  # fmt: skip
+        for r in range(a.row_begin, step.end):
+            narrow_row(
+                a.y + step.position * a.y_step + load_int(a.y_rows + 8 * r) + w.h_first * lanes * stored,
+                step.h_out + r * w.h_row + w.h_first * vector_bytes,
+                min(w.h_count * lanes, a.width - w.h_first * lanes),
+            )
+
+    @inline
+    def reset_rows(a, w, s):
+        """The state that enters step ``s``: rows that it resets are zeroed by whoever wrote them."""
+        t = walk(a.reverse, a.steps, s)
+        index = user_index(a.packed, a.row_starts, a.batch, t)
+        h = a.h + (s & 1) * a.h_half
+        for r in range(a.row_begin, min(a.row_end, alive_rows(a.batch_sizes, a.batch, t))):
+            if resets(a, index, r):
+                clear(h + r * w.h_row + w.h_first * vector_bytes, w.h_count)
+                clear(a.c + r * w.c_row + a.panel_begin * vector_bytes, a.panel_end - a.panel_begin)
+
+    return project_hidden, reset_rows
+
+
+@functools.cache
+def forward_kernel(variant: Variant) -> Any:
+    """The compiled forward kernel."""
+    lanes, stored = variant.block.lanes, variant.stored
+    vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
+    project_chunk, compute_panels = _make_project_chunk(variant), _make_compute_panels(variant)
+    project_hidden, reset_rows = _make_finish_step(variant)
+    read = make_read(ForwardArgs)
+
+    @inline
+    def widths_of(a):
+        panels, h_vectors = -(-a.hidden // lanes), -(-a.width // lanes)
+        # The part of a row of h that this member writes: its panels, or its columns of a projection.
+        first = 4 * a.column_begin if a.m != 0 else a.panel_begin
+        end = min(4 * a.column_end, h_vectors) if a.m != 0 else a.panel_end
+        return Widths(
+            panels * vector_bytes, h_vectors * vector_bytes, panels * gate_bytes, panels * 4 * lanes * stored,
+            a.z if a.z != 0 else a.gates, first, end - first,
+        )  # fmt: skip
+
+    @inline
+    def step_of(a, s):
+        t = walk(a.reverse, a.steps, s)
+        return Step(
+            s, min(a.row_end, alive_rows(a.batch_sizes, a.batch, t)), row_start(a.row_starts, a.batch, t),
+            user_index(a.packed, a.row_starts, a.batch, t), a.h + (s & 1) * a.h_half, a.h + (1 - (s & 1)) * a.h_half,
+        )  # fmt: skip
+
+    @kernel(variant.key)
+    def lstm_fwd_kernel(address):
+        a = read(address)
+        mode = flush_denormals()
+        w = widths_of(a)
+        turns = 0
+        for s in range(-1, a.steps):
+            if s >= 0:
+                if a.fused == 0 and s % a.chunk == 0:
+                    project_chunk(a, w, s)
+                step = step_of(a, s)
+                compute_panels(a, w, step)
+                if a.m != 0:
+                    if a.lockstep != 0:
+                        turns = meet(a, turns)
+                    project_hidden(a, w, step)
+            if a.reset != 0 and s + 1 < a.steps:
+                reset_rows(a, w, s + 1)
+            if a.lockstep != 0:
+                turns = meet(a, turns)
+        set_mode(mode)
+
+    return lstm_fwd_kernel

@@ -1,0 +1,45 @@
+"""Device functions for walking over steps, rows and blocks.
+
+Row r of the sorted batch is alive at step t where ``r < batch_sizes[t]``; n counts (step, row) pairs.
+"""
+
+from __future__ import annotations
+
+from .jit import inline
+from .memory import load_byte, load_int
+
+
+@inline
+def alive_rows(batch_sizes, batch, t):
+    """Rows alive at step t."""
+    return load_int(batch_sizes + 8 * t) if batch_sizes != 0 else batch
+
+
+@inline
+def row_start(row_starts, batch, t):
+    """n of row 0 at step t."""
+    return load_int(row_starts + 8 * t) if row_starts != 0 else t * batch
+
+
+@inline
+def user_index(packed, row_starts, batch, t):
+    """What a user's tensor is indexed by at step t."""
+    return row_start(row_starts, batch, t) if packed != 0 else t
+
+
+@inline
+def walk(reverse, steps, s):
+    """The step that is s-th in the direction's order."""
+    return steps - 1 - s if reverse != 0 else s
+
+
+@inline
+def resets(a, index, r):
+    """Whether row r starts anew at the step whose index in the user's tensors is ``index``."""
+    return a.reset != 0 and load_byte(a.reset + index * a.reset_step + load_int(a.reset_rows + 8 * r)) != 0
+
+
+@inline
+def block_size(rows, most):
+    """Rows of the next block, of blocks as few and as even as can be."""
+    return -(-rows // (-(-rows // most)))
