@@ -39,6 +39,11 @@ def units(device: str = "cpu") -> int:
     return int(gpu().multi_processor_count) if device == "cuda" else torch.get_num_threads()
 
 
+def counted(number: int, device: str = "cpu") -> str:
+    """So many of a device's parts, in words: "2 threads", "132 multiprocessors"."""
+    return f"{number} {UNITS[device][0]}{'s' if number > 1 else ''}"
+
+
 def gpu() -> torch.cuda._CudaDeviceProperties:
     """The present GPU, as CUDA describes it."""
     return torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -95,4 +100,6 @@ def cudnn() -> str:
 @cache
 def versions() -> dict[str, str]:
     """The versions that a figure depends on."""
-    return {"torch": torch.__version__} | {name: _version(name) for name in ("numba", "lstmcore", "triton")}
+    return {"torch": torch.__version__} | {
+        name: _version(name) for name in ("numba", "lstmcore", "triton", "onnxruntime")
+    }

@@ -79,7 +79,7 @@ def gpu_peak_mib(runner: Runner) -> float:
 def peak_memory_mib(case: Case, provider: str, backend: str = "auto") -> float:
     """MiB that one training step of the case adds to a process, in a fresh one."""
     child = subprocess.run(
-        [sys.executable, "-m", "bench.memory", case.name, provider, backend],
+        [sys.executable, "-m", "bench.memory", case.name, provider, backend, str(torch.get_num_threads())],
         cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
         text=True,
@@ -89,4 +89,5 @@ def peak_memory_mib(case: Case, provider: str, backend: str = "auto") -> float:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[4]))
     print(json.dumps({"mib": _measure(CASES[sys.argv[1]], *sys.argv[2:4])}))

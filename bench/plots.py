@@ -20,6 +20,7 @@ from bench.cases import MODES
 from bench.providers import OURS, PEER
 from bench.results import Row
 from bench.summary import pairs
+from bench.table import counted
 
 LABELS = {OURS: "lstmcore.LSTM", PEER: "torch.nn.LSTM"}
 COLOURS = {OURS: "#0b6e99", PEER: "#d1782a"}
@@ -32,7 +33,7 @@ matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spi
 
 def _where(rows: Sequence[Row]) -> str:
     first = rows[0]
-    return f"{first.device}, {first.threads} threads, torch {first.torch}, float32"
+    return f"{first.device}, {counted(first)}, torch {first.torch}, float32"
 
 
 def heatmap(axes: Axes, chosen: list[Row], norm: colors.Normalize, title: str) -> ScalarMappable:

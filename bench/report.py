@@ -9,12 +9,16 @@ from pathlib import Path
 from bench import gpu_plots, plots, results
 from bench.cases import MODES
 from bench.results import Row
-from bench.summary import LONG, Summary, by_algorithm, summaries
+from bench.summary import LONG, Summary, by_algorithm, has_onnxruntime, summaries
 from bench.table import counted, percent
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NO_ROWS = "_No results yet: run `make bench-full`, then `python -m bench report`._"
+SPEED = (
+    "Speed is the time of `torch.nn.LSTM` over that of `lstmcore.LSTM`: the geometric mean of the group, then its "
+    "lowest and highest case."
+)
 PLOTS = {
     "speed": (plots.speed_by_shape, "Speed ratio by hidden size and batch"),
     "steps": (plots.time_per_step, "Time per step as the sequence grows"),
@@ -41,11 +45,16 @@ def _speed(line: Summary | None) -> str:
     return f"**{line.ratio:.2f}×**" + (f" ({line.lowest:.2f}–{line.highest:.2f})" if line.cases > 1 else "")
 
 
+def _times(ratio: float | None) -> str:
+    """A ratio; nothing where it was not measured."""
+    return "" if ratio is None else f"{ratio:.2f}×"
+
+
 def _cells(line: Summary | None) -> tuple[str, str, str]:
     """Speed with its range, and alone where that was measured too; ours and torch's share of the peak; memory."""
     if line is None:
         return "", "", ""
-    alone, memory = ("" if ratio is None else f"{ratio:.2f}×" for ratio in (line.alone, line.memory_ratio))
+    alone, memory = _times(line.alone), _times(line.memory_ratio)
     speed = _speed(line) + (f"; alone {alone}" if alone else "")
     return speed, f"{percent(line.ours_share)} / {percent(line.peer_share)}", memory
 
@@ -58,16 +67,38 @@ def _by_group(rows: Sequence[Row]) -> dict[str, dict[str, Summary]]:
     return by_group
 
 
+def _beside(rows: Sequence[Row], modes: dict[str, Summary]) -> list[str]:
+    """The cell of onnxruntime, if there is such a column; only inference has one."""
+    if not has_onnxruntime(rows):
+        return []
+    return [_times(modes["inference"].onnxruntime if "inference" in modes else None)]
+
+
+def _head(rows: Sequence[Row], *columns: str) -> Iterator[str]:
+    """The head of a table by group."""
+    names = ["group", "cases", *columns, *(["vs onnxruntime"] if has_onnxruntime(rows) else [])]
+    yield f"| {' | '.join(names)} |"
+    yield f"|---|{'--:|' * (len(names) - 1)}"
+
+
 def _table(rows: Sequence[Row]) -> Iterator[str]:
     """One line a group: what it is, and both modes."""
-    by_group = _by_group(rows)
-    yield "| group | cases | training: speed | share of FMA peak | peak memory | inference: speed | share of FMA peak |"
-    yield "|---|--:|--:|--:|--:|--:|--:|"
-    for group, modes in by_group.items():
+    yield from _head(
+        rows, "training: speed", "share of FMA peak", "peak memory", "inference: speed", "share of FMA peak"
+    )
+    for group, modes in _by_group(rows).items():
         any_line = next(iter(modes.values()))
         *inference, _ = _cells(modes.get("inference"))
-        cells = (*_cells(modes.get("training")), *inference)
+        cells = (*_cells(modes.get("training")), *inference, *_beside(rows, modes))
         yield f"| {group}: {any_line.title} | {any_line.cases} | {' | '.join(cells)} |"
+
+
+def _small_table(rows: Sequence[Row]) -> Iterator[str]:
+    """One line a group, speeds only."""
+    yield from _head(rows, "training", "inference")
+    for group, modes in _by_group(rows).items():
+        cells = [_speed(modes.get("training")), _speed(modes.get("inference")), *_beside(rows, modes)]
+        yield f"| {group} | {next(iter(modes.values())).cases} | {' | '.join(cells)} |"
 
 
 def _gpu_tables(rows: Sequence[Row]) -> Iterator[str]:
@@ -106,32 +137,79 @@ def _settings(rows: Sequence[Row]) -> str:
     return text + ("" if behind == {"behind"} else "(Rows without a figure alone were taken in that setting only.) ")
 
 
-def section(rows: Sequence[Row], images: Sequence[tuple[str, str]]) -> str:
-    """The Markdown of one device; ``images`` are links and captions."""
-    first = rows[0]
-    peak = {row.dtype: row.peak_gflops for row in rows if row.peak_gflops is not None}
+def _measured(rows: Sequence[Row]) -> str:
+    """When, at which commit and with what."""
     versions = [("torch", _span([row.torch for row in rows]))]
-    if first.on_gpu:
+    if rows[0].on_gpu:
         versions += [
             ("Triton", _span([row.triton for row in rows])),
             ("cuDNN", _span([row.cudnn or "" for row in rows])),
         ]
     else:
         versions += [("numba", _span([row.numba for row in rows]))]
+    if has_onnxruntime(rows):
+        versions += [("onnxruntime", _span([row.onnxruntime for row in rows if row.onnxruntime_ms is not None]))]
     named = [f"{name} {version}" for name, version in versions]
-    slower = [
-        f"{row.case} ({row.mode}, {row.runs}: {row.ratio:.2f}×)"
-        for row in rows
-        if row.ratio is not None and row.ratio < 1
+    return (
+        f"Measured {_span(sorted(row.date for row in rows))} at commit {_span([row.commit for row in rows])} with "
+        f"{', '.join(named[:-1])} and {named[-1]}. "
+    )
+
+
+def _slower(rows: Sequence[Row]) -> Iterator[str]:
+    """The cases that ours loses, to either peer."""
+    measured = [row for row in rows if row.ratio is not None]
+    lost = [f"{row.case} ({row.mode}, {row.runs}: {row.ratio:.2f}×)" for row in measured if row.ratio < 1]
+    yield (
+        f"Cases where ours is slower than torch: {', '.join(lost) if lost else 'none'} "
+        f"(of {len(measured)} measured, counting the modes "
+        f"{' and '.join(mode for mode in MODES if any(row.mode == mode for row in rows))} each)."
+    )
+    if not has_onnxruntime(rows):
+        return
+    beside = [(row, row.onnxruntime_ratio) for row in rows if row.onnxruntime_ratio is not None]
+    lost = [f"{row.case} ({row.runs}: {ratio:.2f}×)" for row, ratio in beside if ratio < 1]
+    yield ""
+    yield (
+        f"Cases where ours is slower than onnxruntime: {', '.join(lost) if lost else 'none'} "
+        f"(of {len(beside)} measured, in inference)."
+    )
+
+
+def _onnxruntime(rows: Sequence[Row]) -> str:
+    """What the column of onnxruntime says, where there is one."""
+    if not has_onnxruntime(rows):
+        return ""
+    return (
+        "The last column is the time of onnxruntime's LSTM over ours in inference, the geometric mean: its threads "
+        "spin between calls, so it was timed in a block of its own, and against ours alone. "
+    )
+
+
+def small_section(rows: Sequence[Row]) -> str:
+    """The Markdown of a CPU's rows with one thread: speeds only, for what else there is to say stands above."""
+    lines = [
+        f"### {rows[0].device}, {counted(rows[0])}",
+        "",
+        f"{_measured(rows)}{SPEED} {_onnxruntime(rows)}".rstrip(),
+        "",
+        *_small_table(rows),
+        "",
+        *_slower(rows),
     ]
+    return "\n".join(lines)
+
+
+def section(rows: Sequence[Row], images: Sequence[tuple[str, str]]) -> str:
+    """The Markdown of one device; ``images`` are links and captions."""
+    first = rows[0]
+    peak = {row.dtype: row.peak_gflops for row in rows if row.peak_gflops is not None}
     lines = [
         f"### {first.device}, {counted(first)}",
         "",
-        f"Measured {_span(sorted(row.date for row in rows))} at commit {_span([row.commit for row in rows])} with "
-        f"{', '.join(named[:-1])} and {named[-1]}. Speed is the "
-        "time of `torch.nn.LSTM` over that of `lstmcore.LSTM`: the geometric mean of the group, then its lowest and "
-        "highest case. "
+        f"{_measured(rows)}{SPEED} "
         + _settings(rows)
+        + _onnxruntime(rows)
         + (
             "Share of FMA peak is ours / torch's, of "
             + ", ".join(f"{value:.0f} GF/s in {dtype}" for dtype, value in peak.items())
@@ -143,9 +221,7 @@ def section(rows: Sequence[Row], images: Sequence[tuple[str, str]]) -> str:
         "",
         *(_gpu_tables(rows) if first.on_gpu else _table(rows)),
         "",
-        f"Cases where ours is slower than torch: {', '.join(slower) if slower else 'none'} "
-        f"(of {sum(row.ratio is not None for row in rows)} measured, counting the modes "
-        f"{' and '.join(mode for mode in MODES if any(row.mode == mode for row in rows))} each).",
+        *_slower(rows),
     ]
     for link, caption in images:
         lines += ["", f"![{caption}: {first.device}]({link})"]
@@ -171,11 +247,25 @@ def draw_folder(folder: Path) -> int:
     return len(paths)
 
 
+def _with_one_thread(path: Path) -> bool:
+    """Whether a results file is of one thread of a CPU."""
+    return path.stem.endswith("-1t")
+
+
+def _place(path: Path) -> tuple[str, bool, str]:
+    """Where a file stands among others: by device, one thread last."""
+    return path.stem.rpartition("-")[0], _with_one_thread(path), path.stem
+
+
 def update(folder: Path = results.RESULTS, readme: Path = README) -> None:
     """Draws the plots beside every results file and rewrites the README's generated region."""
     sections = []
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(folder.glob("*.csv"), key=_place):
         if not (rows := results.read(path)):
+            continue
+        if _with_one_thread(path):
+            sections.append(small_section(rows))
+            print(f"{path}: {len(rows)} rows, in a small table")
             continue
         images = [
             (Path(os.path.relpath(image, readme.parent)).as_posix(), caption)

@@ -57,6 +57,9 @@ class Row:
     setting: str = "alone"  # "behind": an operation of torch's, as in a model (see timing.py)
     alone_ms: float | None = None  # the median alone, where the setting is another
     alone_ratio: float | None = None  # ours only
+    onnxruntime: str = ""  # version
+    onnxruntime_ms: float | None = None  # ours only: the median of onnxruntime's LSTM, where it covers the case
+    onnxruntime_ratio: float | None = None  # ours only: that over ours alone, the setting in which it is timed
 
     @property
     def runs(self) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import gpu_cases, machine, report, results, table
+from bench import gpu_cases, machine, onnx_peer, report, results, table
 from bench.cases import CASES, DTYPES, GROUPS, MODES, Case, select
 from bench.gpu_cases import GPU_CASES, GPU_GROUPS
 from bench.memory import gpu_peak_mib, peak_memory_mib
@@ -61,6 +61,14 @@ class Measured:
     samples: Samples
     alone: Samples | None  # on a CPU, where ``samples`` are those behind an operation of torch's
     memory: Mapping[str, float] = field(default_factory=dict)  # MiB by provider, where measured in this process
+    onnxruntime: tuple[float, ...] = ()  # seconds a call, alone; none where it does not cover the case, or is missing
+
+
+def _positive(text: str) -> int:
+    """The type of an argument that counts something."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,8 +76,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Times lstmcore.LSTM against torch.nn.LSTM by turns, behind an operation of torch's as in a model, "
-        "and alone, on cases whose outputs and gradients were just checked. The full run takes about half an hour and "
-        "updates bench/results/; --quick takes minutes and writes to out/. Ctrl-C keeps what has been measured.",
+        "and alone, on cases whose outputs and gradients were just checked; in dense float32 inference also against "
+        "onnxruntime, where it is installed. The full run takes about half an hour and updates bench/results/; --quick "
+        "takes minutes and writes to out/. Ctrl-C keeps what has been measured.",
     )
     parser.add_argument(
         "command",
@@ -94,6 +103,12 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="the backend of lstmcore (default: %(default)s); on a CPU, rows of a named one are shown, not saved",
     )
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="on a CPU: how many threads torch has, and so all (default: torch's choice); each number has its own file",
+    )
     parser.add_argument("--after", metavar="CASE", help="only the cases that come after this one")
     parser.add_argument(
         "--limit-s", type=float, metavar="SECONDS", help="on a GPU: start no case that would end later than this"
@@ -107,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
 
 def screen() -> Console:
     """The console; wide enough for the tables where the output is a file or a pipe, which have no width."""
-    return Console() if sys.stdout.isatty() else Console(width=150)
+    return Console() if sys.stdout.isatty() else Console(width=165)
 
 
 def measure(case: Case, modes: Sequence[str], backend: str, effort: Effort) -> dict[str, Measured]:
@@ -120,15 +135,19 @@ def measure(case: Case, modes: Sequence[str], backend: str, effort: Effort) -> d
     for mode in modes:
         calls = getattr(ours, mode), getattr(peer, mode)
         pairs_at_least, budget, clock = effort.min_pairs, effort.budget_s, CLOCKS[case.device]
+        few, short = pairs_at_least // 2 + 1, budget / 3
         samples = interleave(
             *calls, min_pairs=pairs_at_least, budget_s=budget, clock=clock, before=operation if on_cpu else None
         )
         if on_cpu:
-            alone = interleave(*calls, min_pairs=pairs_at_least // 2 + 1, budget_s=budget / 3, clock=clock)
+            alone = interleave(*calls, min_pairs=few, budget_s=short, clock=clock)
+        apart: tuple[float, ...] = ()
+        if onnx_peer.covers(case, mode) and onnx_peer.missing() is None:
+            apart = onnx_peer.seconds(peer.module, problem, peer.inference(), min_samples=few, budget_s=short)
         memory = {}
         if case.device == "cuda" and effort.memory and case.memory and mode == "training":
             memory = {OURS: gpu_peak_mib(ours), PEER: gpu_peak_mib(peer)}
-        measured[mode] = Measured(verdicts[mode], samples, alone, memory)
+        measured[mode] = Measured(verdicts[mode], samples, alone, memory, apart)
     return measured
 
 
@@ -137,6 +156,7 @@ def rows_of(case: Case, mode: str, measured: Measured, backend: str, peak: float
     rows = []
     on_gpu = case.device == "cuda"
     samples, alone, verdict = measured.samples, measured.alone, measured.verdict
+    apart = median(measured.onnxruntime) if measured.onnxruntime else None
     for provider, seconds in ((OURS, samples.ours), (PEER, samples.peer)):
         mine = provider == OURS
         p20, p50, p80 = (percentile(seconds, share) * 1e3 for share in (0.2, 0.5, 0.8))
@@ -179,6 +199,8 @@ def rows_of(case: Case, mode: str, measured: Measured, backend: str, peak: float
                 setting="behind" if alone else "alone",
                 alone_ms=median(alone.ours if mine else alone.peer) * 1e3 if alone else None,
                 alone_ratio=alone.ratio if mine and alone else None,
+                onnxruntime_ms=apart * 1e3 if mine and apart else None,
+                onnxruntime_ratio=apart / median(alone.ours) if mine and apart and alone else None,
             )
         )
     return rows
@@ -272,12 +294,16 @@ def run(
     device = cases[0].device
     on_gpu = device == "cuda"
     units = machine.units(device)
-    name = f"{machine.device_name(device)}, {units} {machine.UNITS[device][0]}s, torch {torch.__version__}"
+    name = f"{machine.device_name(device)}, {machine.counted(units, device)}, torch {torch.__version__}"
     console.print(f"{name}, cuDNN {machine.cudnn()}" if on_gpu else name)
     peaks: dict[str, float] = {}
     if not on_gpu:
         peaks = fma_peaks([case.dtype for case in cases])
         console.print("FMA peak: " + ", ".join(f"{name} {peak:.0f} GF/s" for name, peak in peaks.items()))
+
+    asked = [(case, one) for case in cases for one in case.modes if mode in (None, one)]
+    if any(onnx_peer.covers(*each) for each in asked) and (why := onnx_peer.missing()) is not None:
+        console.print(escape(why), soft_wrap=True)
 
     rows: list[Row] = []
     log = Log()
@@ -352,6 +378,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return NOTHING
         return 0
     device = options.device
+    if options.threads is not None:
+        if device != "cpu":
+            print("--threads is for a CPU: a GPU is always used as a whole", file=sys.stderr)
+            return 2
+        torch.set_num_threads(options.threads)
     registry = REGISTRIES[device]
     if options.after is not None and options.after not in registry:
         print(f"expected the name of a case on {device} for --after, got {options.after!r}", file=sys.stderr)

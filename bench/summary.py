@@ -28,12 +28,18 @@ class Summary:
     peer_share: float | None
     memory_ratio: float | None  # ours over the peer's, geometric mean of the cases that have both
     alone: float | None = None  # the ratio alone, where ``ratio`` is that behind an operation of torch's
+    onnxruntime: float | None = None  # onnxruntime's time over ours, geometric mean of the cases that have it
 
 
 def pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Ours and the peer's rows of the same case and mode."""
     peers = {row.key[:2]: row for row in rows if row.provider == PEER}
     return [(row, peers[row.key[:2]]) for row in rows if row.provider == OURS and row.key[:2] in peers]
+
+
+def has_onnxruntime(rows: Sequence[Row]) -> bool:
+    """Whether onnxruntime was measured on any case."""
+    return any(row.onnxruntime_ratio is not None for row in rows)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -46,6 +52,7 @@ def _summarise(group: str, title: str, mode: str, chosen: list[tuple[Row, Row]])
     ratios = [ours.ratio for ours, _ in chosen if ours.ratio is not None]
     memory = [ours.memory_mib / peer.memory_mib for ours, peer in chosen if ours.memory_mib and peer.memory_mib]
     alone = [ours.alone_ratio for ours, _ in chosen if ours.alone_ratio is not None]
+    onnxruntime = [ours.onnxruntime_ratio for ours, _ in chosen if ours.onnxruntime_ratio is not None]
     return Summary(
         group=group,
         title=title,
@@ -58,6 +65,7 @@ def _summarise(group: str, title: str, mode: str, chosen: list[tuple[Row, Row]])
         peer_share=_mean([peer.peak_share for _, peer in chosen]),
         memory_ratio=geometric_mean(memory) if memory else None,
         alone=geometric_mean(alone) if alone else None,
+        onnxruntime=geometric_mean(onnxruntime) if onnxruntime else None,
     )
 
 

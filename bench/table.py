@@ -10,12 +10,17 @@ from rich.table import Table
 from bench import cudnn, gpu_cases, machine
 from bench.cases import Case
 from bench.results import Row
-from bench.summary import LONG, Summary, by_algorithm, pairs, summaries
+from bench.summary import LONG, Summary, by_algorithm, has_onnxruntime, pairs, summaries
 
 
 def _speed(ratio: float) -> str:
     """A ratio, in red where ours is slower."""
     return f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}×[/]"
+
+
+def _maybe(ratio: float | None) -> str:
+    """The same; nothing where there is none."""
+    return "" if ratio is None else _speed(ratio)
 
 
 def _milliseconds(value: float) -> str:
@@ -28,9 +33,8 @@ def percent(share: float | None) -> str:
 
 
 def counted(row: Row) -> str:
-    """What the row's device has, in words: "2 threads", "132 multiprocessors"."""
-    word = machine.UNITS["cuda" if row.on_gpu else "cpu"][0]
-    return f"{row.threads} {word}{'s' if row.threads > 1 else ''}"
+    """What the row's device has, in words."""
+    return machine.counted(row.threads, "cuda" if row.on_gpu else "cpu")
 
 
 def show_cases(console: Console, cases: Sequence[Case], of: int) -> None:
@@ -71,15 +75,17 @@ def show_gpu_cases(console: Console, cases: Sequence[Case], of: int) -> None:
 def show_rows(console: Console, rows: Sequence[Row]) -> None:
     """Every case, then the geometric means by group."""
     first = rows[0]
+    beside = ["vs onnxruntime"] if has_onnxruntime(rows) else []  # a column only where it has something to show
     table = Table(
         title=f"{first.device}, {counted(first)}, torch {first.torch}",
         caption="medians; share: of the machine's FMA peak; speed: torch's time over ours"
-        + ("" if first.on_gpu else ", behind an operation of torch's, and alone"),
+        + ("" if first.on_gpu else ", behind an operation of torch's, and alone")
+        + ("; vs onnxruntime: its time over ours, both alone" if beside else ""),
     )
     table.add_column("case", no_wrap=True)
     table.add_column("mode")
     table.add_column("backend")
-    for name in ("ours ms", "torch ms", "ours share", "torch share", "speed", "pairwise", "alone", "error"):
+    for name in ("ours ms", "torch ms", "ours share", "torch share", "speed", "pairwise", "alone", *beside, "error"):
         table.add_column(name, justify="right")
     for ours, peer in pairs(rows):
         assert ours.ratio is not None and ours.pair_ratio is not None and ours.max_error is not None
@@ -93,7 +99,8 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
             percent(peer.peak_share),
             _speed(ours.ratio),
             _speed(ours.pair_ratio),
-            "" if ours.alone_ratio is None else _speed(ours.alone_ratio),
+            _maybe(ours.alone_ratio),
+            *[_maybe(ours.onnxruntime_ratio) for _ in beside],
             f"{ours.max_error:.1e}",
         )
     console.print(table)
@@ -101,7 +108,7 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
     table = Table(title="geometric means by group")
     for name in ("group", "mode"):
         table.add_column(name, no_wrap=True)
-    for name in ("cases", "speed", "lowest", "highest", "alone", "ours share", "torch share", "memory"):
+    for name in ("cases", "speed", "lowest", "highest", "alone", *beside, "ours share", "torch share", "memory"):
         table.add_column(name, justify="right")
     for line in summaries(rows):
         table.add_row(
@@ -111,7 +118,8 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
             _speed(line.ratio),
             _speed(line.lowest),
             _speed(line.highest),
-            "" if line.alone is None else _speed(line.alone),
+            _maybe(line.alone),
+            *[_maybe(line.onnxruntime) for _ in beside],
             percent(line.ours_share),
             percent(line.peer_share),
             "" if line.memory_ratio is None else f"{line.memory_ratio:.2f}",

@@ -127,6 +127,11 @@ def _sample(call: Callable[[], object], calls: int, clock: Clock, before: Callab
     return _seconds(call, calls, clock) / calls
 
 
+def _wanted(done: int, at_least: int, started: float, budget_s: float) -> bool:
+    """Whether to go on: until there are enough and the time is used up, or too many to learn from another."""
+    return done < at_least or (done < MAX_PAIRS and time.perf_counter() - started < budget_s)
+
+
 def interleave(
     ours: Callable[[], object],
     peer: Callable[[], object],
@@ -146,7 +151,20 @@ def interleave(
         slowest = max(_probe(ours, clock), _probe(peer, clock))
         calls = max(1, math.ceil(SAMPLE_S / slowest))
         times: tuple[list[float], list[float]] = ([], [])
-        while len(times[0]) < min_pairs or (len(times[0]) < MAX_PAIRS and time.perf_counter() - started < budget_s):
+        while _wanted(len(times[0]), min_pairs, started, budget_s):
             for call, record in draw.sample(((ours, times[0]), (peer, times[1])), 2):
                 record.append(_sample(call, calls, clock, before))
     return Samples(tuple(times[0]), tuple(times[1]))
+
+
+def repeat(
+    call: Callable[[], object], *, min_samples: int, budget_s: float, clock: Clock = CLOCKS["cpu"]
+) -> tuple[float, ...]:
+    """Seconds a call, for one that must not take turns with others; each sample after a pause, as theirs alone."""
+    with _no_gc():
+        started = time.perf_counter()
+        calls = max(1, math.ceil(SAMPLE_S / _probe(call, clock)))
+        times: list[float] = []
+        while _wanted(len(times), min_samples, started, budget_s):
+            times.append(_sample(call, calls, clock, None))
+    return tuple(times)

@@ -85,6 +85,18 @@ def _oracle(case: Case, modes: Iterable[str]) -> dict[str, tuple[Tensor, ...]] |
     return {mode: results if mode == "training" else results[: len(OUTPUTS)] for mode in modes}
 
 
+def check_outputs(case: Case, name: str, got: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    """Compares another peer's outputs with torch's in the same dtype; raises Mismatch where they are too far off."""
+    bound = SAME_DTYPE_BOUND[case.torch_dtype]
+    for output, mine, theirs in zip(OUTPUTS, got, expected, strict=True):
+        error = relative_error(mine, theirs)
+        if not error <= bound:
+            raise Mismatch(
+                f"{case.name}, {name}, {output}: expected an error of at most {bound:.2e} against torch, "
+                f"got {error:.2e}"
+            )
+
+
 def check(problem: Problem, ours: Runner, peer: Runner, modes: Iterable[str]) -> dict[str, Verdict]:
     """Runs each mode once on both and compares everything they return; raises Mismatch where a bound is broken."""
     case, dtype = problem.case, problem.case.torch_dtype
