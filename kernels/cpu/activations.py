@@ -25,7 +25,7 @@ from numba.core import types
 from numba.core.extending import intrinsic
 
 from .jit import inline
-from .vector import I32, I64, SIZE, Vector, fma, join, llvm_call, splat, split
+from .vector import I32, I64, SIZE, Vector, fma, join, joining, llvm_call, splat, split
 
 # magic: 1.5 * 2^mantissa bits, which rounds what is added to it to an integer.  1 / ln 2 in two parts (float32 does
 # without the second).  Beyond its limit sigmoid is 0 (a denormal, exactly) and tanh is 1 to the last bit.
@@ -188,27 +188,6 @@ def _functions(kind: Vector, series: Any, reciprocal: Any) -> tuple[Any, Any]:
     return tanh, sigmoid
 
 
-def _make_four(kind: Vector) -> tuple[Any, Any]:
-    """Four vectors as one, and the other way."""
-    vector, wide_vector = kind, Vector(kind.scalar, 4 * kind.lanes)
-
-    @intrinsic
-    def join_four(typingctx, a, b, c, d):
-        def codegen(context, builder, sig, args):
-            return join(builder, args)
-
-        return wide_vector(vector, vector, vector, vector), codegen
-
-    @intrinsic
-    def split_four(typingctx, value):
-        def codegen(context, builder, sig, args):
-            return context.make_tuple(builder, sig.return_type, split(builder, args[0], 4))
-
-        return types.UniTuple(vector, 4)(wide_vector), codegen
-
-    return join_four, split_four
-
-
 def _make_gates(kind: Vector, fast_reciprocal: bool) -> Any:
     """``gates(z_i, z_f, z_g, z_o)``: the activations of all four, side by side, which keeps their chains in flight."""
     constants, exponents, fraction = EXP2[kind.scalar], _exponents(kind), _make_fraction(kind.scalar)
@@ -216,7 +195,7 @@ def _make_gates(kind: Vector, fast_reciprocal: bool) -> Any:
     sigmoid_limit, tanh_limit = constants.sigmoid_limit, constants.tanh_limit
     power_of_two, times_power, zero_below = exponents.power_of_two, exponents.times_power, exponents.zero_below
     at_least, at_most = exponents.at_least, exponents.at_most
-    join_four, split_four = _make_four(kind)
+    join_four, split_four = joining(kind, 4)
     wide_series, wide_reciprocal = _polynomial(Vector(kind.scalar, 4 * kind.lanes), fast_reciprocal)
 
     @inline
@@ -227,12 +206,12 @@ def _make_gates(kind: Vector, fast_reciprocal: bool) -> Any:
         n_g = g * (2.0 * inverse_ln2) + magic
         i, f = fraction(i, -inverse_ln2, n_i), fraction(f, -inverse_ln2, n_f)
         g, o = fraction(g, 2.0 * inverse_ln2, n_g), fraction(o, -inverse_ln2, n_o)
-        t = join_four(i, f, g, o)
+        t = join_four((i, f, g, o))
         i, f, g, o = split_four(t * wide_series(t))
         power = power_of_two(n_g)
         m = power * g + (power - 1.0)
         i, f, o = times_power(i + 1.0, n_i) + 1.0, times_power(f + 1.0, n_f) + 1.0, times_power(o + 1.0, n_o) + 1.0
-        i, f, g, o = split_four(wide_reciprocal(join_four(i, f, m + 2.0, o)))
+        i, f, g, o = split_four(wide_reciprocal(join_four((i, f, m + 2.0, o))))
         return (
             zero_below(i, z_i, -sigmoid_limit), zero_below(f, z_f, -sigmoid_limit), m * g,
             zero_below(o, z_o, -sigmoid_limit),

@@ -13,9 +13,11 @@ from .memory import load_int, store_int
 from .microkernel import make_block
 from .mode import flush_denormals, set_mode
 from .rows import row_functions
+from .simd import simd
 from .steps import alive_rows, block_size, resets, row_start, user_index, walk
 from .sync import meet
 from .variant import Variant
+from .vector import joining
 
 
 class CellEnd(NamedTuple):
@@ -66,12 +68,37 @@ class Step(NamedTuple):
     h_out: int
 
 
+def _make_finish_hidden(variant: Variant) -> Any:
+    """h of all rows of a block, from c and o: two rows side by side, for a tanh is one long chain."""
+    ops, pairs = variant.ops, simd(variant.scalar, 2 * variant.block.lanes, variant.fast_reciprocal)
+    load, store, tanh, store_storage = ops.load, ops.store, ops.tanh, ops.make_store(variant.storage)
+    tanh_pair, join_pair, split_pair = pairs.tanh, *joining(ops.vector, 2)
+    hidden_state = inline(cell.hidden_state)
+
+    @inline
+    def write(row, e, tanh_c):
+        h = hidden_state(load(e.h + row * e.h_row), tanh_c)
+        store(e.h + row * e.h_row, h)
+        if e.y != 0:
+            store_storage(e.y + load_int(e.y_rows + 8 * row), h, e.left)
+
+    def finish_hidden(rows, e):
+        for row in range(0, rows - 1, 2):
+            at = e.c + row * e.c_row
+            tanh_c = split_pair(tanh_pair(join_pair((load(at), load(at + e.c_row)))))
+            write(row, e, tanh_c[0])
+            write(row + 1, e, tanh_c[1])
+        if rows % 2 != 0:
+            write(rows - 1, e, tanh(load(e.c + (rows - 1) * e.c_row)))
+
+    return finish_hidden
+
+
 def _make_cell_block(variant: Variant) -> Any:
     """The recurrent product of some rows with one panel, and the cell."""
     ops, block, lanes, stored = variant.ops, variant.block, variant.block.lanes, variant.stored
-    load, store, load_four, tanh, activate = ops.load, ops.store, ops.load_four, ops.tanh, ops.gates
-    store_storage = ops.make_store(variant.storage)
-    cell_state, hidden_state = inline(cell.cell_state), inline(cell.hidden_state)
+    load, store, load_four, activate = ops.load, ops.store, ops.load_four, ops.gates
+    store_storage, cell_state = ops.make_store(variant.storage), inline(cell.cell_state)
 
     def start_cell(row, e):
         return load_four(e.start + row * e.start_row)
@@ -80,11 +107,8 @@ def _make_cell_block(variant: Variant) -> Any:
         i, f, g, o = activate(sums[0], sums[1], sums[2], sums[3])
         at_c = e.c + row * e.c_row
         c = cell_state(i, f, g, load(at_c))
-        h = hidden_state(o, tanh(c))
         store(at_c, c)
-        store(e.h + row * e.h_row, h)
-        if e.y != 0:
-            store_storage(e.y + load_int(e.y_rows + 8 * row), h, e.left)
+        store(e.h + row * e.h_row, o)  # until all rows of the block have their c
         if e.gates != 0:
             at = e.gates + row * e.gates_row
             store_storage(at, i, lanes)
@@ -95,8 +119,9 @@ def _make_cell_block(variant: Variant) -> Any:
             store(e.cells + row * e.c_row, c)
 
     return make_block(
-        ops, block.row_choices(4), 4, start_cell, finish_cell, key=variant.key, registers=block.registers, rolled=True
-    )
+        ops, block.row_choices(4), 4, start_cell, finish_cell, key=variant.key, registers=block.registers, rolled=True,
+        finish_rows=_make_finish_hidden(variant),
+    )  # fmt: skip
 
 
 def _make_project_chunk(variant: Variant) -> Any:

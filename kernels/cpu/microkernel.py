@@ -54,6 +54,7 @@ def make_block(
     registers: int,
     by_strip: bool = False,
     rolled: bool = False,
+    finish_rows: Callable | None = None,
 ):
     """An intrinsic ``block(count, segments, extra)`` for ``count`` in ``rows`` rows of ``vectors`` vectors.
 
@@ -65,6 +66,7 @@ def make_block(
     NamedTuple of int64 for ``start(row, extra) -> tuple of vectors`` and ``finish(row, accumulators, extra)``.
     ``rolled``: finish is a loop over rows, which reads the sums back from the stack; for a long ``finish``, whose
     constants and temporaries otherwise push the sums of the other rows out of their registers anyway, one at a time.
+    ``finish_rows(rows, extra)``: called after that, once.
     """
     name = f"lstmcore_{finish.__name__}_{key}_{vectors}"
 
@@ -138,6 +140,8 @@ def make_block(
                 values = [builder.load(a, typ=vector.llvm) for a in accumulators[r]]
                 result = context.make_tuple(builder, tuple_type, values)
                 call_inline(context, builder, finish, finish_sig, [I64(r), result, extra])
+        if finish_rows is not None:
+            call_inline(context, builder, finish_rows, signature(types.void, types.int64, extra_type), [I64(n), extra])
         builder.ret_void()
         return function
 

@@ -11,10 +11,11 @@ relaxed, so NaN and Inf behave as in the formula.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 from llvmlite import ir
 from numba.core import types
-from numba.core.extending import lower_builtin, models, register_model
+from numba.core.extending import intrinsic, lower_builtin, models, register_model
 from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, infer_global
 
@@ -153,3 +154,24 @@ def split(builder, vector, parts):
         builder.shuffle_vector(vector, nothing, ir.Constant(ir.VectorType(I32, count), list(range(at, at + count))))
         for at in range(0, vector.type.count, count)
     ]
+
+
+def joining(kind: Vector, number: int) -> tuple[Callable, Callable]:
+    """For kernels: a tuple of ``number`` vectors as one, and the other way."""
+    tuple_type, wide = types.UniTuple(kind, number), Vector(kind.scalar, number * kind.lanes)
+
+    @intrinsic
+    def join_vectors(typingctx, vectors):
+        def codegen(context, builder, sig, args):
+            return join(builder, [builder.extract_value(args[0], i) for i in range(number)])
+
+        return wide(tuple_type), codegen
+
+    @intrinsic
+    def split_vector(typingctx, value):
+        def codegen(context, builder, sig, args):
+            return context.make_tuple(builder, sig.return_type, split(builder, args[0], number))
+
+        return tuple_type(wide), codegen
+
+    return join_vectors, split_vector
