@@ -129,10 +129,12 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture
 def fresh_plans():
     """What the CPU kernels are told is drawn anew: for tests that change how, or what machine it is."""
-    from lstmcore.kernels.cpu import backend, problem
+    from lstmcore.kernels.cpu import backend, problem, tiling
+
+    caches = backend._drawn_once, problem.kernels_of, tiling.plan  # as they are before a test changes them
 
     def forget() -> None:
-        for cached in (backend._drawn_once, problem.kernels_of):
+        for cached in caches:
             cached.cache_clear()
 
     forget()

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from lstmcore.kernels.cpu import backend, tiling
+from lstmcore.kernels.integers import ceil_div
 
 import lstmcore
 
@@ -33,9 +34,34 @@ def test_run_to_run_and_any_number_of_threads(case, dtype, threads):
     threads(1)
     expected = run(case, data, DTYPES[dtype], "numba")
     assert_bitwise(run(case, data, DTYPES[dtype], "numba"), expected)
-    for n in (2, 3, 4):
+    for n in (2, 3, 5):
         threads(n)
         assert_bitwise(run(case, data, DTYPES[dtype], "numba"), expected)
+
+
+@pytest.mark.parametrize("case", [*LARGE, Case("many_rows", T=5, B=131, I=20, H=40)], ids=str)
+def test_many_threads(case, threads):
+    """As many as a workstation has, on whatever cores there are: the same bits, and it comes to an end."""
+    data = draw(case, torch.float32)
+    threads(1)
+    expected = run(case, data, torch.float32, "numba")
+    for n in (8, 16):
+        threads(n)
+        assert_bitwise(run(case, data, torch.float32, "numba"), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", [BY_NAME["h17"], BY_NAME["proj_bidirectional"], BY_NAME["packed_b33"]], ids=str)
+def test_projected_inside_the_recurrence_or_ahead_of_it(case, dtype, monkeypatch, fresh_plans):
+    """Which of the two depends on how many rows a member has, and so on the number of threads."""
+    data, results = draw(case, DTYPES[dtype]), []
+    for most in (0, 1000):
+        monkeypatch.setattr(tiling, "FUSED", most)
+        monkeypatch.setattr(tiling, "FUSED_ONE_ROW", most)
+        tiling.plan.cache_clear()
+        backend._drawn_once.cache_clear()
+        results.append(run(case, data, DTYPES[dtype], "numba"))
+    assert_bitwise(*results)
 
 
 @pytest.mark.parametrize("groups", [(1, 2), (2, 1), (2, 2), (3, 2)], ids=lambda g: f"{g[0]}x{g[1]}")
@@ -49,7 +75,7 @@ def test_any_way_of_sharing(case, groups, threads, monkeypatch, fresh_plans):
     planned, used = tiling.plan, set()
 
     def plan(steps, batch, hidden, depth, inputs, block, size, available, backward=False):
-        most = tiling.ceil_div(hidden, block.panel if backward else block.lanes)
+        most = ceil_div(hidden, block.panel if backward else block.lanes)
         row_groups, unit_groups = min(groups[0], batch), min(groups[1], most)
         assert row_groups * unit_groups <= available
         used.add((row_groups, unit_groups))
@@ -57,7 +83,7 @@ def test_any_way_of_sharing(case, groups, threads, monkeypatch, fresh_plans):
         return dataclasses.replace(alone, row_groups=row_groups, unit_groups=unit_groups)
 
     monkeypatch.setattr(tiling, "plan", plan)
-    threads(2 * groups[0] * groups[1])  # for each part, or each direction
+    threads(4 * groups[0] * groups[1])  # for each part, or each direction
     assert_bitwise(run(case, data, torch.float32, "numba"), expected)
     assert used, "nothing was shared out"
 

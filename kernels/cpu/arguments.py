@@ -91,6 +91,7 @@ class ForwardArgs(NamedTuple):
     member: int
     members: int
     counter: int
+    following: int  # the record that the same thread works off next; 0: none
 
 
 class BackwardArgs(NamedTuple):
@@ -168,3 +169,4 @@ class BackwardArgs(NamedTuple):
     member: int
     members: int
     counter: int
+    following: int  # the record that the same thread works off next; 0: none

@@ -38,7 +38,7 @@ from .jobs import (
     gate_order,
     run,
 )
-from .problem import DTYPES, Alive, Kind, Problem, Table, Template, kernels_of, launch, starts_of
+from .problem import DTYPES, Alive, Kind, Problem, Table, Template, kernels_of, launch, side_by_side, starts_of
 from .statistics import statistics
 
 Strides = tuple[int, ...] | None  # of a tensor, in bytes; None where there is none
@@ -454,6 +454,9 @@ def _draw_backward(problem: Problem, given: _BackwardGiven) -> _Drawing:
         "panel_rows": p.multiples(max(p.batch, JOINED_ROWS), p.block.panel * p.size).address,
     }  # fmt: skip
     before, after, records = _Jobs(p), _Jobs(p), []
+    # Parts that do not run at the same time use the same memory.
+    together = min(side_by_side(plan.members, p.available), p.directions * len(parts))
+    in_turn = [_part_scratch(p, plan.chunk * most, needs) for _ in range(together)]
     for direction in range(p.directions):
         scratch = _backward_scratch(p, borders, needs)
         _backward_jobs(p, given, scratch, borders, direction, before, after)
@@ -471,7 +474,7 @@ def _draw_backward(problem: Problem, given: _BackwardGiven) -> _Drawing:
         for index, ((first, last, starts), share) in enumerate(zip(parts, shares, strict=True)):
             own = {name: token and token + index * stride for name, token in sums.items()}
             arguments = BackwardArgs(
-                **whole, **own, **_part_scratch(p, plan.chunk * most, needs),
+                **whole, **own, **in_turn[len(records) % len(in_turn)],
                 part_begin=first, part_end=last, part_starts=starts,
             )  # fmt: skip
             records.append(p.records(arguments, plan, share, index * plan.row_groups))

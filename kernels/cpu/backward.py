@@ -416,10 +416,9 @@ def backward_kernel(variant: Variant) -> Any:
             reset_rows(a, w, step)
         return turns
 
-    @kernel(variant.key)
-    def lstm_bwd_kernel(address):
-        a = read(address)
-        mode = flush_denormals()
+    @inline
+    def run(a):
+        """Works off a member's record, and returns that of the next."""
         w = widths_of(a)
         turns = 0
         for number in range(-(-a.steps // a.chunk) - 1, -1, -1):
@@ -434,6 +433,13 @@ def backward_kernel(variant: Variant) -> Any:
             if a.dx != 0:
                 input_gradients(a, w, chunk)
             turns = meet(a, turns)
+        return a.following
+
+    @kernel(variant.key)
+    def lstm_bwd_kernel(address):
+        mode = flush_denormals()
+        while address != 0:
+            address = run(read(address))
         set_mode(mode)
 
     return lstm_bwd_kernel

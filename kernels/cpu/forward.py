@@ -296,10 +296,9 @@ def forward_kernel(variant: Variant) -> Any:
             user_index(a.packed, a.row_starts, a.batch, t), a.h + (s & 1) * a.h_half, a.h + (1 - (s & 1)) * a.h_half,
         )  # fmt: skip
 
-    @kernel(variant.key)
-    def lstm_fwd_kernel(address):
-        a = read(address)
-        mode = flush_denormals()
+    @inline
+    def run(a):
+        """Works off a member's record, and returns that of the next."""
         w = widths_of(a)
         turns = 0
         for s in range(-1, a.steps):
@@ -316,6 +315,13 @@ def forward_kernel(variant: Variant) -> Any:
                 reset_rows(a, w, s + 1)
             if a.lockstep != 0:
                 turns = meet(a, turns)
+        return a.following
+
+    @kernel(variant.key)
+    def lstm_fwd_kernel(address):
+        mode = flush_denormals()
+        while address != 0:
+            address = run(read(address))
         set_mode(mode)
 
     return lstm_fwd_kernel

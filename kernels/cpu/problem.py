@@ -33,7 +33,8 @@ GAP = 8192
 SHARE = (
     "row_begin", "row_end", "panel_begin", "panel_end", "column_begin", "column_end", "lockstep", "member", "members",
 )  # fmt: skip
-assert all(record._fields[-len(SHARE) - 1 :] == (*SHARE, "counter") for record in (ForwardArgs, BackwardArgs))
+LATE = ("counter", "following")  # known when a launch is made
+assert all(record._fields[-len(SHARE) - len(LATE) :] == (*SHARE, *LATE) for record in (ForwardArgs, BackwardArgs))
 
 
 class Table(NamedTuple):
@@ -196,7 +197,7 @@ class Problem:
             "batch_sizes": sizes, "row_starts": starts, "packed": int(kind.packed),
             "h_rows": self.multiples(self.batch, self.padded_width * self.size).address,
             "m_rows": self.multiples(self.batch, self.padded_hidden * self.size).address,
-            **dict.fromkeys((*SHARE, "counter"), 0),
+            **dict.fromkeys((*SHARE, *LATE), 0),
         }  # fmt: skip
 
     def table(self, values: np.ndarray) -> Table:
@@ -273,7 +274,7 @@ class Problem:
         share, groups = _sharing(plan, tuple(borders), self.columns, self.panels, backward)
         records = np.empty((len(share), len(arguments)), np.int64)
         records[:] = arguments
-        records[:, -len(SHARE) - 1 : -1] = share
+        records[:, -len(SHARE) - len(LATE) : -len(LATE)] = share
         if groups_before or plan.row_groups > 1:
             for name in ("dh", "dc", "dm") if backward else ("h", "c", "m"):
                 address = getattr(arguments, name)
@@ -305,11 +306,15 @@ def _sharing(
     return np.array(share, np.int64), np.array(row_groups, np.int64)
 
 
+def side_by_side(members: int, count: int) -> int:
+    """How many launches of ``members`` records each run at once on ``count`` threads; a launch is never cut."""
+    return max(1, count // members)
+
+
 def launch(kernel: Any, records: np.ndarray, members: int, count: int) -> None:
-    """Runs launches of ``members`` records each: as many side by side as ``count`` threads allow."""
+    """Runs launches of ``members`` records each on ``count`` threads: launch n after launch n - ``side_by_side``."""
     counters = np.zeros((len(records) // members, 16), np.int64)  # on lines of their own
-    base, line = counters.ctypes.data, counters.strides[0]
-    records[:, -1] = base + np.arange(len(records)) // members * line
-    together = members * max(1, count // members)  # a launch is never cut: its members wait for one another
-    for at in range(0, len(records), together):
-        threads.run(kernel, records[at : at + together], counters)
+    together = members * side_by_side(members, count)
+    records[:, -2] = counters.ctypes.data + np.arange(len(records)) // members * counters.strides[0]
+    records[:-together, -1] = records.ctypes.data + np.arange(together, len(records)) * records.strides[0]
+    threads.run(kernel, records[:together], counters)

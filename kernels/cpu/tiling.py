@@ -155,7 +155,7 @@ def plan(
     return Plan(row_groups, unit_groups, chunk, fused)
 
 
-PART_ROWS = 4  # fewest rows of a part of the batch
+PART_ROWS, MOST_PARTS = 8, 8  # rows of a part of the batch, where they are enough for several; and parts
 
 
 def parts(batch: int, hidden: int, depth: int, inputs: int, block: Block, size: int, directions: int) -> int:
@@ -165,10 +165,15 @@ def parts(batch: int, hidden: int, depth: int, inputs: int, block: Block, size: 
     gradients every thread reads the rows of all, and waits twice a chunk: two threads lost to two processes with half
     the batch each by 1.57 at H = 16, 1.24 at H = 64, 1.1 at H = 128 (B = 32).  Two directions are two parts by
     themselves (cut in four, H = 64, B = 8 took 1.1 times as long).  The number decides the bits, so it may not depend
-    on the number of threads; a part may still be shared among several.
+    on the number of threads: it is a power of two, and what more threads than two would want.  Two threads lose 2 to
+    3 % by four parts instead of two at B = 32, nothing by eight at B = 64 (AMD EPYC, Zen 3).  A part may still be
+    shared among several threads, and a thread works off several parts.
     """
     weights = 4 * ceil_div(hidden, block.lanes) * block.lanes * max(depth, inputs) * size
-    return 2 if directions == 1 and batch >= 2 * PART_ROWS and weights <= CACHE else 1
+    if batch < PART_ROWS or weights > CACHE:
+        return 1
+    most = max(1, min(max(2, batch // PART_ROWS), MOST_PARTS) // directions)
+    return 1 << most.bit_length() - 1
 
 
 # Below this many multiply-adds a call is over before a second thread has woken (about 30 microseconds).
