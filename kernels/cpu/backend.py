@@ -295,7 +295,7 @@ def _draw_forward(problem: Problem, given: _ForwardGiven) -> _Drawing:
         "chunk": plan.chunk, "chunk_rows": plan.chunk * p.batch, "fused": int(fused),
     }  # fmt: skip
     stored = p.kind.dtype.itemsize
-    before, after, records = _Jobs(p), _Jobs(p), []
+    before, after, records = _Jobs(p), _Jobs(p), list[np.ndarray]()
     for direction in range(p.directions):
         scratch = _forward_scratch(p, plan, borders, fused, given.save)
         for half in (0, h_half):
@@ -453,7 +453,7 @@ def _draw_backward(problem: Problem, given: _BackwardGiven) -> _Drawing:
         "chunk": plan.chunk, "chunk_rows": plan.chunk * most,
         "panel_rows": p.multiples(max(p.batch, JOINED_ROWS), p.block.panel * p.size).address,
     }  # fmt: skip
-    before, after, records = _Jobs(p), _Jobs(p), []
+    before, after, records = _Jobs(p), _Jobs(p), list[np.ndarray]()
     # Parts that do not run at the same time use the same memory.
     together = min(side_by_side(plan.members, p.available), p.directions * len(parts))
     in_turn = [_part_scratch(p, plan.chunk * most, needs) for _ in range(together)]
