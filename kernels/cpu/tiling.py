@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import platform
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..integers import ceil_div
+from . import caches
 
 SIZE = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
 # Bytes of vector register and number of registers.
@@ -70,13 +72,36 @@ def block_shape(isa: str, dtype: torch.dtype) -> Block:
     return Block(lanes=width // (8 if dtype == torch.float64 else 4), rows=6, registers=registers)
 
 
-# Share of the multipliers' peak that a block of so many rows reaches with its weights in the second-level cache,
-# measured on AVX-512 (6 rows = 1); what bounds the small ones is the reading of weights.
-RATE = (0.25, 0.45, 0.6, 0.8, 0.93, 1.0)
-PEAK = 64.0  # multiply-adds a nanosecond, one core, float32; the scale of the model, not a promise
-CACHE = 1.25e6  # bytes of weights that stay in a core's second-level cache beside everything else
-FAR = 12.0  # bytes a nanosecond that a core draws from beyond it
-HANDOFF = 1000.0  # nanoseconds of a barrier among threads, with the fetching of the other threads' h
+class Core(NamedTuple):
+    """What the model of a step knows of a core; ``rate`` and ``peak`` are of float32."""
+
+    # Share of the peak that a block of 1, 2, ... rows reaches with its weights in the second-level cache; what bounds
+    # the small ones is the reading of weights.
+    rate: tuple[float, ...]
+    peak: float  # multiply-adds a nanosecond; the scale of the model, not a promise
+    cache: float  # bytes of weights that stay in the second-level cache beside everything else
+    far: float  # bytes a nanosecond that a core draws from beyond it
+
+
+def core_of(isa: str, found: caches.Caches) -> Core:
+    """Rates as measured on a Xeon (AVX-512) and on an AMD EPYC (Zen 3, AVX2), by the number of registers.
+
+    ``far``: AMD's third-level caches are near (30 with both cores of two drawing; 60 alone), a Xeon's is across a mesh.
+    """
+    width, registers = REGISTERS[isa]
+    rate = (0.25, 0.45, 0.6, 0.8, 0.93, 1.0) if registers == 32 else (0.46, 0.8, 0.71, 0.91, 0.97, 1.0)
+    far = 30.0 if found.vendor == "AuthenticAMD" else 12.0
+    return Core(rate, min(64.0, 1.5 * width), 0.6 * found.second_level, far)
+
+
+@functools.cache
+def this_core() -> Core:
+    return core_of(cpu_isa(), caches.read())
+
+
+# Of a barrier each step: nanoseconds with two threads, with the fetching of the other's h; what is lost by waiting for
+# the slower; nanoseconds of each further thread (predicted, not measured).
+HANDOFF, LOCKSTEP, ARRIVAL = 1000.0, 1.08, 100.0
 MEMORY = 512 * 1024  # bytes of a chunk's gates
 # Inputs up to this are projected inside the recurrence: the traffic of z costs more than full blocks gain.  (At
 # H = I = 64 both ways tie; at H = I = 128, B = 32 the projection ahead wins by 121 to 93 GF/s: its weights stay
@@ -101,15 +126,15 @@ class Plan:
         return self.row_groups * self.unit_groups
 
 
-def step_time(rows: int, units: int, depth: int, size: int) -> float:
+def step_time(rows: int, units: int, depth: int, size: int, core: Core) -> float:
     """Modelled nanoseconds of one thread's share of a step: ``rows`` x 4 ``units`` sums of ``depth`` terms."""
-    count = ceil_div(rows, len(RATE))  # blocks, as even as can be
+    count = ceil_div(rows, len(core.rate))  # blocks, as even as can be
     smaller, larger = rows // count, rows % count
-    blocks = (count - larger) * smaller / RATE[smaller - 1]
-    blocks += larger * (smaller + 1) / RATE[smaller] if larger else 0.0
-    arithmetic = blocks * 4 * units * depth / (PEAK * 4 / size)
+    blocks = (count - larger) * smaller / core.rate[smaller - 1]
+    blocks += larger * (smaller + 1) / core.rate[smaller] if larger else 0.0
+    arithmetic = blocks * 4 * units * depth / (core.peak * 4 / size)
     weights = 4 * units * depth * size
-    return arithmetic if weights <= CACHE else max(arithmetic, weights / FAR)
+    return arithmetic if weights <= core.cache else max(arithmetic, weights / core.far)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -123,14 +148,16 @@ def plan(
     size: int,
     threads: int,
     backward: bool = False,
+    core: Core | None = None,
 ) -> Plan:
     """The plan for one direction; ``depth`` is P or H (what the recurrence sums over), ``inputs`` is I.
 
     Threads take batch rows where there are enough to fill a block each and the weights fit every thread's cache: no
     thread waits for another within a chunk.  Otherwise they take hidden units, each keeps its own weights close, and
     a hand-off joins them each step.  The results do not depend on the choice, and the chunk does not depend on
-    ``threads``.
+    ``threads``.  ``core``: this machine's, unless given.
     """
+    core = core or this_core()
     panels = ceil_div(hidden, block.lanes)
     best = (float("inf"), 1, 1)
     for members in range(1, threads + 1):
@@ -139,14 +166,16 @@ def plan(
             if odd or row_groups > batch:
                 continue
             rows, units = ceil_div(batch, row_groups), ceil_div(panels, unit_groups) * block.lanes
-            time = step_time(rows, units, depth, size) + (HANDOFF * (unit_groups > 1))
+            time = step_time(rows, units, depth, size, core)
+            if unit_groups > 1:
+                time = time * LOCKSTEP + HANDOFF + ARRIVAL * (members - 2)
             # The projection joins rows of several steps, so it always fills its blocks.
-            time += rows * units * 4 * inputs / PEAK
+            time += rows * units * 4 * inputs / (core.peak * 4 / size)
             best = min(best, (time, members, unit_groups))
     _, members, unit_groups = best
     row_bytes = 4 * panels * block.lanes * size
     if backward:  # weight gradients are read and written once a chunk; more rows where that traffic counts
-        chunk_rows = 256 if 4 * panels * block.lanes * (depth + inputs) * size <= CACHE else 512
+        chunk_rows = 256 if 4 * panels * block.lanes * (depth + inputs) * size <= GRADIENTS else 512
     else:
         chunk_rows = min(max(MEMORY // row_bytes, 96), 4096)
     chunk = max(1, min(steps, chunk_rows // batch))
@@ -155,6 +184,8 @@ def plan(
     return Plan(row_groups, unit_groups, chunk, fused)
 
 
+# Bytes of weight gradients that are worth reading and writing once a chunk of 256 rows, and by each of two parts.
+GRADIENTS = 1.25e6
 PART_ROWS, MOST_PARTS = 8, 8  # rows of a part of the batch, where they are enough for several; and parts
 
 
@@ -166,13 +197,14 @@ def parts(batch: int, hidden: int, depth: int, inputs: int, block: Block, size: 
     the batch each by 1.57 at H = 16, 1.24 at H = 64, 1.1 at H = 128 (B = 32).  Two directions are two parts by
     themselves (cut in four, H = 64, B = 8 took 1.1 times as long).  The number decides the bits, so it may not depend
     on the number of threads: it is a power of two, and what more threads than two would want.  Two threads lose 2 to
-    3 % by four parts instead of two at B = 32, nothing by eight at B = 64 (AMD EPYC, Zen 3).  A part may still be
-    shared among several threads, and a thread works off several parts.
+    3 % by four parts instead of two at B = 32, nothing by eight at B = 64 (AMD EPYC, Zen 3; at H = 256, where two it
+    is, 10 %).  A part may still be shared among several threads, and a thread works off several parts.
     """
     weights = 4 * ceil_div(hidden, block.lanes) * block.lanes * max(depth, inputs) * size
-    if batch < PART_ROWS or weights > CACHE:
+    if batch < PART_ROWS or weights > GRADIENTS:
         return 1
-    most = max(1, min(max(2, batch // PART_ROWS), MOST_PARTS) // directions)
+    most = min(max(2, batch // PART_ROWS), MOST_PARTS) if weights <= GRADIENTS / 4 else 2
+    most = max(1, most // directions)
     return 1 << most.bit_length() - 1
 
 
