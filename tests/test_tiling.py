@@ -74,6 +74,8 @@ def test_parts_are_for_batches_that_fill_blocks_and_weights_that_stay_near():
 
     assert [count(batch) for batch in (1, 7, 8, 31, 32, 63, 64, 1000)] == [1, 1, 2, 2, 4, 4, 8, 8]
     assert [count(batch, directions=2) for batch in (8, 31, 32, 64)] == [1, 1, 2, 4]
+    assert [count(batch, hidden=16) for batch in (8, 32, 64, 128, 256)] == [2, 2, 2, 4, 8]
+    assert count(64, hidden=256) == 2
     assert count(32, hidden=1024) == count(32, inputs=1 << 14) == 1
 
 
@@ -98,5 +100,6 @@ def test_balanced_rows_of_a_dense_batch():
 
 
 def test_small_calls_stay_on_one_thread():
-    assert not tiling.worth_a_thread(1000)
-    assert tiling.worth_a_thread(10**9)
+    assert tiling.threads_worth(1000) == 1
+    assert tiling.threads_worth(tiling.WORTH_A_THREAD) == 2
+    assert tiling.threads_worth(10**9) > 64

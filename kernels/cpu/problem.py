@@ -116,8 +116,8 @@ class Kind(NamedTuple):
 
     def threads(self, total: int) -> int:
         """How many threads a call of ``total`` alive rows is worth."""
-        work = total * 4 * self.hidden * (self.inputs + self.width)
-        return threads.count() if tiling.worth_a_thread(work * self.directions) else 1
+        work = total * 4 * self.hidden * (self.inputs + self.width) * self.directions
+        return min(threads.count(), tiling.threads_worth(work))
 
 
 class Alive(NamedTuple):

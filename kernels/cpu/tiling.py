@@ -137,6 +137,26 @@ def step_time(rows: int, units: int, depth: int, size: int, core: Core) -> float
     return arithmetic if weights <= core.cache else max(arithmetic, weights / core.far)
 
 
+def shared_step_time(
+    batch: int,
+    hidden: int,
+    depth: int,
+    inputs: int,
+    row_groups: int,
+    unit_groups: int,
+    block: Block,
+    size: int,
+    core: Core,
+) -> float:
+    """Modelled nanoseconds of a step that so many groups share."""
+    rows = ceil_div(batch, row_groups)
+    units = ceil_div(ceil_div(hidden, block.lanes), unit_groups) * block.lanes
+    time = step_time(rows, units, depth, size, core)
+    # The projection joins rows of several steps, so it always fills its blocks.
+    time += rows * units * 4 * inputs / (core.peak * 4 / size)
+    return time if unit_groups == 1 else time * LOCKSTEP + HANDOFF + ARRIVAL * (row_groups * unit_groups - 2)
+
+
 @functools.lru_cache(maxsize=4096)
 def plan(
     steps: int,
@@ -165,12 +185,7 @@ def plan(
             row_groups, odd = divmod(members, unit_groups)
             if odd or row_groups > batch:
                 continue
-            rows, units = ceil_div(batch, row_groups), ceil_div(panels, unit_groups) * block.lanes
-            time = step_time(rows, units, depth, size, core)
-            if unit_groups > 1:
-                time = time * LOCKSTEP + HANDOFF + ARRIVAL * (members - 2)
-            # The projection joins rows of several steps, so it always fills its blocks.
-            time += rows * units * 4 * inputs / (core.peak * 4 / size)
+            time = shared_step_time(batch, hidden, depth, inputs, row_groups, unit_groups, block, size, core)
             best = min(best, (time, members, unit_groups))
     _, members, unit_groups = best
     row_bytes = 4 * panels * block.lanes * size
@@ -186,7 +201,8 @@ def plan(
 
 # Bytes of weight gradients that are worth reading and writing once a chunk of 256 rows, and by each of two parts.
 GRADIENTS = 1.25e6
-PART_ROWS, MOST_PARTS = 8, 8  # rows of a part of the batch, where they are enough for several; and parts
+# Rows of a part of the batch where they are enough for several, units that its steps compute, parts.
+PART_ROWS, PART_STEP, MOST_PARTS = 8, 512, 8
 
 
 def parts(batch: int, hidden: int, depth: int, inputs: int, block: Block, size: int, directions: int) -> int:
@@ -196,25 +212,26 @@ def parts(batch: int, hidden: int, depth: int, inputs: int, block: Block, size: 
     gradients every thread reads the rows of all, and waits twice a chunk: two threads lost to two processes with half
     the batch each by 1.57 at H = 16, 1.24 at H = 64, 1.1 at H = 128 (B = 32).  Two directions are two parts by
     themselves (cut in four, H = 64, B = 8 took 1.1 times as long).  The number decides the bits, so it may not depend
-    on the number of threads: it is a power of two, and what more threads than two would want.  Two threads lose 2 to
-    3 % by four parts instead of two at B = 32, nothing by eight at B = 64 (AMD EPYC, Zen 3; at H = 256, where two it
-    is, 10 %).  A part may still be shared among several threads, and a thread works off several parts.
+    on the number of threads: it is a power of two, and what more threads than two would want.  Two threads lose 3
+    to 6 % by four parts instead of two at B = 32 and H = 64 or 128, nothing by eight at B = 64 (AMD EPYC, Zen 3); at
+    H = 16 and at H = 256 they would lose 10 %, and two it is.  A part may still be shared among several threads, and a
+    thread works off several parts.
     """
     weights = 4 * ceil_div(hidden, block.lanes) * block.lanes * max(depth, inputs) * size
     if batch < PART_ROWS or weights > GRADIENTS:
         return 1
-    most = min(max(2, batch // PART_ROWS), MOST_PARTS) if weights <= GRADIENTS / 4 else 2
-    most = max(1, most // directions)
+    worth = min(batch // PART_ROWS, batch * hidden // PART_STEP, MOST_PARTS) if weights <= GRADIENTS / 4 else 2
+    most = max(1, max(2, worth) // directions)
     return 1 << most.bit_length() - 1
 
 
-# Below this many multiply-adds a call is over before a second thread has woken (about 30 microseconds).
+# Multiply-adds that are over before one more thread has woken (about 30 microseconds).
 WORTH_A_THREAD = 1_000_000
 
 
-def worth_a_thread(multiply_adds: int) -> bool:
-    """Whether a call of ``multiply_adds`` is worth more than one thread."""
-    return multiply_adds >= WORTH_A_THREAD
+def threads_worth(multiply_adds: int) -> int:
+    """How many threads a call of ``multiply_adds`` is worth."""
+    return 1 + multiply_adds // WORTH_A_THREAD
 
 
 def balanced_rows(batch_sizes, batch: int, groups: int) -> list[int]:
