@@ -129,13 +129,13 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture
 def fresh_plans():
     """What the CPU kernels are told is drawn anew: for tests that change how, or what machine it is."""
-    from lstmcore.kernels.cpu import backend, problem, tiling
+    from lstmcore.kernels.cpu import layout, problem, tiling
 
-    caches = backend._drawn_once, problem.kernels_of, tiling.plan  # as they are before a test changes them
+    forget_each = layout.forget, problem.kernels_of.cache_clear, tiling.plan.cache_clear  # before a test changes them
 
     def forget() -> None:
-        for cached in caches:
-            cached.cache_clear()
+        for each in forget_each:
+            each()
 
     forget()
     yield

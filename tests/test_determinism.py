@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from lstmcore.kernels.cpu import backend, tiling
+from lstmcore.kernels.cpu import layout, tiling
 from lstmcore.kernels.integers import ceil_div
 
 import lstmcore
@@ -40,8 +40,9 @@ def test_run_to_run_and_any_number_of_threads(case, dtype, threads):
 
 
 @pytest.mark.parametrize("case", [*LARGE, Case("many_rows", T=5, B=131, I=20, H=40)], ids=str)
-def test_many_threads(case, threads):
+def test_many_threads(case, threads, monkeypatch):
     """As many as a workstation has, on whatever cores there are: the same bits, and it comes to an end."""
+    monkeypatch.setattr(tiling, "WORTH_A_THREAD", 1)
     data = draw(case, torch.float32)
     threads(1)
     expected = run(case, data, torch.float32, "numba")
@@ -59,7 +60,7 @@ def test_projected_inside_the_recurrence_or_ahead_of_it(case, dtype, monkeypatch
         monkeypatch.setattr(tiling, "FUSED", most)
         monkeypatch.setattr(tiling, "FUSED_ONE_ROW", most)
         tiling.plan.cache_clear()
-        backend._drawn_once.cache_clear()
+        layout.forget()
         results.append(run(case, data, DTYPES[dtype], "numba"))
     assert_bitwise(*results)
 
@@ -71,7 +72,7 @@ def test_any_way_of_sharing(case, groups, threads, monkeypatch, fresh_plans):
     data = draw(case, torch.float32)
     threads(1)
     expected = run(case, data, torch.float32, "numba")
-    backend._drawn_once.cache_clear()
+    layout.forget()
     planned, used = tiling.plan, set()
 
     def plan(steps, batch, hidden, depth, inputs, block, size, available, backward=False):
@@ -83,6 +84,7 @@ def test_any_way_of_sharing(case, groups, threads, monkeypatch, fresh_plans):
         return dataclasses.replace(alone, row_groups=row_groups, unit_groups=unit_groups)
 
     monkeypatch.setattr(tiling, "plan", plan)
+    monkeypatch.setattr(tiling, "WORTH_A_THREAD", 1)
     threads(4 * groups[0] * groups[1])  # for each part, or each direction
     assert_bitwise(run(case, data, torch.float32, "numba"), expected)
     assert used, "nothing was shared out"

@@ -51,8 +51,11 @@ def take(count: int, dtype: torch.dtype) -> Tensor:
     Raises RuntimeError, in torch's words, where there is no memory left.
     """
     size = max(count * dtype.itemsize, ALIGN)
-    memory = _lend(size)[0] if _lends(size) else _allocate(size)
-    return torch.from_numpy(memory).view(dtype)[:count]
+    if _lends(size):
+        return torch.from_numpy(_lend(size)[0]).view(dtype)[:count]
+    if size < SMALL:
+        return torch.empty(count, dtype=dtype, device="cpu")  # torch's are aligned as well
+    return torch.from_numpy(_allocate(size)).view(dtype)[:count]
 
 
 def _lends(size: int) -> bool:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..integers import ceil_div
-from . import threads
 from .arguments import make_read
 from .jit import inline, kernel
 from .memory import load_int
@@ -257,9 +256,3 @@ def jobs_kernel(variant: Variant) -> Any:
                 rows_out(job, begin, end)
 
     return lstm_jobs_kernel
-
-
-def run(function: Any, jobs: np.ndarray, available: int, values: int) -> None:
-    """Works off a table of jobs, on as many of the available threads as ``values`` values are worth."""
-    members = available if values >= WORTH_A_THREAD else 1
-    threads.run(function, [JobsArgs(jobs.ctypes.data, len(jobs), m, members) for m in range(members)])

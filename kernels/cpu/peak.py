@@ -87,8 +87,10 @@ def fma_peak(dtype: torch.dtype, threads_wanted: int) -> float:
             PeakArgs(out.ctypes.data, a.ctypes.data, offsets.ctypes.data, w.ctypes.data, DEPTH, repeats)
             for out, a, w in arrays
         ]
+        records = np.array(calls, np.int64)
+        launch = threads.Launch(records.ctypes.data, available, records.strides[0])
         begin = time.perf_counter()
-        threads.run(run_block, calls)
+        threads.run(run_block, launch)
         return time.perf_counter() - begin
 
     repeats = max(1, int(1000 * SECONDS / seconds(1000)))

@@ -117,7 +117,8 @@ class Kind(NamedTuple):
     def threads(self, total: int) -> int:
         """How many threads a call of ``total`` alive rows is worth."""
         work = total * 4 * self.hidden * (self.inputs + self.width) * self.directions
-        return min(threads.count(), tiling.threads_worth(work))
+        worth = tiling.threads_worth(work)
+        return worth if worth == 1 else min(threads.count(), worth)
 
 
 class Alive(NamedTuple):
@@ -166,12 +167,9 @@ class Template:
         self._number = values >> Buffers.SHIFT
         self._offset = values - (self._number << Buffers.SHIFT)
 
-    def __len__(self) -> int:
-        return len(self._offset)
-
-    def filled(self, addresses: np.ndarray) -> np.ndarray:
-        """The arguments, where buffer n lies at ``addresses[n]`` (that of 0 is 0)."""
-        return self._offset + addresses[self._number]
+    def fill(self, values: np.ndarray, addresses: np.ndarray) -> None:
+        """Writes the arguments to ``values``, where buffer n lies at ``addresses[n]`` (that of 0 is 0)."""
+        np.add(self._offset, addresses[self._number], out=values)
 
 
 class Problem:
@@ -309,12 +307,3 @@ def _sharing(
 def side_by_side(members: int, count: int) -> int:
     """How many launches of ``members`` records each run at once on ``count`` threads; a launch is never cut."""
     return max(1, count // members)
-
-
-def launch(kernel: Any, records: np.ndarray, members: int, count: int) -> None:
-    """Runs launches of ``members`` records each on ``count`` threads: launch n after launch n - ``side_by_side``."""
-    counters = np.zeros((len(records) // members, 16), np.int64)  # on lines of their own
-    together = members * side_by_side(members, count)
-    records[:, -2] = counters.ctypes.data + np.arange(len(records)) // members * counters.strides[0]
-    records[:-together, -1] = records.ctypes.data + np.arange(together, len(records)) * records.strides[0]
-    threads.run(kernel, records[:together], counters)

@@ -119,15 +119,13 @@ def prewarm() -> None:
 
 
 class Launch:
-    """A launch of the kernel at ``function`` on ``records``, one a member; ``run`` is one call of C code."""
+    """A launch of the kernel at ``function`` on records, one a member; ``run`` is one call of C code."""
 
-    def __init__(self, function: int, records: np.ndarray) -> None:
+    def __init__(self, function: int, records: int, members: int, stride: int) -> None:
         entry = _load()
         assert isinstance(entry, Entry)
-        head = Head(
-            function, records.ctypes.data, records.strides[0], len(records), entry.thread_num, entry.num_threads, 0
-        )
-        self._head, self._records = np.array(head, np.int64), records
+        head = Head(function, records, stride, members, entry.thread_num, entry.num_threads, 0)
+        self._head, self._members = np.array(head, np.int64), members
         self._asked = process.torch_threads()
         self.run = partial(entry.parallel, _member(), self._head.ctypes.data, self._asked, 0)
 
@@ -135,7 +133,7 @@ class Launch:
         """Whether the members have run; else the team was too small, and is not asked again."""
         global _too_small
         size = int(self._head[-1])
-        if size >= len(self._records):
+        if size >= self._members:
             return True
         _too_small = f"its team had {size} threads where {self._asked} were asked for"
         return False

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import methodcaller
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -161,27 +161,40 @@ def prewarm() -> None:
     team.prewarm()
 
 
-def run(kernel: Any, records: Sequence[tuple] | np.ndarray, counters: np.ndarray | None = None) -> None:
-    """Runs ``kernel`` on all ``records`` at once; no more of them than :func:`available` said.
+class Launch(NamedTuple):
+    """Where the records of a launch lie, one a member."""
+
+    address: int
+    members: int
+    stride: int  # bytes
+
+    def at(self, address: int) -> Launch:
+        """This one, its records at as many bytes from ``address`` as they are here from 0."""
+        return Launch(address + self.address, self.members, self.stride)
+
+    def addresses(self) -> range:
+        return range(self.address, self.address + self.members * self.stride, self.stride)
+
+
+def run(kernel: Any, launch: Launch, counters: np.ndarray | None = None) -> None:
+    """Runs ``kernel`` on all records at once; no more of them than :func:`available` said.
 
     ``counters`` (int64): those of the barriers that the members wait at, where they do.
 
     From taking the lock until it is free again it is one call of C code, which runs no line of Python and so no signal
     handler: a launch has not begun, or it is over.
     """
-    packed = np.ascontiguousarray(records, np.int64)
-    if len(records) == 1:
-        kernel(packed.ctypes.data)
+    if launch.members == 1:
+        kernel(launch.address)
         return
     if _no_team() is None:
-        launch = team.Launch(kernel.address, packed)
-        _in_one(launch.run, abandon=_nothing)
-        if launch.done():
+        on_team = team.Launch(kernel.address, *launch)
+        _in_one(on_team.run, abandon=_nothing)
+        if on_team.done():
             return
-    if _start_workers(len(records)) < len(records):
+    if _start_workers(launch.members) < launch.members:
         raise RuntimeError("the system refuses the threads of a launch: torch.set_num_threads(1) does without")
-    addresses = range(packed.ctypes.data, packed.ctypes.data + packed.nbytes, packed.strides[0])
-    _run_on_pool(kernel, addresses, counters)
+    _run_on_pool(kernel, launch.addresses(), counters)
 
 
 def _run_on_pool(function: Callable, addresses: Sequence[int], counters: np.ndarray | None) -> None:
