@@ -85,29 +85,27 @@ def faster_than_torch(layer: Layer, several: bool = True) -> bool:
 
     ``several``: they share the work out among threads.
 
-    * Dense float32 and bfloat16: ATen calls oneDNN.  A call of ours costs about 0.1 ms more before its first step (in
-      training 0.3 to 0.5 ms), so short sequences of small layers are oneDNN's.  Where both are level was measured
-      behind an operation of torch's for T 1 to 160, B 1, 8, 32 and H 16 to 512 on one and two cores with AVX2: at about
-      the same T, times H, times the root of B up to 16, in training.  In inference our lead is smaller, and smallest
-      for one row of some 64 units (level until T = 400), and for wide layers.
+    * Dense float32 and bfloat16: ATen calls oneDNN, which wins where a call is over in a few steps, or the layer is so
+      small that nothing is left to gain; in inference of several rows of a wide layer both are level for longer.
+      Measured behind an operation of torch's for T 1 to 160, B 1, 8, 32 and H 16 to 512, with AVX2: with two threads
+      from 10 steps on 1.0 to 3.6 times as fast (training; inference 1.0 to 3.7), with one thread 1.0 to 1.6.
     * What oneDNN does not cover (packed, projections, float64, float16) ATen runs step by step, at some 50
-      microseconds a step.
+      microseconds a step; what is laid out anew for each batch of lengths costs 0.3 ms a pass.
     * bfloat16 on a CPU that multiplies it: oneDNN uses that, our kernels compute in float32; ours win while the cell
       and the overhead of a step outweigh its products.
     """
     steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
     if layer.ragged:
-        return steps >= (24 if layer.training else 32)
+        return steps >= (10 if layer.training else 20)
     if layer.proj_size or layer.dtype not in (torch.float32, torch.bfloat16):
-        return steps >= (6 if layer.training else 12)
+        return steps >= (4 if layer.training else 6)
     if layer.dtype == torch.bfloat16 and _bfloat16_hardware() and batch * hidden > 128:
         return False
+    if layer.training and hidden >= 256:
+        return steps >= (1 if hidden >= 512 else 4)
+    wide = not layer.training and hidden >= 512 and batch > 1
     size = steps * hidden * min(batch, 16) ** 0.5
-    if layer.training:
-        return hidden >= 512 or (hidden >= 256 and steps >= 10) or size >= (5000 if several else 9000)
-    if batch == 1:
-        return size >= 24000 or (hidden >= 256 and steps >= 40)
-    return size >= 7000 and steps >= (40 if hidden >= 256 else 20)
+    return steps >= (20 if wide else 10) and size >= (700 if several else 1500)
 
 
 _LOST_THREADS = (
