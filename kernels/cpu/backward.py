@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from .. import cell
 from .arguments import BackwardArgs, make_read
 from .jit import inline, kernel
-from .matmul import make_matrix_product
+from .matmul import Left, Right, make_matrix_product
 from .memory import fetch, load_int, store_double, store_int
 from .microkernel import make_block
 from .mode import flush_denormals, set_mode
@@ -144,9 +144,12 @@ def _make_project_back(variant: Variant) -> Any:
     def project_back(a, w, step):
         """dm = W_hr^T dh."""
         matrix_product(
-            step.end - a.row_begin, a.dh, a.h_rows + 8 * a.row_begin, 1, 0, a.width, a.w_r,
-            -(-a.panel_begin // 4), -(-a.panel_end // 4), a.hidden, a.dm, a.m_rows + 8 * a.row_begin, step.back,
-        )  # fmt: skip
+            step.end - a.row_begin,
+            Left(a.dh, a.h_rows + 8 * a.row_begin, 1, 0, a.width),
+            Right(a.w_r, -(-a.panel_begin // 4), -(-a.panel_end // 4), a.hidden, step.back),
+            a.dm,
+            a.m_rows + 8 * a.row_begin,
+        )
 
     @inline
     def keep_hidden(a, w, step):
@@ -370,9 +373,12 @@ def _make_input_gradients(variant: Variant) -> Any:
         while done < end:
             n = min(JOINED_ROWS, end - done)
             matrix_product(
-                n, a.dz + done * gate_bytes, a.panel_rows, w.panels, w.dz_panel, panel, a.w_x,
-                0, -(-a.inputs // panel), a.inputs, 0, a.table + 8 * done, 0,
-            )  # fmt: skip
+                n,
+                Left(a.dz + done * gate_bytes, a.panel_rows, w.panels, w.dz_panel, panel),
+                Right(a.w_x, 0, -(-a.inputs // panel), a.inputs, 0),
+                0,
+                a.table + 8 * done,
+            )
             done += n
         if a.dx_stage != 0:
             narrow_rows(a, w, chunk, begin, end)
@@ -395,9 +401,12 @@ def backward_kernel(variant: Variant) -> Any:
     def recurrent_gradients(a, w, step):
         """dh_{t-1} = W_hh^T dz."""
         matrix_product(
-            step.end - a.row_begin, a.dz + (step.k + a.row_begin) * gate_bytes, a.panel_rows, w.panels, w.dz_panel,
-            panel, a.w_h, a.column_begin, a.column_end, a.width, a.dh, a.h_rows + 8 * a.row_begin, step.back,
-        )  # fmt: skip
+            step.end - a.row_begin,
+            Left(a.dz + (step.k + a.row_begin) * gate_bytes, a.panel_rows, w.panels, w.dz_panel, panel),
+            Right(a.w_h, a.column_begin, a.column_end, a.width, step.back),
+            a.dh,
+            a.h_rows + 8 * a.row_begin,
+        )
 
     @inline
     def step_back(a, w, step, turns):

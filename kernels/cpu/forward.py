@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .. import cell
 from .arguments import ForwardArgs, make_read
 from .jit import inline, kernel
-from .matmul import make_matrix_product
+from .matmul import Left, Right, make_matrix_product
 from .memory import load_int, store_int
 from .microkernel import make_block
 from .mode import flush_denormals, set_mode
@@ -244,9 +244,12 @@ def _make_finish_step(variant: Variant) -> Any:
     def project_hidden(a, w, step):
         """h = W_hr m, and y."""
         matrix_product(
-            step.end - a.row_begin, a.m, a.m_rows + 8 * a.row_begin, 1, 0, a.hidden, a.w_r,
-            a.column_begin, a.column_end, a.width, step.h_out, a.h_rows + 8 * a.row_begin, step.s & 1,
-        )  # fmt: skip
+            step.end - a.row_begin,
+            Left(a.m, a.m_rows + 8 * a.row_begin, 1, 0, a.hidden),
+            Right(a.w_r, a.column_begin, a.column_end, a.width, step.s & 1),
+            step.h_out,
+            a.h_rows + 8 * a.row_begin,
+        )
         for r in range(a.row_begin, step.end):
             narrow_row(
                 a.y + step.position * a.y_step + load_int(a.y_rows + 8 * r) + w.h_first * lanes * stored,

@@ -14,6 +14,29 @@ from .variant import Variant
 NEAR_DEPTH = 512  # k of a strip of a product
 
 
+class Left(NamedTuple):
+    """Rows: of row r, ``panels`` panels of ``depth`` values that are ``stride`` bytes apart, from its offset on."""
+
+    address: int
+    offsets: int  # of rows
+    panels: int
+    stride: int
+    depth: int
+
+
+class Right(NamedTuple):
+    """Column panels ``first`` to ``last`` of a packed matrix of ``columns`` columns.
+
+    ``back``: walked from its end; products with the same matrix alternate, to begin with the weights still near.
+    """
+
+    address: int
+    first: int
+    last: int
+    columns: int
+    back: int
+
+
 class MatrixEnd(NamedTuple):
     """Where rows of a product go: to ``base`` and the row's of ``offsets``."""
 
@@ -38,10 +61,9 @@ def _make_product(variant: Variant, vectors: int):
     rows_block = make_block(ops, choices, vectors, start, finish_matrix, key=variant.key, registers=block.registers)
 
     @inline
-    def product(rows, a, offsets, panels, stride, depth, w, after, base, targets, columns, add):
+    def product(rows, left, w, ahead, end):
+        """``ahead``: what is wanted next, of which each block fetches a part."""
         done = 0
-        quarter = panels * depth * 64  # bytes that a block fetches ahead
-        ahead = after
         while done < rows:
             n = 1
             for choice in choices:
@@ -51,11 +73,11 @@ def _make_product(variant: Variant, vectors: int):
                 n = block_size(rows - done, choices[-1])
             rows_block(
                 n,
-                (a, offsets + 8 * done, panels, stride, depth, w, ahead),
-                MatrixEnd(base, targets + 8 * done, columns, add),
+                (left.address, left.offsets + 8 * done, left.panels, left.stride, left.depth, w, ahead),
+                MatrixEnd(end.base, end.offsets + 8 * done, end.columns, end.add),
             )
             done += n
-            ahead += quarter
+            ahead += left.panels * left.depth * 64
 
     return product
 
@@ -67,44 +89,39 @@ def make_matrix_product(variant: Variant) -> Any:
     product_1, product_2, product_4 = (_make_product(variant, vectors) for vectors in (1, 2, 4))
 
     @inline
-    def job(i, first, last, strip):
+    def job(i, right, strip):
         """The i-th part of a product: (first panel of k, column panel)."""
-        return i // (last - first) * strip, first + i % (last - first)
+        return i // (right.last - right.first) * strip, right.first + i % (right.last - right.first)
 
     @inline
-    def packed_at(k, q, panels, columns):
-        """Where panel k of column panel q begins in a packed W, in values a row of k."""
-        left = columns - q * panel
-        return q * panels * panel + k * (lanes if left <= lanes else 2 * lanes if left <= 2 * lanes else panel)
+    def packed_at(left, right, k, q):
+        """Where panel k of column panel q begins."""
+        columns = right.columns - q * panel
+        width = lanes if columns <= lanes else 2 * lanes if columns <= 2 * lanes else panel
+        return right.address + (q * left.panels * panel + k * width) * left.depth * size
 
     @inline
-    def matrix_product(rows, a, offsets, panels, stride, depth, w, first, last, columns, base, targets, back):
-        """Column panels ``first`` to ``last`` of A W for ``rows`` rows; W has ``columns`` columns in all.
-
-        Row r of A lies at ``a + offsets[r]``, in ``panels`` panels of ``depth`` values that are ``stride`` bytes
-        apart; row r of the result goes to ``base + targets[r]``.
+    def matrix_product(rows, left, right, base, targets):
+        """``rows`` rows of ``left`` times ``right``; row r goes to ``base + targets[r]``.
 
         k is cut in strips that leave both operands in the second-level cache.  The sums of the strips are added up,
-        which keeps the error of long sums (4H terms of dx) near that of torch's blocked products.  ``back``: W is
-        walked from its end; calls with the same W alternate, to begin with the weights that are still near.
+        which keeps the error of long sums (4H terms of dx) near that of torch's blocked products.
         """
-        strip = max(1, NEAR_DEPTH // depth)
-        strips = -(-panels // strip)
-        jobs = strips * (last - first)
+        strip = max(1, NEAR_DEPTH // left.depth)
+        jobs = -(-left.panels // strip) * (right.last - right.first)
         for i in range(jobs):
-            k, q = job(jobs - 1 - i if back != 0 else i, first, last, strip)
-            count = min(strip, panels - k)
-            left = columns - q * panel
-            w_q = w + packed_at(k, q, panels, columns) * depth * size
+            k, q = job(jobs - 1 - i if right.back != 0 else i, right, strip)
             # While a strip of a panel is multiplied, the next one is fetched.
-            k_next, q_next = job(max(jobs - 2 - i, 0) if back != 0 else min(i + 1, jobs - 1), first, last, strip)
-            after = w + packed_at(k_next, q_next, panels, columns) * depth * size
-            a_k, at, add = a + k * stride, base + q * panel * size, 0 if i < last - first else 1
-            if left > 2 * lanes:
-                product_4(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, add)
-            elif left > lanes:
-                product_2(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, add)
+            k_next, q_next = job(max(jobs - 2 - i, 0) if right.back != 0 else min(i + 1, jobs - 1), right, strip)
+            w, ahead = packed_at(left, right, k, q), packed_at(left, right, k_next, q_next)
+            count, columns = min(strip, left.panels - k), right.columns - q * panel
+            some = Left(left.address + k * left.stride, left.offsets, count, left.stride, left.depth)
+            end = MatrixEnd(base + q * panel * size, targets, columns, 0 if i < right.last - right.first else 1)
+            if columns > 2 * lanes:
+                product_4(rows, some, w, ahead, end)
+            elif columns > lanes:
+                product_2(rows, some, w, ahead, end)
             else:
-                product_1(rows, a_k, offsets, count, stride, depth, w_q, after, at, targets, left, add)
+                product_1(rows, some, w, ahead, end)
 
     return matrix_product

@@ -28,6 +28,7 @@ W is packed by ``jobs.py`` so that one k is ``vectors * lanes`` adjacent values.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.core import types
@@ -68,6 +69,7 @@ def make_block(
     constants and temporaries otherwise push the sums of the other rows out of their registers anyway, one at a time.
     ``finish_rows(rows, extra)``: called after that, once.
     """
+    block_of = _Block(simd, vectors, start, finish, finish_rows, registers, by_strip, rolled)
     name = f"lstmcore_{finish.__name__}_{key}_{vectors}"
 
     @intrinsic
@@ -80,7 +82,7 @@ def make_block(
             end = builder.append_basic_block("block_end")
             switch = builder.switch(count, end)
             for n in rows:
-                function = _emit(context, builder, n, sums, sig.args[2])
+                function = block_of.emit(context, builder.module, f"{name}_{n}", n, sums, sig.args[2])
                 case = builder.append_basic_block(f"rows_{n}")
                 switch.add_case(I64(n), case)
                 with builder.goto_block(case):
@@ -91,13 +93,28 @@ def make_block(
 
         return types.void(types.int64, segments, extra), codegen
 
-    def _emit(context, outer, n, sums, extra_type):
-        arity = SEGMENT * sums + extra_type.count
-        symbol = f"{name}_{n}"
-        known = outer.module.globals.get(symbol)
+    return block
+
+
+class _Block(NamedTuple):
+    """What :func:`make_block` was given, and the code that it makes of it."""
+
+    simd: Any
+    vectors: int
+    start: Callable
+    finish: Callable
+    finish_rows: Callable | None
+    registers: int
+    by_strip: bool
+    rolled: bool
+
+    def emit(self, context, module, symbol, n, sums, extra_type):
+        """The function for ``n`` rows, of ``sums`` segments and the values of an ``extra_type``."""
+        known = module.globals.get(symbol)
         if known is not None:
             return known
-        function = ir.Function(outer.module, ir.FunctionType(ir.VoidType(), [I64] * arity), symbol)
+        arity = SEGMENT * sums + extra_type.count
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arity), symbol)
         function.linkage = "linkonce_odr"  # one copy, however many libraries of device functions bring it along
         function.attributes.add("noinline")
         builder = ir.IRBuilder(function.append_basic_block("entry"))
@@ -106,46 +123,54 @@ def make_block(
         for i, value in enumerate(extra_values):
             extra = builder.insert_value(extra, value, i)
 
-        vector = simd.vector
-        accumulators = [[builder.alloca(vector.llvm) for _ in range(vectors)] for _ in range(n)]
-        tuple_type = types.UniTuple(vector, vectors)
-        for r in range(n):
-            first = call_inline(
-                context, builder, start, signature(tuple_type, types.int64, extra_type), [I64(r), extra]
-            )
-            for v in range(vectors):
-                builder.store(builder.extract_value(first, v), accumulators[r][v])
-
-        step = (_by_strip if by_strip else _by_rows)(builder, simd, n, vectors)
-        for part in vectors_together(n, vectors, registers):
+        accumulators = self._started(context, builder, n, extra, extra_type)
+        step = (_by_strip if self.by_strip else _by_rows)(builder, self.simd, n, self.vectors)
+        for part in vectors_together(n, self.vectors, self.registers):
             for i in range(sums):
                 step(*segments[SEGMENT * i : SEGMENT * (i + 1)], accumulators, part)
-
-        finish_sig = signature(types.void, types.int64, tuple_type, extra_type)
-        if rolled:
-            sums = [builder.load(a, typ=vector.llvm) for row in accumulators for a in row]
-            memory = builder.alloca(vector.llvm, size=n * vectors)
-            for i, value in enumerate(sums):
-                builder.store(value, builder.gep(memory, [I64(i)], source_etype=vector.llvm))
-            with _Loop(builder, I64(n), 1, "row") as r:
-                first = builder.mul(r, I64(vectors))
-                at = [
-                    builder.gep(memory, [builder.add(first, I64(v))], source_etype=vector.llvm) for v in range(vectors)
-                ]
-                values = [builder.load(address, typ=vector.llvm) for address in at]
-                result = context.make_tuple(builder, tuple_type, values)
-                call_inline(context, builder, finish, finish_sig, [r, result, extra])
-        else:
-            for r in range(n):
-                values = [builder.load(a, typ=vector.llvm) for a in accumulators[r]]
-                result = context.make_tuple(builder, tuple_type, values)
-                call_inline(context, builder, finish, finish_sig, [I64(r), result, extra])
-        if finish_rows is not None:
-            call_inline(context, builder, finish_rows, signature(types.void, types.int64, extra_type), [I64(n), extra])
+        (self._finished_in_a_loop if self.rolled else self._finished)(context, builder, accumulators, extra, extra_type)
+        if self.finish_rows is not None:
+            sig = signature(types.void, types.int64, extra_type)
+            call_inline(context, builder, self.finish_rows, sig, [I64(n), extra])
         builder.ret_void()
         return function
 
-    return block
+    @property
+    def _tuple(self) -> types.Type:
+        return types.UniTuple(self.simd.vector, self.vectors)
+
+    def _started(self, context, builder, n, extra, extra_type):
+        """The sums of each row, as they start: variables on the stack, which LLVM keeps in registers."""
+        llvm = self.simd.vector.llvm
+        accumulators = [[builder.alloca(llvm) for _ in range(self.vectors)] for _ in range(n)]
+        sig = signature(self._tuple, types.int64, extra_type)
+        for r, row in enumerate(accumulators):
+            first = call_inline(context, builder, self.start, sig, [I64(r), extra])
+            for v, accumulator in enumerate(row):
+                builder.store(builder.extract_value(first, v), accumulator)
+        return accumulators
+
+    def _finish_row(self, context, builder, row, values, extra, extra_type):
+        result = context.make_tuple(builder, self._tuple, values)
+        sig = signature(types.void, types.int64, self._tuple, extra_type)
+        call_inline(context, builder, self.finish, sig, [row, result, extra])
+
+    def _finished(self, context, builder, accumulators, extra, extra_type):
+        for r, row in enumerate(accumulators):
+            values = [builder.load(each, typ=self.simd.vector.llvm) for each in row]
+            self._finish_row(context, builder, I64(r), values, extra, extra_type)
+
+    def _finished_in_a_loop(self, context, builder, accumulators, extra, extra_type):
+        llvm, vectors = self.simd.vector.llvm, self.vectors
+        sums = [builder.load(each, typ=llvm) for row in accumulators for each in row]
+        memory = builder.alloca(llvm, size=len(sums))
+        for i, value in enumerate(sums):
+            builder.store(value, builder.gep(memory, [I64(i)], source_etype=llvm))
+        with _Loop(builder, I64(len(accumulators)), 1, "row") as r:
+            first = builder.mul(r, I64(vectors))
+            at = [builder.gep(memory, [builder.add(first, I64(v))], source_etype=llvm) for v in range(vectors)]
+            values = [builder.load(address, typ=llvm) for address in at]
+            self._finish_row(context, builder, r, values, extra, extra_type)
 
 
 def call_inline(context, builder, function, sig, args):
