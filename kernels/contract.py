@@ -5,6 +5,7 @@ T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -121,7 +122,7 @@ class Rows:
         """Whether rows may end at different steps."""
         return self.batch_sizes is not None or self.lengths is not None
 
-    @property
+    @functools.cached_property
     def total(self) -> int:
         """N, the number of (step, row) pairs that are computed; T * B where the host does not know it."""
         return self.steps * self.batch if self.batch_sizes is None else int(self.batch_sizes.sum())

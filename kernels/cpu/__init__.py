@@ -2,14 +2,16 @@
 
 The rooms, each knowing only those above it::
 
-    process          native threads, forks            tiling       block sizes and plans, from shape and machine
-    buffers          memory that is used again        jit          compiling, and the cache on disk
-    vector           LLVM's vectors in Numba          memory, activations, simd       what kernels do with them
-    arguments        records: what a kernel is told   variant      what a kernel is compiled for
-    team, threads    whose threads run a launch       sync         how they wait for one another
-    microkernel      blocks of a product in registers matmul, rows, steps             what both kernels share
-    forward, backward, jobs, statistics, peak         the kernels
-    problem          a kind of call, for the host     backend      the contract's five functions
+    process             native threads, forks              buffers       memory that is used again
+    caches, tiling      block sizes and plans, from shape and machine
+    jit                 compiling, and the cache on disk   vector        LLVM's vectors in Numba
+    memory, activations, mode, simd                        what kernels do with vectors
+    arguments           records: what a kernel is told     variant       what a kernel is compiled for
+    team, member, threads                                  whose threads run a launch
+    sync, steps, rows                                      waiting for one another; walking; clearing and copying
+    microkernel, matmul                                    products: blocks in registers, and of any size
+    forward, backward, jobs, statistics, peak              the kernels
+    problem, layout     a kind of call, for the host       backend       the contract's five functions
 
 What decided this form, and what was tried, is in ``docs/notes/cpu-tuning.md``.
 

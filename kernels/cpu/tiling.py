@@ -11,6 +11,7 @@ import platform
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..integers import ceil_div
@@ -239,12 +240,10 @@ def balanced_rows(batch_sizes, batch: int, groups: int) -> list[int]:
 
     ``batch_sizes``: (T,) NumPy array, never increasing, or None where all rows live for all steps.
     """
-    if batch_sizes is None:
+    if batch_sizes is None or groups == 1:
         return [batch * g // groups for g in range(groups + 1)]
-    lengths = (batch_sizes[None, :] > [[r] for r in range(batch)]).sum(1)
-    done, total, borders = 0, int(lengths.sum()), [0]
-    for row, length in enumerate(lengths):
-        done += int(length)
-        while len(borders) < groups and done * groups >= total * len(borders):
-            borders.append(row + 1)
-    return [*borders[:groups], *([batch] * (groups + 1 - len(borders[:groups])))]
+    lengths = (batch_sizes[None, :] > np.arange(batch)[:, None]).sum(1)
+    done = np.cumsum(lengths) * groups
+    # A group ends with the row that completes its share; those that are left over are empty.
+    ends = 1 + np.searchsorted(done, lengths.sum() * np.arange(1, groups))
+    return [0, *(min(batch, int(end)) for end in ends), batch]
