@@ -128,7 +128,7 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture
 def fresh_plans():
-    """What the CPU kernels are told is drawn anew: for tests that change how, or what machine it is."""
+    """What the CPU kernels are told is laid out anew: for tests that change how, or what machine it is."""
     from lstmcore.kernels.cpu import layout, problem, tiling
 
     forget_each = layout.forget, problem.kernels_of.cache_clear, tiling.plan.cache_clear  # before a test changes them

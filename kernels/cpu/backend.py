@@ -1,10 +1,8 @@
 """The Numba backend of the contract: host code, from tensors to launches and back.
 
-Everything that needs memory or a decision is here; the arithmetic is in ``lstm.py``.  A call asks
-``tiling.plan`` how to share the work and works off three launches: jobs that pack the weights and read the states, one
-launch a direction and part of the batch, side by side where threads allow, and jobs that write what is left
-(``jobs.py``).  What these are told is drawn once for a kind of call (``Layout``): a small call is over in less
-time than it takes to do that anew.
+Tensors are allocated and read here; what the kernels are told of them is laid out once for a kind of call
+(``layout.py``), which then works off three launches: jobs that pack the weights and read the states (``jobs.py``), one
+launch a direction and part of the batch, side by side where threads allow, and jobs that write what is left.
 
 T time, B batch, N alive rows, I input, H hidden, P projection (or H), D directions, H' and P' padded to whole vectors.
 """
