@@ -131,7 +131,12 @@ def fresh_plans():
     """What the CPU kernels are told is laid out anew: for tests that change how, or what machine it is."""
     from lstmcore.kernels.cpu import layout, problem, tiling
 
-    forget_each = layout.forget, problem.kernels_of.cache_clear, tiling.plan.cache_clear  # before a test changes them
+    forget_each = (
+        layout.forget,
+        problem.kernels_of.cache_clear,
+        tiling.plan.cache_clear,
+        tiling.this_core.cache_clear,
+    )  # before a test changes them
 
     def forget() -> None:
         for each in forget_each:

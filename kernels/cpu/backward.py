@@ -18,7 +18,7 @@ from .microkernel import make_block
 from .mode import flush_denormals, set_mode
 from .rows import row_functions
 from .steps import alive_rows, resets, row_start, user_index, walk
-from .sync import meet
+from .sync import meet, opened
 from .variant import Variant
 
 JOINED_ROWS = 192  # rows that share a strip of W_ih while it is near
@@ -437,6 +437,8 @@ def backward_kernel(variant: Variant) -> Any:
             for s in range(chunk.first + a.member, chunk.last, a.members):
                 copy_operands(a, w, step_of(a, w, chunk, s))
             turns = meet(a, turns)
+            if opened(a):  # a member did not come: its part of the table of dx's rows holds no addresses
+                return 0
             if a.dw_x != 0:
                 weight_gradients(a, w, chunk)
             if a.dx != 0:

@@ -38,8 +38,8 @@ OPTIONS = {"nogil": True, "error_model": "numpy"}
 class _Linked(JITCodeLibrary):
     """The code of a device function, which is optimised where it is linked, together with what calls it.
 
-    As Numba does it, by itself too and down to machine code, a kernel's two dozen functions took two thirds of the time
-    of the first call.
+    As Numba does it, by itself too and down to machine code, a kernel's two dozen functions took more than half of the
+    time of the first call.
     """
 
     def _optimize_final_module(self) -> None:

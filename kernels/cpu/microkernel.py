@@ -21,8 +21,8 @@ W is packed by ``jobs.py`` so that one k is ``vectors * lanes`` adjacent values.
 * ``by_rows``: A[r, k] at ``a + offset[r] + k * size``; k may be split in panels that lie ``stride`` bytes apart.
 * ``by_strip``: A[r, k] at ``a + (k * rows + r) * size``; the transposed product of the weight gradients, whose k is
   the (step, row) index.  Its operand is copied into strips as wide as the block first: columns of a matrix, read
-  where they lie, are a page apart and fall into one set of the first-level cache (the figures are in
-  ``lstm.py``).
+  where they lie, are a page apart and fall into one set of the first-level cache (see
+  ``docs/notes/cpu-tuning.md``).
 """
 
 from __future__ import annotations

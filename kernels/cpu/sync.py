@@ -14,6 +14,7 @@ from numba.core import types
 from numba.core.extending import intrinsic
 
 from .jit import inline
+from .threads import OPEN
 from .vector import I32, I64, PTR
 
 PATIENCE = 2000  # looks at the counter before yielding: some tens of microseconds
@@ -77,3 +78,9 @@ def meet(a, turns):
     """Waits at the next barrier of a launch, whose member is told ``a``; ``turns`` are behind it, plus 1 afterwards."""
     arrive_and_wait(a.counter, a.members, turns + 1)
     return turns + 1
+
+
+@inline
+def opened(a):
+    """Whether the barriers of a launch were opened, because a member did not come."""
+    return a.members > 1 and _look(a.counter) >= OPEN
