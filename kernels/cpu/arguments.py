@@ -37,7 +37,7 @@ def make_read(record: type) -> Callable:
 
 
 class ForwardArgs(NamedTuple):
-    """What a member of ``lstm_fwd_kernel`` is told (see ``arguments.py``): addresses, bytes, counts."""
+    """What a member of ``lstm_fwd_kernel`` is told (see the package): addresses, bytes, counts."""
 
     # outputs
     y: int  # of this direction, (rows, P)
@@ -47,7 +47,7 @@ class ForwardArgs(NamedTuple):
     h: int  # (2, B, P')
     c: int  # (B, H')
     m: int  # (B, H'): o tanh(c), before the projection; 0 without one
-    z: int  # see above; 0: in gates
+    z: int  # see the package; 0: in gates
     x_stage: int  # (members, rows of a chunk, I): x in the compute dtype; 0: x is
     table: int  # (members, 2, rows of a chunk) int64
     # inputs

@@ -1,6 +1,7 @@
 """What the kernels of a kind of call are told: their records, the jobs before and after, and where scratch lies.
 
-It is laid out once for a kind of call: a small call is over in less time than it takes to do that anew.
+It is laid out once for a kind of call in which all rows live for all steps (a small one is over in less time than it
+takes to do that anew), else at each call.
 
 T time, B batch, N alive rows, I input, H hidden, P projection (or H), D directions, H' and P' padded to whole vectors.
 """
@@ -186,7 +187,7 @@ def _address(tensor: Any) -> int:
 
 
 def layout_of(lay: Callable[..., Layout], kind: Kind, rows: Rows, available: int, given: NamedTuple) -> Layout:
-    """The layout of this kind of call: that of the last one where all rows are alive at every step."""
+    """The layout of this kind of call: one that is kept where all rows are alive at every step, else a new one."""
     alive = Alive.of(rows)
     return lay(Problem(kind, alive, available), given) if alive else _kept(lay, kind, available, given)
 

@@ -33,7 +33,7 @@ GAP = 8192
 SHARE = (
     "row_begin", "row_end", "panel_begin", "panel_end", "column_begin", "column_end", "lockstep", "member", "members",
 )  # fmt: skip
-LATE = ("counter", "following")  # known when a launch is made
+LATE = ("counter", "following")  # known when the launches are laid out
 assert all(record._fields[-len(SHARE) - len(LATE) :] == (*SHARE, *LATE) for record in (ForwardArgs, BackwardArgs))
 
 
