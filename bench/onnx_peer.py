@@ -24,10 +24,8 @@ from bench.verify import check_outputs
 
 NAME = "onnxruntime"
 INSTALL = "pip install onnxruntime onnx"
-OPSET, IR_VERSION = (
-    14,
-    7,
-)  # of the same age: any runtime of the last years loads them, whatever ``onnx`` writes by default
+# of the same age: any runtime of the last years loads them, whatever ``onnx`` writes by default
+OPSET, IR_VERSION = 14, 7
 
 
 def missing() -> str | None:

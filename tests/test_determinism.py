@@ -1,10 +1,12 @@
 """The same inputs give the same bits: run to run, for any number of threads, whatever else is in the batch."""
 
+import ctypes
 import dataclasses
 
 import pytest
 import torch
-from lstmcore.kernels.cpu import layout, tiling
+from lstmcore.kernels.cpu import buffers, layout, tiling
+from lstmcore.kernels.cpu import threads as kernel_threads
 from lstmcore.kernels.integers import ceil_div
 
 import lstmcore
@@ -151,3 +153,44 @@ def test_the_peak_is_measured(dtype, count, threads):
 
     threads(count)
     assert 0 < fma_peak(dtype, count) < 1e6  # GF/s; no core does a thousandth of that many
+
+
+def test_a_member_that_cannot_start_leaves_no_trace(threads, monkeypatch, fresh_plans):
+    """On the pool, where there is no memory to call a kernel: its error, and nobody writes to where it had to say.
+
+    Scratch is filled with the address of a canary, so that rows of dx that nobody listed would go there.
+    """
+    module = lstmcore.LSTM(8, 16, backend="numba")
+    input = torch.randn(7, 4, 8, requires_grad=True)
+    planned, room, starves = tiling.plan, buffers.room, []
+    canary = torch.zeros(4096)
+
+    def plan(steps, batch, hidden, depth, inputs, block, size, available, backward=False):
+        alone = planned(steps, batch, hidden, depth, inputs, block, size, 1, backward)
+        return dataclasses.replace(alone, row_groups=min(2, available))
+
+    def filled(size):
+        owner, address = room(size)
+        ctypes.memmove(address, (ctypes.c_int64 * (size // 8))(*[canary.data_ptr()] * (size // 8)), size // 8 * 8)
+        return owner, address
+
+    def call(function, record):
+        if starves:
+            raise MemoryError("no memory for a call")
+        function(record)
+
+    monkeypatch.setattr(tiling, "plan", plan)
+    monkeypatch.setattr(tiling, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(kernel_threads, "_no_team", lambda: "not in this test")
+    monkeypatch.setattr(kernel_threads, "_deeper", call)
+    threads(2)
+    (expected,) = torch.autograd.grad(module(input)[0].sum(), input)
+    output = module(input)[0].sum()
+    with monkeypatch.context() as patch:
+        patch.setattr(buffers, "room", filled)
+        starves.append(True)
+        with pytest.raises(MemoryError, match="no memory for a call"):
+            torch.autograd.grad(output, input, retain_graph=True)
+        starves.clear()
+        assert not canary.any()
+        assert torch.equal(torch.autograd.grad(output, input)[0], expected)

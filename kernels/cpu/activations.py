@@ -161,13 +161,12 @@ def _make_fraction(scalar: str) -> Any:
     return fraction
 
 
-def _functions(kind: Vector, series: Any, reciprocal: Any) -> tuple[Any, Any]:
-    """``tanh(v)`` and ``sigmoid(v)``."""
+def _make_tanh(kind: Vector, fast_reciprocal: bool) -> Any:
+    """``tanh(v)``."""
     constants, exponents, fraction = EXP2[kind.scalar], _exponents(kind), _make_fraction(kind.scalar)
-    magic, inverse_ln2 = constants.magic, constants.inverse_ln2
-    sigmoid_limit, tanh_limit = constants.sigmoid_limit, constants.tanh_limit
-    power_of_two, times_power, zero_below = exponents.power_of_two, exponents.times_power, exponents.zero_below
-    at_least, at_most = exponents.at_least, exponents.at_most
+    magic, inverse_ln2, tanh_limit = constants.magic, constants.inverse_ln2, constants.tanh_limit
+    power_of_two, at_least, at_most = exponents.power_of_two, exponents.at_least, exponents.at_most
+    series, reciprocal = _polynomial(kind, fast_reciprocal)
 
     @inline
     def tanh(x):
@@ -178,14 +177,7 @@ def _functions(kind: Vector, series: Any, reciprocal: Any) -> tuple[Any, Any]:
         m = power * (f * series(f)) + (power - 1.0)
         return m * reciprocal(m + 2.0)
 
-    @inline
-    def sigmoid(x):
-        above = at_most(x, sigmoid_limit)
-        shifted = above * -inverse_ln2 + magic
-        f = fraction(above, -inverse_ln2, shifted)
-        return zero_below(reciprocal(times_power(f * series(f) + 1.0, shifted) + 1.0), x, -sigmoid_limit)
-
-    return tanh, sigmoid
+    return tanh
 
 
 def _make_gates(kind: Vector, fast_reciprocal: bool) -> Any:
@@ -221,8 +213,5 @@ def _make_gates(kind: Vector, fast_reciprocal: bool) -> Any:
 
 
 def activations(kind: Vector, fast_reciprocal: bool) -> dict[str, Callable]:
-    """``tanh``, ``sigmoid``, ``gates``, ``series`` and ``reciprocal``; ``fast_reciprocal`` needs AVX-512."""
-    series, reciprocal = _polynomial(kind, fast_reciprocal)
-    tanh, sigmoid = _functions(kind, series, reciprocal)
-    gates = _make_gates(kind, fast_reciprocal)
-    return {"tanh": tanh, "sigmoid": sigmoid, "gates": gates, "series": series, "reciprocal": reciprocal}
+    """``tanh`` and ``gates``; ``fast_reciprocal`` needs AVX-512 and whole registers of it."""
+    return {"tanh": _make_tanh(kind, fast_reciprocal), "gates": _make_gates(kind, fast_reciprocal)}

@@ -1,7 +1,7 @@
 """How a kernel gets its arguments: the address of a record, whose fields both sides know by name.
 
 A record is a NamedTuple of int64 (counts, bytes, addresses; 0 where absent).  The host makes one a member
-(``threads.run``); the kernel reads it once, when it begins, so that what it knows stays in registers, or on its stack,
+(``layout.py``); the kernel reads it once, when it begins, so that what it knows stays in registers, or on its stack,
 whatever it writes elsewhere.
 """
 

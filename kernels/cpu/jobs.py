@@ -28,7 +28,7 @@ from .jit import inline, kernel
 from .memory import load_int
 from .variant import Variant
 
-WORTH_A_THREAD = 1 << 18  # values: some 100 microseconds of packing
+VALUES_WORTH_THREADS = 1 << 18  # values: some 100 microseconds of packing
 
 PACK_GATES, PACK_BIAS, PACK_COLUMNS, UNPACK_GATES, UNPACK_COLUMNS, ROWS_IN, ROWS_OUT = range(7)
 

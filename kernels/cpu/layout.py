@@ -28,7 +28,7 @@ from .jobs import (
     ROWS_OUT,
     UNPACK_COLUMNS,
     UNPACK_GATES,
-    WORTH_A_THREAD,
+    VALUES_WORTH_THREADS,
     Job,
     JobsArgs,
     column_panels_size,
@@ -49,7 +49,7 @@ class Jobs:
     @property
     def members(self) -> int:
         """How many threads they are worth."""
-        return self.problem.available if self.values >= WORTH_A_THREAD else 1
+        return self.problem.available if self.values >= VALUES_WORTH_THREADS else 1
 
     def pack_gates(self, packed: int, weight: object, depth: int) -> None:
         """The weight (4H, depth) into gate panels."""

@@ -62,9 +62,9 @@ def make_block(
     ``segments``: a tuple of int64 of seven times the number of sums to add up: ``a, offsets, panels, stride, depth,
     w, ahead`` (``by_strip``: ``offsets`` and ``stride`` are not used; ``panels`` is 1).  ``ahead`` is memory that will
     be wanted soon: a cache line of it a k is fetched into the second-level cache.  ``registers``: of the processor,
-    for vectors.  ``key`` names whatever ``start`` and
-    ``finish`` close over: blocks of the same function name and key are taken to be the same code.  ``extra``: a
-    NamedTuple of int64 for ``start(row, extra) -> tuple of vectors`` and ``finish(row, accumulators, extra)``.
+    for vectors.  ``key`` names whatever ``start`` and ``finish`` close over: blocks of the same function name and key
+    are taken to be the same code.  ``extra``: a NamedTuple of int64 for ``start(row, extra) -> tuple of vectors`` and
+    ``finish(row, accumulators, extra)``.
     ``rolled``: finish is a loop over rows, which reads the sums back from the stack; for a long ``finish``, whose
     constants and temporaries otherwise push the sums of the other rows out of their registers anyway, one at a time.
     ``finish_rows(rows, extra)``: called after that, once.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,8 +161,7 @@ class Buffers:
 class Template:
     """Arguments whose addresses are given at each call."""
 
-    def __init__(self, values: Sequence[tuple] | np.ndarray) -> None:
-        values = np.asarray(values, np.int64)
+    def __init__(self, values: np.ndarray) -> None:
         self._number = values >> Buffers.SHIFT
         self._offset = values - (self._number << Buffers.SHIFT)
 

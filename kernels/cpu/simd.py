@@ -12,13 +12,14 @@ from .vector import SIZE, Vector
 
 @functools.cache
 def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamespace:
-    """The operations on vectors of ``lanes`` x ``scalar``; ``fast_reciprocal`` needs AVX-512 and its lanes.
+    """The operations on vectors of ``lanes`` x ``scalar``; ``fast_reciprocal`` needs AVX-512 and whole
+    registers of it.
 
     They are Numba intrinsics that emit LLVM's own vector instructions, and functions of these.
     """
     vector = Vector(scalar, lanes)
     return SimpleNamespace(
-        vector=vector, scalar=scalar, lanes=lanes, size=SIZE[scalar],
+        vector=vector, lanes=lanes, size=SIZE[scalar],
         **whole_vectors(vector), **partial_vectors(vector), **adjacent_vectors(vector), **tiles(vector),
         **activations(vector, fast_reciprocal),
     )  # fmt: skip

@@ -3,9 +3,9 @@
 torch's threads spin for milliseconds after every operation of torch's, waiting for the next one, on the very cores that
 threads of our own would need.  Behind a Linear, on an AMD EPYC with AVX2 and 2 cores, T = 200, B = 32, H = 64 took 7.9
 ms on a pool and 4.0 as members of the team, training 14.8 and 9.6.  The spinning threads take work at once if it
-reaches them through the runtime that they belong to.  libtorch_cpu depends on that runtime, so
-a handle of it finds the entry by which compilers start a parallel region, ``GOMP_parallel``; GNU's runtime has it, and
-LLVM's and Intel's export it too.  What has none of them (macOS, Windows) keeps the pool of ``threads.py``.
+reaches them through the runtime that they belong to.  libtorch_cpu depends on that runtime, so a handle of it finds the
+entry by which compilers start a parallel region, ``GOMP_parallel``; GNU's runtime has it, and LLVM's and Intel's export
+it too.  What has none of them (macOS, Windows) keeps the pool of ``threads.py``.
 
 A launch asks for as many threads as torch does: the runtime ends threads that a smaller team leaves over, and the next
 operation of torch's would start them anew.  Those that it has no member for return at once.  A team may be smaller than
