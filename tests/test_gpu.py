@@ -309,7 +309,7 @@ def test_explain_names_the_design(H, design):
 
 @pytest.mark.parametrize("H", [128, 512], ids=["resident", "split"])
 def test_autocast(H):
-    """Float32 parameters under autocast: outputs in bfloat16, gradients in float32, as cuDNN's."""
+    """Float32 parameters under autocast: outputs in its dtype, gradients in float32; cuDNN's outputs are float16."""
     torch.manual_seed(0)
     theirs = nn.LSTM(64, H, device=DEVICE)
     module = lstmcore.LSTM(64, H, device=DEVICE, backend="triton")
@@ -319,10 +319,10 @@ def test_autocast(H):
     for m in (module, theirs):
         with torch.autocast("cuda", dtype=torch.bfloat16):
             output, states = m(x)
-        output.float().square().mean().backward()
+        output.float().square().sum().backward()  # a mean's gradients underflow in cuDNN's float16
         results.append((output, *states, *(q.grad for q in m.parameters())))
-    for got, expected in zip(*results, strict=True):
-        assert got.dtype == expected.dtype
+    for index, (got, expected) in enumerate(zip(*results, strict=True)):
+        assert got.dtype == (torch.bfloat16 if index < 3 else torch.float32)
         assert error(got.double(), expected.double()) <= 8 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
 
 

@@ -19,6 +19,7 @@ CASES = [
     Configuration(90, "float16", 1024, 16, backward=True),
     Configuration(80, "tf32", 256, 16, backward=False),
     Configuration(100, "float32", 64, 5, backward=True, directions=2, ragged=True, reset=True),
+    Configuration(90, "float32", 17, 7, backward=True, reset=True),
 ]
 
 
@@ -46,10 +47,20 @@ def test_it_finds_what_it_looks_for(compiled):
         ({"spills": 3}, "3 spills"),
         ({"shared": SHARED[90] + 1}, "shared memory"),
         ({"products": 0}, "no tensor-core"),
+        ({"overrun": 2}, "2 products of fewer terms"),
         ({"step_fragments": fine.step_products}, "weights are read"),
     ):
         found = ", ".join(problems(replace(fine, **wrong)))
         assert word in found, wrong
+
+
+def test_operands_laid_out_for_more_terms_than_they_have():
+    line = (
+        "%12 = tt.dot %1, %2, %3, inputPrecision = tf32 : tensor<8x32x16xf32, #ttg.dot_op<{opIdx = 0, parent = #mma, "
+        "kWidth = WIDTH}>> * tensor<8x16x8xf32, #ttg.dot_op<{opIdx = 1, parent = #mma, kWidth = WIDTH}>> -> tensor<...>"
+    )
+    assert kernel_report.overrun(line.replace("WIDTH", "4")) == 0
+    assert kernel_report.overrun("\n".join([line.replace("WIDTH", "8")] * 3)) == 3
 
 
 def test_only_spills_are_known_and_only_where_they_are(compiled):

@@ -39,7 +39,7 @@ def constants(design: Design) -> tuple:
 def test_a_design_can_be_carried_out(hidden, batch, directions, precision, sms, backward, kind):
     """It covers all units, rows and terms, holds what it says in registers, and fits the device at once."""
     if directions * ceil_div(hidden, 32) > sms and (
-        kind or tiling.resident_design(hidden, batch, directions, precision, sms) is None
+        kind or tiling.resident_design(hidden, batch, directions, precision, sms, backward) is None
     ):
         with pytest.raises(ValueError, match=rf"{hidden}.*{sms}"):
             plan(hidden, batch, directions, precision, sms, backward, kind=kind)
@@ -81,7 +81,7 @@ def test_a_design_can_be_carried_out(hidden, batch, directions, precision, sms, 
 def test_resident_wherever_it_fits(hidden, batch, directions, precision, sms, backward):
     """And then for every batch: a resident program waits for nobody, so there may be more of them than SMs."""
     limit = {"16": 128, "tf32": 64, "float32": 64}[precision]
-    resident = tiling.resident_design(hidden, batch, directions, precision, sms)
+    resident = tiling.resident_design(hidden, batch, directions, precision, sms, backward)
     assert (resident is not None) == (hidden <= limit)
     if resident is not None:
         assert plan(hidden, batch, directions, precision, sms, backward) == resident

@@ -37,8 +37,8 @@ def missing_kernel(words, found, N: tl.constexpr, PACK: tl.constexpr):
 @triton.jit
 def activations_kernel(x, s, t, N: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(s + i, sigmoid(tl.load(x + i)))
-    tl.store(t + i, tanh(tl.load(x + i)))
+    tl.store(s + i, sigmoid(tl.load(x + i), tl.float32))
+    tl.store(t + i, tanh(tl.load(x + i), tl.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -41,9 +41,12 @@ BITS = {2: (tl.int16, torch.int16), 4: (tl.int32, torch.int32)}
 OLDEST = (8, 0)  # compute capability: tensor cores for bfloat16 and TF32, 8-column tiles
 # How often a program looks for another's data before it gives up; a look takes about a microsecond.
 PATIENCE = 4_000_000
-# For the compiler: left alone it aims at two programs an SM in some kernels, with half the registers, and spills.
-HINTS = {"enable_fp_fusion": True, "maxnreg": 255}
 JITTER = 0  # nanoseconds of random delay a step, for tests
+
+
+def hints(warps: int) -> dict[str, Any]:
+    """For the compiler: left alone it aims at two programs an SM in some kernels, on half the registers, and spills."""
+    return {"enable_fp_fusion": True, "maxnreg": min(255, 65536 // (32 * warps))}
 
 
 def supports(layer: Layer) -> str | None:
@@ -257,7 +260,7 @@ class _Recurrence:
             "PRECISION": "tf32x3" if self.dtype == torch.float32 and not _tf32() else "tf32",
             "DTYPE": DTYPES[self.dtype],
             "num_warps": design.warps,
-            **(HINTS if not INTERPRETED.value else {}),
+            **(hints(design.warps) if not INTERPRETED.value else {}),
         } | flags
         kernel = module.lstm_bwd_kernel if backward else module.lstm_fwd_kernel
         sizes = (rows.steps, rows.batch, rows.total)
@@ -451,7 +454,7 @@ def backward(
                 gradients.append(WeightGradients())
                 continue
             before = flat.states_before(y[:, of_d], None if h_0 is None else flat.entering(h_0, d), d)
-            bias = dz_d.sum(0, dtype=torch.float32).to(dtype) if w.bias_ih is not None else None
+            bias = _column_sums(dz_d) if w.bias_ih is not None else None
             gradients.append(
                 WeightGradients(
                     dz_d.T @ x,
@@ -469,6 +472,13 @@ def backward(
         None if squares is None else _magnitudes(flat, squares, arrived),
         _gate_statistics(flat, gates, H, gate_rows) if gate_rows else None,
     )
+
+
+def _column_sums(x: Tensor) -> Tensor:
+    """Of (N, M), summed in float32."""
+    if x.dtype == torch.float32:
+        return x.sum(0)
+    return (x.new_ones(1, len(x)) @ x).squeeze(0)  # torch's sum takes a workspace of twice the size of ``x``
 
 
 def _magnitudes(flat: FlatRows, squares: Tensor, arrived: list[Tensor]) -> Tensor:

@@ -58,7 +58,9 @@ class FlatRows:
             self._roomy(upload(rows.row_lengths(), device))
         elif rows.batch_sizes is not None:
             self._packed(rows, rows.batch_sizes.to("cpu"))
-        self.reset = None if reset is None else self.flat(reset.unsqueeze(-1)).squeeze(-1).view(torch.uint8)  # (N,)
+        # (N,); of 32 bits: Triton lays the operands of a product out for the narrowest load that it finds behind them,
+        # and for bytes so wide that a small product reads past its end, with wrong gradients
+        self.reset = None if reset is None else self.flat(reset.unsqueeze(-1)).squeeze(-1).to(torch.int32)
         if self.reset is not None and self.wrong is not None:
             self.reset.masked_fill_(self.wrong[self._row_of, 0], 0)  # or they would be rid of the NaN they begin with
 

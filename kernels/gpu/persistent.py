@@ -17,15 +17,14 @@ import triton
 import triton.language as tl
 
 from .device import (
-    alive,
     cell_grad,
     cell_grad_prev,
     cell_state,
     collect,
+    extent,
     gate_grads,
     gates_to,
     hidden_state,
-    position,
     product,
     sigmoid,
     square_sum,
@@ -38,8 +37,8 @@ SIZES = ["T", "B", "N", "entered", "step", "stride"]  # one kernel for all of th
 
 @triton.jit
 def load_gates(gates, o_t, o_u, m, H: tl.constexpr):
-    """The four gates (BT, U) of a step, from (N, 4H)."""
-    p = gates + o_t[:, None] * (4 * H) + o_u
+    """The four gates (BT, U) of a step, from (N, 4H); ``o_t`` (BT, 1)."""
+    p = gates + o_t * (4 * H) + o_u
     return (
         tl.load(p, mask=m, other=0.0),
         tl.load(p + H, mask=m, other=0.0),
@@ -55,7 +54,7 @@ def lstm_fwd_kernel(
     cells,  # (D, N, H), float32: every c_t, where SAVE is set
     c,  # (D, B, H), float32: c_0 on entry, c_n on return
     w_hh,  # (D, 4H, H)
-    reset,  # N bool, where HAS_RESET is set
+    reset,  # N int32, where HAS_RESET is set
     offsets,  # (T + 1,) int64, where RAGGED is set
     T,
     B,
@@ -85,62 +84,62 @@ def lstm_fwd_kernel(
     w_hh += d * 4 * H * H
 
     o_u = tl.arange(0, U)[None, :]
-    row = i_tile * BT + tl.arange(0, BT)
-    m_state = (row < B)[:, None] & (o_u < H)
+    row = i_tile * BT + tl.arange(0, BT)[:, None]
+    m_state = (row < B) & (o_u < H)
     w_row, w_unit = tile_row(tl.arange(0, KW)[:, None] * (4 * U // KW) + tl.arange(0, 4 * U // KW)[None, :], 0, H)
     k = tl.arange(0, U)[None, None, :]
     w = tl.load(w_hh + w_row[:, :, None] * H + k, mask=(w_unit < H)[:, :, None] & (k < H), other=0.0)
 
-    p_c = c + (d * B + row[:, None]) * H + o_u
+    p_c = c + (d * B + row) * H + o_u
     c_t = tl.load(p_c, mask=m_state, other=0.0)
     h_t = tl.zeros((BT, U), DTYPE)
 
     t = tl.where(d == 0, 0, T - 1).to(tl.int64)
-    m_row = alive(t, row, offsets, B, True, RAGGED)
-    o_t = position(t, row, offsets, step, stride, RAGGED)
-    z_i, z_f, z_g, z_o = load_gates(gates, o_t, o_u, m_row[:, None] & (o_u < H), H)
-    m_before = row < 0  # the rows that have a step before this one
+    first = row.to(tl.int64) * stride  # (BT, 1): where a row lies in a step
+    begin, rows = extent(t, offsets, B, True, step, RAGGED)
+    z_i, z_f, z_g, z_o = load_gates(gates, begin + first, o_u, (row < rows) & (o_u < H), H)
+    rows_before = 0  # how many have a step before this one
     i = 0
     while i < T:
         # asked for now, needed in the next step
         more = i < T - 1
         t_next = tl.where(more, tl.where(d == 0, t + 1, t - 1), t)
-        m_next = alive(t_next, row, offsets, B, more, RAGGED)
-        o_next = position(t_next, row, offsets, step, stride, RAGGED)
-        n_i, n_f, n_g, n_o = load_gates(gates, o_next, o_u, m_next[:, None] & (o_u < H), H)
+        begin_next, rows_next = extent(t_next, offsets, B, more, step, RAGGED)
+        n_i, n_f, n_g, n_o = load_gates(gates, begin_next + first, o_u, (row < rows_next) & (o_u < H), H)
 
-        m = m_row[:, None] & (o_u < H)
+        o_t = begin + first
+        m = (row < rows) & (o_u < H)
         if HAS_RESET:
-            keep = (tl.load(reset + o_t, mask=m_row, other=0) == 0)[:, None]
+            keep = tl.load(reset + o_t, mask=row < rows, other=0) == 0
             h_t = tl.where(keep, h_t, 0.0)
             c_t = tl.where(keep, c_t, 0.0)
         operand = tl.broadcast_to(tl.expand_dims(tl.trans(h_t), 0), (KW, U, BT))
         acc = product(w, operand, None, PRECISION)  # (KW, 4U / KW, BT)
         r_i, r_f, r_g, r_o = collect(tl.reshape(acc, (1, 4 * U, BT)), 1, 4, U, BT, 32 * KW)
         # not zero times the weights, which may be infinite, where z has all of W_hh h_0
-        m_r = (m_before.to(tl.int32) >= entered)[:, None]
+        m_r = (row < rows_before).to(tl.int32) >= entered
         r_i, r_f = tl.where(m_r, r_i, 0.0), tl.where(m_r, r_f, 0.0)
         r_g, r_o = tl.where(m_r, r_g, 0.0), tl.where(m_r, r_o, 0.0)
-        i_t = sigmoid(z_i.to(tl.float32) + r_i)
-        f_t = sigmoid(z_f.to(tl.float32) + r_f)
-        g_t = tanh(z_g.to(tl.float32) + r_g)
-        o_gate = sigmoid(z_o.to(tl.float32) + r_o)
+        i_t = sigmoid(z_i.to(tl.float32) + r_i, DTYPE)
+        f_t = sigmoid(z_f.to(tl.float32) + r_f, DTYPE)
+        g_t = tanh(z_g.to(tl.float32) + r_g, DTYPE)
+        o_gate = sigmoid(z_o.to(tl.float32) + r_o, DTYPE)
         c_new = cell_state(i_t, f_t, g_t, c_t)
-        h_new = hidden_state(o_gate, tanh(c_new)).to(DTYPE)
-        tl.store(h + o_t[:, None] * (D * H) + o_u, h_new, mask=m)
+        h_new = hidden_state(o_gate, tanh(c_new, DTYPE)).to(DTYPE)
+        tl.store(h + o_t * (D * H) + o_u, h_new, mask=m)
         if SAVE:
-            p_z = gates + o_t[:, None] * (4 * H) + o_u
+            p_z = gates + o_t * (4 * H) + o_u
             tl.store(p_z, i_t.to(DTYPE), mask=m)
             tl.store(p_z + H, f_t.to(DTYPE), mask=m)
             tl.store(p_z + 2 * H, g_t.to(DTYPE), mask=m)
             tl.store(p_z + 3 * H, o_gate.to(DTYPE), mask=m)
-            tl.store(cells + o_t[:, None] * H + o_u, c_new, mask=m)
+            tl.store(cells + o_t * H + o_u, c_new, mask=m)
         # a row that has no step t keeps its state: it has ended, or has not begun
         c_t = tl.where(m, c_new, c_t)
         h_t = tl.where(m, h_new, h_t)
         z_i, z_f, z_g, z_o = n_i, n_f, n_g, n_o
-        m_before = m_row
-        t, m_row, o_t = t_next, m_next, o_next
+        rows_before = rows
+        t, begin, rows = t_next, begin_next, rows_next
         i += 1
     tl.store(p_c, c_t, mask=m_state)
 
@@ -157,7 +156,7 @@ def lstm_bwd_kernel(
     cells,  # (D, N, H), float32
     c_0,  # (D, B, H), where HAS_C_0 is set
     w_hh,  # (D, 4H, H)
-    reset,  # N bool, where HAS_RESET is set
+    reset,  # N int32, where HAS_RESET is set
     offsets,  # (T + 1,) int64, where RAGGED is set
     T,
     B,
@@ -191,59 +190,61 @@ def lstm_bwd_kernel(
 
     o_u = tl.arange(0, U)[None, :]
     m_u = o_u < H
-    row = i_tile * BT + tl.arange(0, BT)
-    m_state = (row < B)[:, None] & m_u
+    row = i_tile * BT + tl.arange(0, BT)[:, None]
+    m_state = (row < B) & m_u
     w_row, w_unit = tile_row(tl.arange(0, KW)[:, None] * (4 * U // KW) + tl.arange(0, 4 * U // KW)[None, :], 0, H)
     unit = tl.arange(0, U)[None, :, None]
     w = tl.load(w_hh + w_row[:, None, :] * H + unit, mask=(w_unit < H)[:, None, :] & (unit < H), other=0.0)
 
-    o_state = (d * B + row[:, None]) * H + o_u
+    o_state = (d * B + row) * H + o_u
     dc_t = tl.load(dc + o_state, mask=m_state, other=0.0)
     dh_t = tl.zeros((BT, U), tl.float32)  # what comes from the step after
     if HAS_DH_N:
         dh_t = tl.load(dh_n + o_state, mask=m_state, other=0.0).to(tl.float32)
 
     t = tl.where(d == 0, T - 1, 0).to(tl.int64)
-    m_row = alive(t, row, offsets, B, True, RAGGED)
-    o_t = position(t, row, offsets, step, stride, RAGGED)
-    i_t, f_t, g_t, o_gate = load_gates(gates, o_t, o_u, m_row[:, None] & m_u, H)
-    c_t = tl.load(cells + o_t[:, None] * H + o_u, mask=m_row[:, None] & m_u, other=0.0)
+    first = row.to(tl.int64) * stride  # (BT, 1): where a row lies in a step
+    begin, rows = extent(t, offsets, B, True, step, RAGGED)
+    m = (row < rows) & m_u
+    i_t, f_t, g_t, o_gate = load_gates(gates, begin + first, o_u, m, H)
+    c_t = tl.load(cells + (begin + first) * H + o_u, mask=m, other=0.0)
     dy_t = tl.zeros((BT, U), DTYPE)
     if HAS_DY:
-        dy_t = tl.load(dy + (o_t * (D * H) + d * H)[:, None] + o_u, mask=m_row[:, None] & m_u, other=0.0)
+        dy_t = tl.load(dy + (begin + first) * (D * H) + d * H + o_u, mask=m, other=0.0)
     i = 0
     while i < T:
-        m = m_row[:, None] & m_u
+        o_t = begin + first
+        m = (row < rows) & m_u
         # asked for now, needed in the next step: of the step before in time, whose c enters this one
         more = i < T - 1
         t_before = tl.where(more, tl.where(d == 0, t - 1, t + 1), t)
-        m_before = alive(t_before, row, offsets, B, more, RAGGED)
-        o_before = position(t_before, row, offsets, step, stride, RAGGED)
-        m_next = m_before[:, None] & m_u
+        begin_before, rows_before = extent(t_before, offsets, B, more, step, RAGGED)
+        o_before = begin_before + first
+        m_next = (row < rows_before) & m_u
         n_i, n_f, n_g, n_o = load_gates(gates, o_before, o_u, m_next, H)
-        c_next = tl.load(cells + o_before[:, None] * H + o_u, mask=m_next, other=0.0)
+        c_next = tl.load(cells + o_before * H + o_u, mask=m_next, other=0.0)
         n_dy = tl.zeros((BT, U), DTYPE)
         if HAS_DY:
-            n_dy = tl.load(dy + (o_before * (D * H) + d * H)[:, None] + o_u, mask=m_next, other=0.0)
+            n_dy = tl.load(dy + o_before * (D * H) + d * H + o_u, mask=m_next, other=0.0)
 
         c_before = c_next
         if HAS_C_0:
-            starts = m & (m_before == 0)[:, None]
+            starts = m & (row >= rows_before)
             c_before = tl.where(starts, tl.load(c_0 + o_state, mask=starts, other=0.0).to(tl.float32), c_before)
-        keep = m_row
+        keep = row < rows
         if HAS_RESET:
-            keep = tl.load(reset + o_t, mask=m_row, other=1) == 0
-            c_before = tl.where(keep[:, None], c_before, 0.0)
+            keep = tl.load(reset + o_t, mask=row < rows, other=1) == 0
+            c_before = tl.where(keep, c_before, 0.0)
         dc_in = dc_t
         if HAS_DCELLS:
-            dc_in += tl.load(dcells + (o_t * (D * H) + d * H)[:, None] + o_u, mask=m, other=0.0)
+            dc_in += tl.load(dcells + o_t * (D * H) + d * H + o_u, mask=m, other=0.0)
         dh = dh_t + dy_t.to(tl.float32)
-        tanh_c = tanh(c_t)
+        tanh_c = tanh(c_t, DTYPE)
         dc_in = cell_grad(dc_in, dh, o_gate.to(tl.float32), tanh_c)
         if NORMS:
             p_norm = norms + (d * T + t) * B + row
-            tl.store(p_norm, square_sum(dh, m), mask=m_row)
-            tl.store(p_norm + D * T.to(tl.int64) * B, square_sum(dc_in, m), mask=m_row)
+            tl.store(p_norm, square_sum(dh, m)[:, None], mask=row < rows)
+            tl.store(p_norm + D * T.to(tl.int64) * B, square_sum(dc_in, m)[:, None], mask=row < rows)
         dz_i, dz_f, dz_g, dz_o = gate_grads(
             dc_in,
             dh,
@@ -258,7 +259,7 @@ def lstm_bwd_kernel(
         dz_f = tl.where(m, dz_f, 0.0).to(DTYPE)
         dz_g = tl.where(m, dz_g, 0.0).to(DTYPE)
         dz_o = tl.where(m, dz_o, 0.0).to(DTYPE)
-        p_dz = dz + o_t[:, None] * (4 * H) + o_u
+        p_dz = dz + o_t * (4 * H) + o_u
         tl.store(p_dz, dz_i, mask=m)
         tl.store(p_dz + H, dz_f, mask=m)
         tl.store(p_dz + 2 * H, dz_g, mask=m)
@@ -266,9 +267,9 @@ def lstm_bwd_kernel(
         # what goes to the step before; a row that has no step t has not begun its walk back and keeps what it has
         operand = tl.reshape(gates_to(dz_i, dz_f, dz_g, dz_o, U, BT), (KW, 4 * U // KW, BT))
         dh_before = collect(product(w, operand, None, PRECISION), KW, 1, U, BT, 32 * KW)[0]
-        dh_t = tl.where(m, tl.where(keep[:, None], dh_before, 0.0), dh_t)
-        dc_t = tl.where(m, tl.where(keep[:, None], cell_grad_prev(dc_in, f_t.to(tl.float32)), 0.0), dc_t)
+        dh_t = tl.where(m, tl.where(keep, dh_before, 0.0), dh_t)
+        dc_t = tl.where(m, tl.where(keep, cell_grad_prev(dc_in, f_t.to(tl.float32)), 0.0), dc_t)
         i_t, f_t, g_t, o_gate, c_t, dy_t = n_i, n_f, n_g, n_o, c_next, n_dy
-        t, m_row, o_t = t_before, m_before, o_before
+        t, begin, rows = t_before, begin_before, rows_before
         i += 1
     tl.store(dc + o_state, dc_t, mask=m_state)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import receive
+from .device import receive, start_votes
 
 
 @triton.jit(do_not_specialize=["steps", "patience"])
@@ -24,6 +24,7 @@ def handoff_kernel(
     SHARE: tl.constexpr,  # words of a row that one program writes
 ):
     """Each program writes its share of a row, one more than the largest word of the row before."""
+    patience = start_votes(patience)
     i_row = tl.arange(0, ROWS)[:, None]
     o_word = tl.arange(0, WIDTH)[None, :]
     o_share = tl.program_id(0) * SHARE + tl.arange(0, SHARE)[None, :]

@@ -53,6 +53,7 @@ from .device import (
     receive,
     sigmoid,
     square_sum,
+    start_votes,
     tanh,
     tile_row,
     to_bits,
@@ -126,7 +127,7 @@ def lstm_fwd_kernel(
     c,  # (D, B, H), float32: c_0 on entry, c_n on return
     status,  # (1,) int32: set to 1 when a wait gave up
     w_words,  # (D, 4H, H'), as int32: W_hh
-    reset,  # N bool, where HAS_RESET is set
+    reset,  # N int32, where HAS_RESET is set
     offsets,  # (T + 1,) int64, where RAGGED is set
     T,
     B,
@@ -158,6 +159,7 @@ def lstm_fwd_kernel(
     JITTER: tl.constexpr,
 ):
     """Steps ``begin`` to ``end`` of the walk through time, for U units and ``tiles`` x ``rows`` rows."""
+    patience = start_votes(patience)
     slices: tl.constexpr = (H + U - 1) // U
     i_slice = tl.program_id(0) % slices
     i_group = tl.program_id(0) // slices % groups
@@ -244,12 +246,12 @@ def lstm_fwd_kernel(
             m_r = (m_before.to(tl.int32) >= entered)[:, None]
             r_i, r_f = tl.where(m_r, r_i, 0.0), tl.where(m_r, r_f, 0.0)
             r_g, r_o = tl.where(m_r, r_g, 0.0), tl.where(m_r, r_o, 0.0)
-            i_t = sigmoid(z_i.to(tl.float32) + r_i)
-            f_t = sigmoid(z_f.to(tl.float32) + r_f)
-            g_t = tanh(z_g.to(tl.float32) + r_g)
-            o_gate = sigmoid(z_o.to(tl.float32) + r_o)
+            i_t = sigmoid(z_i.to(tl.float32) + r_i, DTYPE)
+            f_t = sigmoid(z_f.to(tl.float32) + r_f, DTYPE)
+            g_t = tanh(z_g.to(tl.float32) + r_g, DTYPE)
+            o_gate = sigmoid(z_o.to(tl.float32) + r_o, DTYPE)
             c_t = cell_state(i_t, f_t, g_t, c_before)
-            h_t = hidden_state(o_gate, tanh(c_t))
+            h_t = hidden_state(o_gate, tanh(c_t, DTYPE))
             tl.store(h + o_t[:, None] * (D * H_ROW) + o_u, to_bits(h_t, DTYPE, BITS), mask=m)
             tl.store(p_c, c_t, mask=m)
             if SAVE:
@@ -277,7 +279,7 @@ def lstm_bwd_kernel(
     cells,  # (D, N, H), float32
     c_0,  # (D, B, H), where HAS_C_0 is set
     w_hh,  # (D, 4H, H)
-    reset,  # N bool, where HAS_RESET is set
+    reset,  # N int32, where HAS_RESET is set
     offsets,  # (T + 1,) int64, where RAGGED is set
     T,
     B,
@@ -311,6 +313,7 @@ def lstm_bwd_kernel(
     JITTER: tl.constexpr,
 ):
     """Steps ``begin`` to ``end`` of the walk back through time, for U units and ``tiles`` x ``rows`` rows."""
+    patience = start_votes(patience)
     slices: tl.constexpr = (H + U - 1) // U
     i_slice = tl.program_id(0) % slices
     i_group = tl.program_id(0) // slices % groups
@@ -412,7 +415,7 @@ def lstm_bwd_kernel(
                 patience = 0  # whoever is late now is lost: end soon, with NaN in what is missing
             dh += collect(acc, KW, 1, U, BT, 32 * KW)[0]
 
-            tanh_c = tanh(c_t)
+            tanh_c = tanh(c_t, DTYPE)
             dc_t = cell_grad(dc_t, dh, o_gate, tanh_c)
             if NORMS:
                 p_norm = norms + ((d * slices + i_slice) * T + t) * B + row

@@ -3,15 +3,16 @@
 Every program of both designs keeps its share of the recurrent weights in registers (``split.py`` says how), so
 what a program can hold decides the design.  Among the tiles that fit, a model of a step's time chooses.
 
-The model's constants are predictions.  They come from published figures for Hopper (a load past the first-level cache
-takes about 0.6 to 0.7 microseconds there and back; an SM draws about 40 KB a microsecond from the second-level cache
-when all do) and from the chains of instructions in the compiled code; none has been measured with these kernels yet.
-``python -m bench.gpu`` puts them beside measured times.
+The model's constants were fitted to ``python -m bench.gpu_designs`` on an H200 (bfloat16, 96 designs of eight
+shapes from H 128 to 1024 and B 16 to 256): it is 9 % off on average and 22 % at most, and chooses the fastest of those
+designs in each shape, or one within 6 %.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -34,15 +35,22 @@ DEPTH = {"16": 32, "tf32": 16, "float32": 16}
 WEIGHT_REGISTERS = 128  # of a thread's 255, at most, for weights
 TILE_REGISTERS = 32  # and for two chunks of h or dz on their way to shared memory
 SUM_REGISTERS = 160  # for weights and the sums of a tile together: above it, most kernels spill
+# Of a program that shares the units, with 255 registers a thread.  Sixteen were tried: 2 to 30 % slower.
 WARPS = 8
+# Of one that has them all, at most: (forward, backward).  Sixteen are 10 % faster in forward; in backward they were
+# 40 % slower, and spilled, as both do in strict float32.
+RESIDENT_WARPS = {"16": (16, 8), "tf32": (16, 8), "float32": (8, 8)}
 SHARED = 160 * 1024  # bytes of shared memory of a program on the large GPUs (8.0: 163 KiB, 9.0 and 10.0: 227)
 
-LATENCY = 1.1  # microseconds of a step in which nothing but latency counts: hand-off, product, sum over warps, cell
-RESIDENT_LATENCY = 0.45  # the same without a hand-off
-PASS = 0.7  # of each further tile of rows of the same program
-CHUNK = 0.15  # of each chunk of K: a look at what has arrived and two barriers
-SM_RATE = 40.0  # kilobytes a microsecond that a program draws from the second-level cache
-SHARED_RATE = 230.0  # kilobytes a microsecond of an SM's shared memory
+LATENCY = 0.74  # microseconds of a step in which nothing but latency counts: product, sum over warps, cell
+HANDOFF = 0.13  # of each doubling of the programs that hand h or dz to each other
+RESIDENT_LATENCY = (1.0, 1.3)  # without a hand-off: (forward, backward)
+PASS = 0.69  # of each further tile of rows of the same program
+CHUNK = 0.09  # of each further chunk of K: a look at what has arrived and the barriers
+STREAM_CHUNK = 0.14  # of a chunk of streamed weights, for each eight rows of a tile
+SM_RATE = 55.0  # kilobytes a microsecond of h or dz that a program draws from the second-level cache
+STREAM_RATE = 40.0  # and of weights
+SHARED_RATE = 158.0  # kilobytes a microsecond of an SM's shared memory
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:
@@ -99,23 +107,23 @@ def cover(terms: int, least: int, most: int) -> tuple[int, int]:
 
 
 def resident_design(
-    hidden: int, batch: int, directions: int, precision: str, sms: int, shared: int = SHARED
+    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, shared: int = SHARED
 ) -> Design | None:
     """A CTA for each tile of rows, or None where one cannot hold the weights."""
     units = max(power_of_two(hidden), 16)
-    warps = min(WARPS, units // 4)
-    if 4 * units * units * WEIGHT[precision] > WEIGHT_REGISTERS * 4 * 32 * warps:
+    warps = min(RESIDENT_WARPS[precision][backward], units // 4)
+    if 4 * units * units * WEIGHT[precision] > WEIGHT_REGISTERS * 4 * 32 * min(WARPS, warps):
         return None
     if 4 * units * units * STATE[precision] + 4096 > shared:  # weights come to the registers by way of it
         return None
     tile = 8 if directions * ceil_div(batch, 8) <= sms else 16
-    waves = ceil_div(directions * ceil_div(batch, tile), sms)
     groups = ceil_div(batch, tile)
-    return Design("resident", units, tile, tile, groups, 1, 1, directions, warps, step_time=RESIDENT_LATENCY * waves)
+    time = RESIDENT_LATENCY[backward] * ceil_div(directions * groups, sms)
+    return Design("resident", units, tile, tile, groups, 1, 1, directions, warps, step_time=time)
 
 
 def split_time(
-    terms: int, tile: int, rows: int, tiles: int, m: int, chunks: int, stream: bool, precision: str
+    terms: int, tile: int, rows: int, tiles: int, m: int, slices: int, chunks: int, stream: bool, precision: str
 ) -> float:
     """Predicted microseconds of a step that multiplies ``m`` rows of weights by ``tiles`` tiles of ``tile`` rows."""
     read = rows * terms * STATE[precision] / 1000  # kilobytes that a program receives for a tile
@@ -123,8 +131,57 @@ def split_time(
     summed = WARPS * m * tile * 4 / 1000
     one = read / SM_RATE + 2 * (staged + summed) / SHARED_RATE + (chunks - 1) * CHUNK
     if stream:
-        one += m * terms * STATE[precision] / 1000 / SM_RATE
-    return LATENCY + tiles * one + (tiles - 1) * PASS
+        one += m * terms * STATE[precision] / 1000 / STREAM_RATE + chunks * tile / 8 * STREAM_CHUNK
+    return LATENCY + HANDOFF * math.log2(slices) + tiles * one + (tiles - 1) * PASS
+
+
+def _share(terms: int, m: int, tile: int, precision: str, shared: int, narrower: bool) -> tuple[int, int, bool] | None:
+    """(K, NK, whether weights are streamed) of a program that multiplies ``m`` rows of weights by ``tile`` columns.
+
+    None where it would spill; ``narrower``: the device has SMs enough for slices of fewer units.
+    """
+    # a chunk on its way takes registers, and the next one as many
+    longest = TILE_REGISTERS * 4 * 32 * WARPS // (2 * tile * WEIGHT[precision])
+    chunk, chunks = cover(terms, DEPTH[precision] * WARPS, longest)
+    weights = ceil_div(m * chunk * chunks * WEIGHT[precision], 4 * 32 * WARPS)  # registers of a thread
+    fits = weights <= WEIGHT_REGISTERS and weights + m * tile // 32 <= SUM_REGISTERS
+    fits = fits and tile <= 16  # wider tiles pay where they save reading weights
+    staged = chunk * tile * STATE[precision] + WARPS * m * tile * 4
+    if fits and m * chunk * chunks * STATE[precision] + staged <= shared:
+        return chunk, chunks, False
+    # weights of two chunks in registers, the present and the next, besides the sums
+    if m > 64 and narrower:
+        return None  # these spill: only where there are too few SMs for narrower slices
+    sums = m * tile // 32 * (2 if precision == "float32" else 1)
+    if tile > 8 and sums > SUM_REGISTERS - WEIGHT_REGISTERS:
+        return None
+    share = 4 if precision == "16" else 8
+    longest = min(longest, WEIGHT_REGISTERS * 4 * 32 * WARPS // (share * m * WEIGHT[precision]))
+    chunk = max(DEPTH[precision] * WARPS, min(longest, power_of_two(terms)))
+    return chunk, ceil_div(terms, chunk), True
+
+
+def split_designs(
+    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, shared: int = SHARED
+) -> Iterator[Design]:
+    """Every way to split the units that fits the device, with its predicted time."""
+    terms = 4 * hidden if backward else hidden
+    narrower = directions * ceil_div(hidden, 16) <= sms
+    for units, tile in product((16, 32) if backward else (8, 16, 32), (8, 16, 32)):
+        slices = ceil_div(hidden, units)
+        m = units if backward else 4 * units
+        if (share := _share(terms, m, tile, precision, shared, narrower)) is None:
+            continue
+        for groups in range(1, min(sms // (directions * slices), ceil_div(batch, 8)) + 1):
+            rows = ceil_div(batch, groups)
+            tiles = ceil_div(rows, tile)
+            rows = ceil_div(rows, tiles)
+            if tile > 8 and rows <= tile // 2:
+                continue
+            chunk, chunks, stream = share
+            time = split_time(terms, tile, rows, tiles, m, slices, chunks, stream, precision)
+            sizes = (units, tile, rows, groups, tiles, slices, directions, WARPS)
+            yield Design("split", *sizes, chunk, chunks, stream, time)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -144,49 +201,13 @@ def plan(
     Raises ValueError where none fits (more slices than SMs at the widest tile: H above 32 x SMs / D).
     """
     if kind != "split":
-        resident = resident_design(hidden, batch, directions, precision, sms, shared)
+        resident = resident_design(hidden, batch, directions, precision, sms, backward, shared)
         if resident is not None:
             return resident
         if kind == "resident":
             raise ValueError(f"hidden size {hidden} does not fit one CTA in precision {precision}")
-    terms = 4 * hidden if backward else hidden
-    gates = 1 if backward else 4
-    best: tuple[float, int] | None = None
-    chosen = None
-    for units, tile in product((16, 32) if backward else (8, 16, 32), (8, 16, 32)):
-        slices = ceil_div(hidden, units)
-        most = min(sms // (directions * slices), ceil_div(batch, 8))
-        m = gates * units
-        # a chunk on its way takes registers, and the next one as many
-        longest = TILE_REGISTERS * 4 * 32 * WARPS // (2 * tile * WEIGHT[precision])
-        chunk, chunks = cover(terms, DEPTH[precision] * WARPS, longest)
-        weights = ceil_div(m * chunk * chunks * WEIGHT[precision], 4 * 32 * WARPS)  # registers of a thread
-        fits = weights <= WEIGHT_REGISTERS and weights + m * tile // 32 <= SUM_REGISTERS
-        fits = fits and tile <= 16  # wider tiles pay where they save reading weights
-        staged = chunk * tile * STATE[precision] + WARPS * m * tile * 4
-        fits = fits and m * chunk * chunks * STATE[precision] + staged <= shared
-        if not fits:  # weights of two chunks in registers, the present and the next, besides the sums
-            if m > 64 and directions * ceil_div(hidden, 16) <= sms:
-                continue  # these spill: only where the device has too few SMs for narrower slices
-            sums = m * tile // 32 * (2 if precision == "float32" else 1)
-            if tile > 8 and sums > SUM_REGISTERS - WEIGHT_REGISTERS:
-                continue
-            share = 4 if precision == "16" else 8
-            longest = min(longest, WEIGHT_REGISTERS * 4 * 32 * WARPS // (share * m * WEIGHT[precision]))
-            chunk = max(DEPTH[precision] * WARPS, min(longest, power_of_two(terms)))
-            chunks = ceil_div(terms, chunk)
-        for groups in range(1, most + 1):
-            rows = ceil_div(batch, groups)
-            tiles = ceil_div(rows, tile)
-            rows = ceil_div(rows, tiles)
-            if tile > 8 and rows <= tile // 2:
-                continue
-            time = split_time(terms, tile, rows, tiles, m, chunks, not fits, precision)
-            design = Design(
-                "split", units, tile, rows, groups, tiles, slices, directions, WARPS, chunk, chunks, not fits, time
-            )
-            if best is None or (time, design.programs) < best:
-                best, chosen = (time, design.programs), design
+    designs = split_designs(hidden, batch, directions, precision, sms, backward, shared)
+    chosen = min(designs, key=lambda each: (each.step_time, each.programs), default=None)
     if chosen is None:
         raise ValueError(
             f"hidden size {hidden} in {directions} directions needs {directions * ceil_div(hidden, 32)} SMs at least; "
