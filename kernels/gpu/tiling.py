@@ -33,7 +33,7 @@ STATE = {"16": 2, "tf32": 4, "float32": 4}  # bytes of an entry of h or dz
 DEPTH = {"16": 32, "tf32": 16, "float32": 16}
 
 WEIGHT_REGISTERS = 128  # of a thread's 255, at most, for weights
-TILE_REGISTERS = 32  # and for two chunks of h or dz on their way to shared memory
+TILE_REGISTERS = {8: 32, 16: 32, 32: 32}  # and, by tile, for two chunks of h or dz on their way to shared memory
 SUM_REGISTERS = 160  # for weights and the sums of a tile together: above it, most kernels spill
 # Of a program that shares the units, with 255 registers a thread.  Sixteen were tried: 2 to 30 % slower.
 WARPS = 8
@@ -141,7 +141,7 @@ def _share(terms: int, m: int, tile: int, precision: str, shared: int, narrower:
     None where it would spill; ``narrower``: the device has SMs enough for slices of fewer units.
     """
     # a chunk on its way takes registers, and the next one as many
-    longest = TILE_REGISTERS * 4 * 32 * WARPS // (2 * tile * WEIGHT[precision])
+    longest = TILE_REGISTERS[tile] * 4 * 32 * WARPS // (2 * tile * WEIGHT[precision])
     chunk, chunks = cover(terms, DEPTH[precision] * WARPS, longest)
     weights = ceil_div(m * chunk * chunks * WEIGHT[precision], 4 * 32 * WARPS)  # registers of a thread
     fits = weights <= WEIGHT_REGISTERS and weights + m * tile // 32 <= SUM_REGISTERS
