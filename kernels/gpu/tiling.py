@@ -33,7 +33,7 @@ STATE = {"16": 2, "tf32": 4, "float32": 4}  # bytes of an entry of h or dz
 DEPTH = {"16": 32, "tf32": 16, "float32": 16}
 
 WEIGHT_REGISTERS = 128  # of a thread's 255, at most, for weights
-TILE_REGISTERS = {8: 32, 16: 32, 32: 32}  # and, by tile, for two chunks of h or dz on their way to shared memory
+TILE_REGISTERS = {8: 32, 16: 32}  # and, by tile, for two chunks of h or dz on their way to shared memory
 SUM_REGISTERS = 160  # for weights and the sums of a tile together: above it, most kernels spill
 # Of a program that shares the units, with 255 registers a thread.  Sixteen were tried: 2 to 30 % slower.
 WARPS = 8
@@ -145,7 +145,8 @@ def _share(terms: int, m: int, tile: int, precision: str, shared: int, narrower:
     chunk, chunks = cover(terms, DEPTH[precision] * WARPS, longest)
     weights = ceil_div(m * chunk * chunks * WEIGHT[precision], 4 * 32 * WARPS)  # registers of a thread
     fits = weights <= WEIGHT_REGISTERS and weights + m * tile // 32 <= SUM_REGISTERS
-    fits = fits and tile <= 16  # wider tiles pay where they save reading weights
+    if precision == "tf32" and tile > 8:
+        fits = fits and weights < WEIGHT_REGISTERS  # these spill a little
     staged = chunk * tile * STATE[precision] + WARPS * m * tile * 4
     if fits and m * chunk * chunks * STATE[precision] + staged <= shared:
         return chunk, chunks, False
@@ -155,7 +156,7 @@ def _share(terms: int, m: int, tile: int, precision: str, shared: int, narrower:
     sums = m * tile // 32 * (2 if precision == "float32" else 1)
     if tile > 8 and sums > SUM_REGISTERS - WEIGHT_REGISTERS:
         return None
-    share = 4 if precision == "16" else 8
+    share = 4 if precision == "16" else 8 if tile == 8 else 16
     longest = min(longest, WEIGHT_REGISTERS * 4 * 32 * WARPS // (share * m * WEIGHT[precision]))
     chunk = max(DEPTH[precision] * WARPS, min(longest, power_of_two(terms)))
     return chunk, ceil_div(terms, chunk), True
@@ -167,7 +168,7 @@ def split_designs(
     """Every way to split the units that fits the device, with its predicted time."""
     terms = 4 * hidden if backward else hidden
     narrower = directions * ceil_div(hidden, 16) <= sms
-    for units, tile in product((16, 32) if backward else (8, 16, 32), (8, 16, 32)):
+    for units, tile in product((16, 32) if backward else (8, 16, 32), TILE_REGISTERS):
         slices = ceil_div(hidden, units)
         m = units if backward else 4 * units
         if (share := _share(terms, m, tile, precision, shared, narrower)) is None:
