@@ -99,21 +99,25 @@ def _sanitizer(dry: bool) -> list[Command]:
         return [[sys.executable, "-c", f"print('compute-sanitizer is not on the PATH'); raise SystemExit({NOTHING})"]]
     if dry:
         return [[tool, "--version"]]
-    return [
-        [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "20", *_python("bench.gpu_smoke")]
-        for check in ("memcheck", "racecheck")
-    ]
+    options = ["--error-exitcode", "9", "--print-limit", "20"]
+    smoke = _python("bench.gpu_smoke", "--unchecked")
+    return [[tool, "--tool", check, *options, *smoke] for check in ("memcheck", "racecheck")]
 
 
-_GPU_TESTS = _python("pytest", "tests", "-m", "gpu", "-p", "no:cacheprovider")
+# By name: collecting all the others takes longer than running these.
+_GPU_TESTS = _python("pytest", "tests/test_gpu.py", "tests/test_explain.py", "-m", "gpu", "-p", "no:cacheprovider")
 # The kernels by name: "auto" leaves calls to torch on a device that nobody has measured yet.
 _QUICK = _python("bench", "--device", "cuda", "--quick", "--backend", "triton")
 
 
 def _bench(visit: Visit) -> list[Command]:
-    """The quick benchmark, which ends by itself in time."""
+    """The quick benchmark, which ends by itself in time, after its kernels have been compiled."""
     commit = ["--commit", visit.commit] if visit.commit else []
-    return [[*_QUICK, "--out", str(visit.out), "--limit-s", f"{visit.work_s:.0f}", *commit]]
+    first = visit.work_s / 3
+    return [
+        _python("bench.gpu_compile", "--limit-s", f"{first:.0f}"),
+        [*_QUICK, "--out", str(visit.out), "--limit-s", f"{visit.work_s - first:.0f}", *commit],
+    ]
 
 
 def _steps(visit: Visit) -> list[Command]:
@@ -121,19 +125,31 @@ def _steps(visit: Visit) -> list[Command]:
     return [_python("bench.gpu_experiments", "steps", "--out", str(visit.out), "--limit-s", f"{visit.work_s:.0f}")]
 
 
+def _designs(visit: Visit) -> list[Command]:
+    """The time of a step by each design, for as many shapes as there is time for."""
+    return [_python("bench.gpu_designs", "--out", str(visit.out), "--limit-s", f"{visit.work_s:.0f}")]
+
+
 # What matters most comes first; the limits add up to ten minutes less the reserve.
 STAGES = (
     Stage(
         "environment",
         "device, driver and versions",
-        40,
+        25,
         lambda visit: [_python("bench.gpu_environment")],
         lambda visit: [_python("bench.gpu_environment")],
     ),
     Stage(
+        "smoke",
+        "each design once, against torch's LSTM",
+        50,
+        lambda visit: [_python("bench.gpu_smoke")],
+        lambda visit: [_python("bench.gpu_smoke", "--help")],
+    ),
+    Stage(
         "tests",
         "the tests that need a GPU",
-        160,
+        115,
         lambda visit: [[*_GPU_TESTS, "-v", "--tb=short", "--durations=5"]],
         lambda visit: [[*_GPU_TESTS, "--collect-only", "-q"]],
         nothing=(NO_TESTS,),
@@ -141,7 +157,7 @@ STAGES = (
     Stage(
         "handoff",
         "the latency of a hand-off by number of blocks",
-        25,
+        20,
         lambda visit: [_python("bench.gpu_experiments", "handoff", "--out", str(visit.out))],
         lambda visit: [_python("bench.gpu_experiments", "handoff", "--dry-run")],
     ),
@@ -152,25 +168,32 @@ STAGES = (
         _steps,
         lambda visit: [_python("bench.gpu_experiments", "steps", "--dry-run")],
     ),
-    Stage("bench", "the quick benchmark", 205, _bench, lambda visit: [[*_QUICK, "--list"]], again=_bench_again),
+    Stage(
+        "designs",
+        "microseconds a step by every design that the tiling may choose",
+        70,
+        _designs,
+        lambda visit: [_python("bench.gpu_designs", "--dry-run")],
+    ),
+    Stage("bench", "the quick benchmark", 175, _bench, lambda visit: [[*_QUICK, "--list"]], again=_bench_again),
     Stage(
         "flow",
         "what recording the gradient flow costs",
-        40,
+        30,
         lambda visit: [_python("bench.flow", "--device", "cuda", "--seconds", "1", "--out", str(visit.out))],
         lambda visit: [_python("bench.flow", "--device", "cuda", "--list")],
     ),
     Stage(
         "plots",
         "the figures of its rows",
-        25,
+        20,
         lambda visit: [_python("bench", "report", "--out", str(visit.out))],
         lambda visit: [_python("bench", "report", "--out", str(visit.out))],
     ),
     Stage(
         "sanitizer",
         "memory accesses and races of small cases",
-        30,
+        20,
         lambda visit: _sanitizer(dry=False),
         lambda visit: _sanitizer(dry=True),
         unable="Device not supported",

@@ -10,9 +10,7 @@ Legend: T steps, B batch, H hidden; U units of a program.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from lstmcore.kernels.gpu.tiling import Design
 from torch import Tensor, nn
 
 from bench import machine, results
+from bench.gpu_compile import spread
 from bench.run import NO_GPU
 from bench.table import KEY_FIGURES
 
@@ -36,7 +35,7 @@ STEPS = 1024
 DESIGNS = 8  # of a shape and pass: those with the shortest predicted times
 REPEATS = 5
 AHEAD = 1_000_000  # clock cycles for which the device sleeps while the host prepares the launches that are timed
-COMPILE_S = 60.0  # for all kernels, by several processes; what is not ready then is compiled when it is wanted
+COMPILE_S = 60.0  # for all kernels, by several processes
 
 
 @dataclass(frozen=True)
@@ -177,28 +176,11 @@ def compile_share(worker: int, workers: int, sms: int, shared: int) -> None:
             problem.forward() if done is None else problem.backward(done)
 
 
-def compile_all() -> None:
-    """All kernels, by as many processes as there are processors."""
-    workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
-    commands = [[sys.executable, "-m", "bench.gpu_designs", "--compile", str(i), str(workers)] for i in range(workers)]
-    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
-    end = time.monotonic() + COMPILE_S
-    try:
-        for process in processes:
-            process.wait(max(0.1, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        print("not all kernels were compiled in time")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
 def run(out: Path, limit_s: float, sms: int, shared: int) -> int:
     """Measures all shapes within the time limit; writes designs.csv and prints a line for each design."""
     started = time.monotonic()
-    compile_all()
-    print(f"compiled in {time.monotonic() - started:.0f} s\n    H    B pass       error   µs  predicted  design")
+    print(spread("bench.gpu_designs", min(COMPILE_S, limit_s / 2)))
+    print("    H    B pass       error     µs predicted design (* chosen)")
     rows: list[DesignRow] = []
     failed = 0
     for hidden, batch in SHAPES:

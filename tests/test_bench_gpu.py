@@ -23,6 +23,7 @@ from bench import (  # noqa: E402
     cudnn,
     gpu,
     gpu_cases,
+    gpu_compile,
     gpu_environment,
     gpu_experiments,
     gpu_smoke,
@@ -144,10 +145,12 @@ def test_quick_covers_everything_within_its_time():
 def test_the_bench_stage_has_time_for_the_quick_cases():
     stage = {stage.name: stage for stage in gpu.STAGES}["bench"]
     quick = [GPU_CASES[name] for name in QUICK]
-    predicted = gpu_cases.predicted_total_s(quick, gpu_cases.QUICK_PAIRS, gpu_cases.QUICK_S)
-    work = gpu.Visit(pathlib.Path(), gpu.shares(gpu.STAGES, 10)["bench"] - gpu.GRACE_S, None).work_s
-    assert stage.limit_s > predicted
-    assert work > predicted
+    predicted = sum(gpu_cases.predicted_s(case, case.modes, gpu_cases.QUICK_PAIRS, gpu_cases.QUICK_S) for case in quick)
+    visit = gpu.Visit(pathlib.Path(), gpu.shares(gpu.STAGES, 10)["bench"] - gpu.GRACE_S, None)
+    compiling, measuring = (float(each[each.index("--limit-s") + 1]) for each in stage.commands(visit))
+    assert compiling > 40  # what it took sixteen processors
+    assert measuring > predicted
+    assert compiling + measuring <= visit.work_s + 1
 
 
 def test_memory_estimate():
@@ -542,7 +545,8 @@ def test_without_a_gpu_it_says_so(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert run.main(["--device", "cuda", "--quick"]) == 2
     assert gpu_experiments.main(["steps"]) == 2
-    assert gpu_smoke.main() == 2
+    assert gpu_smoke.main([]) == 2
+    assert gpu_compile.main([]) == 2
     assert "there is no CUDA device" in capsys.readouterr().err
 
 
@@ -581,9 +585,9 @@ def test_commands_are_this_pythons_and_files_are_few(tmp_path):
     for each in gpu.STAGES:
         for command in each.commands(visit):
             assert sys.executable in command
-    bench = {each.name: each for each in gpu.STAGES}["bench"].commands(visit)[0]
+    bench = {each.name: each for each in gpu.STAGES}["bench"].commands(visit)[-1]
     assert bench[-2:] == ["--commit", "1234567"]
     assert bench[bench.index("--backend") + 1] == "triton"
-    # the log, the table, two experiments, the rows and their plots
+    # the log, the table, three experiments, the rows and their plots
     plots = [name for name in report.PLOTS if name.startswith("gpu-")]
-    assert 5 + len(plots) <= 8
+    assert 6 + len(plots) <= 8

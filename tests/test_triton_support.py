@@ -110,17 +110,58 @@ def test_the_other_layers_of_a_stack_count_too(gpu):
 @pytest.mark.parametrize("training", [False, True])
 def test_auto_leaves_it_to_torch_where_nobody_has_measured(gpu, monkeypatch, training):
     layer = replace(LAYER, training=training)
-    monkeypatch.setattr(tiling, "MEASURED", ())
+    monkeypatch.setattr(tiling, "MEASURED", {})
     choice = backends.choose("auto", (layer,))
     assert choice.name == "torch"
     assert "measured" in dict(choice.reasons)["triton"]
     assert "backend='triton'" in dict(choice.reasons)["triton"]
     assert backends.choose("auto", (layer,), extended=True).name == "reference"
-    monkeypatch.setattr(tiling, "MEASURED", ((9, 0),))
+    monkeypatch.setattr(tiling, "MEASURED", {(9, 0): 132})
     backends.choose.cache_clear()
     choice = backends.choose("auto", (layer,))
     assert choice.name == "triton"
     assert "split" in str(choice)
+    assert backends.choose("auto", (layer,), extended=True).name == "triton"
+
+
+def test_auto_leaves_it_to_torch_on_a_slice_of_a_gpu(gpu):
+    """What was measured is the whole device."""
+    gpu(sms=16)
+    layer = replace(LAYER, hidden_size=128)
+    assert backends.choose("auto", (layer,)).name == "torch"
+    assert backends.choose("triton", (layer,)).name == "triton"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ({}, "triton"),
+        ({"training": True}, "triton"),
+        ({"steps": 20}, "torch"),  # a call costs more than so many steps save
+        ({"steps": 99, "training": True}, "torch"),
+        ({"ragged": True}, "triton"),
+        ({"proj_size": 64}, "triton"),
+        ({"hidden_size": 1024, "batch": 64}, "triton"),
+        ({"hidden_size": 1024, "batch": 65}, "torch"),
+        ({"hidden_size": 2048}, "torch"),
+        ({"dtype": torch.float32}, "triton"),
+        ({"dtype": torch.float32, "hidden_size": 1024}, "torch"),
+        ({"dtype": torch.float32, "hidden_size": 128}, "torch"),  # SMALL_H, and few steps
+        ({"dtype": torch.float32, "hidden_size": 128, "steps": 1000}, "triton"),
+        ({"dtype": torch.float16, "steps": 1000}, "torch"),  # PERSIST_STATIC, few rows, inference
+        ({"dtype": torch.float16, "steps": 1000, "training": True}, "triton"),
+        ({"dtype": torch.float16, "steps": 1000, "batch": 64}, "triton"),
+        ({"dtype": torch.float16, "hidden_size": 513}, "triton"),
+    ],
+    ids=str,
+)
+def test_auto_by_class(gpu, kind, expected):
+    """As the rows in bench/results say; what ATen's LSTM does not have goes to the kernels whatever its size."""
+    layer = replace(LAYER, **kind)
+    choice = backends.choose("auto", (layer,))
+    assert choice.name == expected
+    if expected == "torch":
+        assert "cuDNN was measured faster" in dict(choice.reasons)["triton"]
     assert backends.choose("auto", (layer,), extended=True).name == "triton"
 
 

@@ -82,7 +82,10 @@ def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
 
 def measured(device: torch.device) -> bool:
     """Whether the choice of ``"auto"`` on this device rests on measurements."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in tiling.MEASURED
+    if device.type != "cuda" or INTERPRETED.value:
+        return False
+    least = tiling.MEASURED.get(torch.cuda.get_device_capability(device))
+    return least is not None and _sms(device) >= least
 
 
 def describe(layer: Layer) -> str:

@@ -18,14 +18,8 @@ weights are read again in every step, 128 KiB at 128 bytes a clock, 0.55 microse
 hoists them, and they stay.  STREAM is for slices larger than the register file: the weights are read from the
 second-level cache in every step, K terms at a time.
 
-**What was tried**, by what the compiler made of it (sm_90, bfloat16, 16 units x 8 rows, 8 warps, Triton 3.9 / 3.6;
-no GPU has timed any of it).  Forward at H = 1024: 36 loads of weights from shared memory a step with ``for``, none with
-``while``.  Backward at H = 1024: 2,654 / 2,469 instructions a step and 156 / 140 spills with 16-bit entries looked at
-one by one, in chunks of 2048; 1,111 / 1,286 and none with ``missing_in``, ``collect`` and chunks of 1024.  Forward at
-H = 768: 867 / 936 instructions and 47 / 40 barriers a step with ``tl.sum`` over warps and (units, rows) tensors;
-504 / 558 and 17 / 35 with ``collect`` and (rows, units), which is how the loads come.  Masks of the channel have to
-compare words, not entries: ``2 k < H`` hides from Triton that neighbours share a mask, and every load becomes four
-bytes wide.
+What was tried, and what it made of a step, is in docs/notes/gpu-tuning.md.  Masks of the channel have to compare words,
+not entries: ``2 k < H`` hides from Triton that neighbours share a mask, and every load becomes four bytes wide.
 
 **Channel.**  It is read as 32-bit words, two 16-bit entries in each (``missing_in`` says why), 16 bytes a load; so a
 row of h takes H' entries, H rounded up to a multiple of eight, and the host copies them where that is not H.

@@ -3,9 +3,9 @@
 Every program of both designs keeps its share of the recurrent weights in registers (``split.py`` says how), so
 what a program can hold decides the design.  Among the tiles that fit, a model of a step's time chooses.
 
-The model's constants were fitted to ``python -m bench.gpu_designs`` on an H200 (bfloat16, 96 designs of eight
-shapes from H 128 to 1024 and B 16 to 256): it is 9 % off on average and 22 % at most, and chooses the fastest of those
-designs in each shape, or one within 6 %.
+The model's constants were fitted to what ``python -m bench.gpu_designs`` measured on an H200 (bfloat16, 71 designs of
+eight shapes from H 128 to 1024 and B 16 to 256, in bench/results/designs): it is 10 % off on average and 27 % at most,
+and chooses the fastest of those designs in each shape, or one within 8 %.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 
 from ..integers import ceil_div
 
-# Compute capabilities on which the GPU tests have passed and the benchmark has been run.  On others "auto" leaves the
-# call to torch, and says so; backend="triton" runs the kernels all the same.
-MEASURED: tuple[tuple[int, int], ...] = ()
+# Where the GPU tests passed and the benchmark was run: the compute capability, and SMs at least (9.0: an H200,
+# and an H100 SXM has as many).  On others "auto" leaves the call to torch, and says so; backend="triton" runs the
+# kernels all the same.
+MEASURED: dict[tuple[int, int], int] = {(9, 0): 132}
 
 # Bytes that one weight takes in registers.  Strict float32 multiplies with three TF32 products, of a high and a low
 # part of each operand; both parts are kept.
@@ -33,7 +34,9 @@ STATE = {"16": 2, "tf32": 4, "float32": 4}  # bytes of an entry of h or dz
 DEPTH = {"16": 32, "tf32": 16, "float32": 16}
 
 WEIGHT_REGISTERS = 128  # of a thread's 255, at most, for weights
-TILE_REGISTERS = {8: 32, 16: 32}  # and, by tile, for two chunks of h or dz on their way to shared memory
+# And, by tile, for two chunks of h or dz on their way to shared memory.  Twice as many, so half the chunks, were tried:
+# level on average, 8 % slower at worst.
+TILE_REGISTERS = {8: 32, 16: 32}
 SUM_REGISTERS = 160  # for weights and the sums of a tile together: above it, most kernels spill
 # Of a program that shares the units, with 255 registers a thread.  Sixteen were tried: 2 to 30 % slower.
 WARPS = 8
@@ -42,15 +45,15 @@ WARPS = 8
 RESIDENT_WARPS = {"16": (16, 8), "tf32": (16, 8), "float32": (8, 8)}
 SHARED = 160 * 1024  # bytes of shared memory of a program on the large GPUs (8.0: 163 KiB, 9.0 and 10.0: 227)
 
-LATENCY = 0.74  # microseconds of a step in which nothing but latency counts: product, sum over warps, cell
-HANDOFF = 0.13  # of each doubling of the programs that hand h or dz to each other
-RESIDENT_LATENCY = (1.0, 1.3)  # without a hand-off: (forward, backward)
-PASS = 0.69  # of each further tile of rows of the same program
-CHUNK = 0.09  # of each further chunk of K: a look at what has arrived and the barriers
-STREAM_CHUNK = 0.14  # of a chunk of streamed weights, for each eight rows of a tile
-SM_RATE = 55.0  # kilobytes a microsecond of h or dz that a program draws from the second-level cache
-STREAM_RATE = 40.0  # and of weights
-SHARED_RATE = 158.0  # kilobytes a microsecond of an SM's shared memory
+LATENCY = 0.55  # microseconds of a step in which nothing but latency counts: product, sum over warps, cell
+HANDOFF = 0.14  # of each doubling of the programs that hand h or dz to each other
+RESIDENT_LATENCY = (0.97, 1.35)  # without a hand-off: (forward, backward)
+PASS = 0.37  # of each further tile of rows of the same program
+CHUNK = 0.02  # of each further chunk of K: a look at what has arrived and the barriers
+STREAM_CHUNK = 0.17  # of a chunk of streamed weights, for each eight rows of a tile
+SM_RATE = 59.0  # kilobytes a microsecond of h or dz that a program draws from the second-level cache
+STREAM_RATE = 41.0  # and of weights
+SHARED_RATE = 134.0  # kilobytes a microsecond of an SM's shared memory
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:
