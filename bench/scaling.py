@@ -1,6 +1,7 @@
 """What the plan's model predicts of more threads: ``python -m bench.scaling`` prints a table, and measures nothing.
 
-The model's rates are measured with two threads at most; what waiting costs among more of them is a guess.
+The model's rates are measured with two threads at most; what waiting costs among more of them is a guess.  What was
+measured with up to 16 stands beside the table in docs/notes/cpu-tuning.md.
 """
 
 from __future__ import annotations

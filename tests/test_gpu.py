@@ -307,6 +307,13 @@ def test_explain_names_the_design(H, design):
     assert design in str(lstmcore.explain(module, x))
 
 
+def test_auto_runs_the_kernels_where_they_were_measured():
+    module = lstmcore.LSTM(64, 512, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.zeros(200, 16, 64, device=DEVICE, dtype=torch.bfloat16)
+    expected = "triton" if backends.load("triton").measured(torch.device(DEVICE, 0)) else "torch"
+    assert f"backend {expected!r} runs this call" in str(lstmcore.explain(module, x))
+
+
 @pytest.mark.parametrize("H", [128, 512], ids=["resident", "split"])
 def test_autocast(H):
     """Float32 parameters under autocast: outputs in its dtype, gradients in float32; cuDNN's outputs are float16."""

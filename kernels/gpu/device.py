@@ -134,10 +134,67 @@ def gates_to(i, f, g, o, U: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit
+def load_gates(gates, o_t, o_u, m, H: tl.constexpr):
+    """i, f, g and o (BT, U) of a step from (N, 4H), or z of them; ``o_t`` (BT, 1): where its rows lie."""
+    p = gates + o_t * (4 * H) + o_u
+    return (
+        tl.load(p, mask=m, other=0.0),
+        tl.load(p + H, mask=m, other=0.0),
+        tl.load(p + 2 * H, mask=m, other=0.0),
+        tl.load(p + 3 * H, mask=m, other=0.0),
+    )
+
+
+@triton.jit
+def store_gates(gates, o_t, o_u, i, f, g, o, m, H: tl.constexpr):
+    """The inverse of ``load_gates``, of gates or of their gradients."""
+    p = gates + o_t * (4 * H) + o_u
+    tl.store(p, i, mask=m)
+    tl.store(p + H, f, mask=m)
+    tl.store(p + 2 * H, g, mask=m)
+    tl.store(p + 3 * H, o, mask=m)
+
+
+@triton.jit
+def forward_step(z_i, z_f, z_g, z_o, r_i, r_f, r_g, r_o, m_r, c_before, DTYPE: tl.constexpr):
+    """(i, f, g, o, c, h) of a step, in float32; r, what the h before it adds to z, counts where ``m_r`` is set.
+
+    Elsewhere z has all of W_hh h_0 already, and zero times the weights, which may be infinite, is not nothing.
+    """
+    i = sigmoid(z_i.to(tl.float32) + tl.where(m_r, r_i, 0.0), DTYPE)
+    f = sigmoid(z_f.to(tl.float32) + tl.where(m_r, r_f, 0.0), DTYPE)
+    g = tanh(z_g.to(tl.float32) + tl.where(m_r, r_g, 0.0), DTYPE)
+    o = sigmoid(z_o.to(tl.float32) + tl.where(m_r, r_o, 0.0), DTYPE)
+    c = cell_state(i, f, g, c_before)
+    return i, f, g, o, c, hidden_state(o, tanh(c, DTYPE))
+
+
+@triton.jit
+def backward_step(dc, dh, i, f, g, o, c, c_before, DTYPE: tl.constexpr):
+    """(dz_i, dz_f, dz_g, dz_o, dc, dc of the step before) in float32, from the gradients that arrive at c and h."""
+    tanh_c = tanh(c, DTYPE)
+    i, f, g, o = i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
+    dc = cell_grad(dc, dh, o, tanh_c)
+    dz_i, dz_f, dz_g, dz_o = gate_grads(dc, dh, i, f, g, o, c_before, tanh_c)
+    return dz_i, dz_f, dz_g, dz_o, dc, cell_grad_prev(dc, f)
+
+
+@triton.jit
 def square_sum(x, mask):
-    """Of each row of ``x``, in float64: the squares of a vanishing gradient would underflow in float32."""
+    """(BT,), of each row of ``x``; in float64: the squares of a vanishing gradient would underflow in float32."""
     wide = tl.where(mask, x, 0.0).to(tl.float64)
     return tl.sum(wide * wide, 1)
+
+
+@triton.jit
+def store_norms(norms, slice, slices, t, row, dh, dc, m, m_row, T, B):
+    """Squares of what arrives at h and c of step t, summed over a slice's units; to (2, slices, T, B).
+
+    ``slice``: of all directions, of which there are ``slices``; ``row`` and ``m_row`` (BT,).
+    """
+    p = norms + (slice * T + t) * B + row
+    tl.store(p, square_sum(dh, m), mask=m_row)
+    tl.store(p + slices * T.to(tl.int64) * B, square_sum(dc, m), mask=m_row)
 
 
 @triton.jit

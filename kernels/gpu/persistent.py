@@ -17,34 +17,19 @@ import triton
 import triton.language as tl
 
 from .device import (
-    cell_grad,
-    cell_grad_prev,
-    cell_state,
+    backward_step,
     collect,
     extent,
-    gate_grads,
+    forward_step,
     gates_to,
-    hidden_state,
+    load_gates,
     product,
-    sigmoid,
-    square_sum,
-    tanh,
+    store_gates,
+    store_norms,
     tile_row,
 )
 
 SIZES = ["T", "B", "N", "entered", "step", "stride"]  # one kernel for all of their values
-
-
-@triton.jit
-def load_gates(gates, o_t, o_u, m, H: tl.constexpr):
-    """The four gates (BT, U) of a step, from (N, 4H); ``o_t`` (BT, 1)."""
-    p = gates + o_t * (4 * H) + o_u
-    return (
-        tl.load(p, mask=m, other=0.0),
-        tl.load(p + H, mask=m, other=0.0),
-        tl.load(p + 2 * H, mask=m, other=0.0),
-        tl.load(p + 3 * H, mask=m, other=0.0),
-    )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -116,23 +101,14 @@ def lstm_fwd_kernel(
         operand = tl.broadcast_to(tl.expand_dims(tl.trans(h_t), 0), (KW, U, BT))
         acc = product(w, operand, None, PRECISION)  # (KW, 4U / KW, BT)
         r_i, r_f, r_g, r_o = collect(tl.reshape(acc, (1, 4 * U, BT)), 1, 4, U, BT, 32 * KW)
-        # not zero times the weights, which may be infinite, where z has all of W_hh h_0
         m_r = (row < rows_before).to(tl.int32) >= entered
-        r_i, r_f = tl.where(m_r, r_i, 0.0), tl.where(m_r, r_f, 0.0)
-        r_g, r_o = tl.where(m_r, r_g, 0.0), tl.where(m_r, r_o, 0.0)
-        i_t = sigmoid(z_i.to(tl.float32) + r_i, DTYPE)
-        f_t = sigmoid(z_f.to(tl.float32) + r_f, DTYPE)
-        g_t = tanh(z_g.to(tl.float32) + r_g, DTYPE)
-        o_gate = sigmoid(z_o.to(tl.float32) + r_o, DTYPE)
-        c_new = cell_state(i_t, f_t, g_t, c_t)
-        h_new = hidden_state(o_gate, tanh(c_new, DTYPE)).to(DTYPE)
+        i_t, f_t, g_t, o_gate, c_new, h_new = forward_step(
+            z_i, z_f, z_g, z_o, r_i, r_f, r_g, r_o, m_r, c_t, DTYPE
+        )  # fmt: skip
+        h_new = h_new.to(DTYPE)
         tl.store(h + o_t * (D * H) + o_u, h_new, mask=m)
         if SAVE:
-            p_z = gates + o_t * (4 * H) + o_u
-            tl.store(p_z, i_t.to(DTYPE), mask=m)
-            tl.store(p_z + H, f_t.to(DTYPE), mask=m)
-            tl.store(p_z + 2 * H, g_t.to(DTYPE), mask=m)
-            tl.store(p_z + 3 * H, o_gate.to(DTYPE), mask=m)
+            store_gates(gates, o_t, o_u, i_t.to(DTYPE), f_t.to(DTYPE), g_t.to(DTYPE), o_gate.to(DTYPE), m, H)
             tl.store(cells + o_t * H + o_u, c_new, mask=m)
         # a row that has no step t keeps its state: it has ended, or has not begun
         c_t = tl.where(m, c_new, c_t)
@@ -239,36 +215,22 @@ def lstm_bwd_kernel(
         if HAS_DCELLS:
             dc_in += tl.load(dcells + o_t * (D * H) + d * H + o_u, mask=m, other=0.0)
         dh = dh_t + dy_t.to(tl.float32)
-        tanh_c = tanh(c_t, DTYPE)
-        dc_in = cell_grad(dc_in, dh, o_gate.to(tl.float32), tanh_c)
+        dz_i, dz_f, dz_g, dz_o, dc_in, dc_before = backward_step(
+            dc_in, dh, i_t, f_t, g_t, o_gate, c_t, c_before, DTYPE
+        )  # fmt: skip
         if NORMS:
-            p_norm = norms + (d * T + t) * B + row
-            tl.store(p_norm, square_sum(dh, m)[:, None], mask=row < rows)
-            tl.store(p_norm + D * T.to(tl.int64) * B, square_sum(dc_in, m)[:, None], mask=row < rows)
-        dz_i, dz_f, dz_g, dz_o = gate_grads(
-            dc_in,
-            dh,
-            i_t.to(tl.float32),
-            f_t.to(tl.float32),
-            g_t.to(tl.float32),
-            o_gate.to(tl.float32),
-            c_before,
-            tanh_c,
-        )
+            i_row = i_tile * BT + tl.arange(0, BT)
+            store_norms(norms, d, D, t, i_row, dh, dc_in, m, i_row < rows, T, B)
         dz_i = tl.where(m, dz_i, 0.0).to(DTYPE)
         dz_f = tl.where(m, dz_f, 0.0).to(DTYPE)
         dz_g = tl.where(m, dz_g, 0.0).to(DTYPE)
         dz_o = tl.where(m, dz_o, 0.0).to(DTYPE)
-        p_dz = dz + o_t * (4 * H) + o_u
-        tl.store(p_dz, dz_i, mask=m)
-        tl.store(p_dz + H, dz_f, mask=m)
-        tl.store(p_dz + 2 * H, dz_g, mask=m)
-        tl.store(p_dz + 3 * H, dz_o, mask=m)
+        store_gates(dz, o_t, o_u, dz_i, dz_f, dz_g, dz_o, m, H)
         # what goes to the step before; a row that has no step t has not begun its walk back and keeps what it has
         operand = tl.reshape(gates_to(dz_i, dz_f, dz_g, dz_o, U, BT), (KW, 4 * U // KW, BT))
         dh_before = collect(product(w, operand, None, PRECISION), KW, 1, U, BT, 32 * KW)[0]
         dh_t = tl.where(m, tl.where(keep, dh_before, 0.0), dh_t)
-        dc_t = tl.where(m, tl.where(keep, cell_grad_prev(dc_in, f_t.to(tl.float32)), 0.0), dc_t)
+        dc_t = tl.where(m, tl.where(keep, dc_before, 0.0), dc_t)
         i_t, f_t, g_t, o_gate, c_t, dy_t = n_i, n_f, n_g, n_o, c_next, n_dy
         t, begin, rows = t_before, begin_before, rows_before
         i += 1

@@ -35,20 +35,17 @@ import triton.language as tl
 
 from .device import (
     alive,
-    cell_grad,
-    cell_grad_prev,
-    cell_state,
+    backward_step,
     collect,
-    gate_grads,
-    hidden_state,
+    forward_step,
     jitter,
+    load_gates,
     position,
     product_of_words,
     receive,
-    sigmoid,
-    square_sum,
     start_votes,
-    tanh,
+    store_gates,
+    store_norms,
     tile_row,
     to_bits,
 )
@@ -110,6 +107,43 @@ def channel(words, k, o_row, m_row, terms: tl.constexpr, PACK: tl.constexpr):
     rows there are.
     """
     return words + o_row[None, None, :] + k, (k < (terms + PACK - 1) // PACK) & m_row[None, None, :]
+
+
+@triton.jit
+def received(
+    w,
+    words_of,
+    k,
+    o_row,
+    m_row,
+    keep,
+    acc,
+    patience,
+    CHUNKS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(acc + w times the rows of the channel at ``o_row``, whether a wait gave up): NK chunks, each asked for early.
+
+    CHUNKS: terms of a row, words of a chunk, NK, entries of a word.  ``keep``: the rows that are not to count as zero.
+    """
+    TERMS: tl.constexpr = CHUNKS[0]
+    WORDS: tl.constexpr = CHUNKS[1]
+    NK: tl.constexpr = CHUNKS[2]
+    PACK: tl.constexpr = CHUNKS[3]
+    missing = 0
+    p, m_k = channel(words_of, k, o_row, m_row, TERMS, PACK)
+    words = tl.load(p, mask=m_k, other=0, volatile=True)
+    for j in tl.static_range(NK):
+        if j + 1 < NK:
+            p_next, m_next = channel(words_of, (j + 1) * WORDS + k, o_row, m_row, TERMS, PACK)
+            words_next = tl.load(p_next, mask=m_next, other=0, volatile=True)
+        words, lost = receive(words, p, m_k, patience, PACK)
+        acc = product_of_words(w[j], words, keep, acc, PACK, DTYPE, PRECISION)
+        missing = tl.maximum(missing, lost)
+        if j + 1 < NK:
+            words, p, m_k = words_next, p_next, m_next
+    return acc, missing
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -175,7 +209,8 @@ def lstm_fwd_kernel(
     k = k_w * KS + tl.arange(0, KS)[None, :, None]
     w = ()
     for j in tl.static_range(1 if STREAM else NK):
-        w = w + (load_gate_rows(w_words, first, j * WORDS + k_left, H, H_ROW, U, PACK),)
+        w_j = load_gate_rows(w_words, first, j * WORDS + k_left, H, H_ROW, U, PACK)
+        w = w + (w_j if STREAM else unpack(w_j, PACK, DTYPE),)
 
     i = begin
     while i < end:
@@ -190,11 +225,7 @@ def lstm_fwd_kernel(
             o_t = position(t, row, offsets, step, stride, RAGGED)
             m = m_row[:, None] & (o_u < H)
             # all that does not depend on h_{t-1}, while that is on its way
-            p_z = gates + o_t[:, None] * (4 * H) + o_u
-            z_i = tl.load(p_z, mask=m, other=0.0)
-            z_f = tl.load(p_z + H, mask=m, other=0.0)
-            z_g = tl.load(p_z + 2 * H, mask=m, other=0.0)
-            z_o = tl.load(p_z + 3 * H, mask=m, other=0.0)
+            z_i, z_f, z_g, z_o = load_gates(gates, o_t[:, None], o_u, m, H)
             p_c = c + (d * B + row[:, None]) * H + o_u
             c_before = tl.load(p_c, mask=m, other=0.0)
             keep = m_row
@@ -207,9 +238,9 @@ def lstm_fwd_kernel(
             o_before = o_before * (D * H_ROW // PACK) + d * (H_ROW // PACK)
             acc = tl.zeros((KW, 4 * U, BT), tl.float32)
             missing = 0
-            p, m_k = channel(h_words, k, o_before, m_before, H, PACK)
-            words = tl.load(p, mask=m_k, other=0, volatile=True)
             if STREAM:
+                p, m_k = channel(h_words, k, o_before, m_before, H, PACK)
+                words = tl.load(p, mask=m_k, other=0, volatile=True)
                 done = 0
                 w_k = w[0]
                 while done < H_ROW // PACK:
@@ -222,37 +253,24 @@ def lstm_fwd_kernel(
                     missing = tl.maximum(missing, lost)
                     words, p, m_k, w_k = words_next, p_next, m_next, w_next
             else:
-                for j in tl.static_range(NK):
-                    if j + 1 < NK:
-                        p_next, m_next = channel(h_words, (j + 1) * WORDS + k, o_before, m_before, H, PACK)
-                        words_next = tl.load(p_next, mask=m_next, other=0, volatile=True)
-                    words, lost = receive(words, p, m_k, patience, PACK)
-                    acc = product_of_words(unpack(w[j], PACK, DTYPE), words, keep, acc, PACK, DTYPE, PRECISION)
-                    missing = tl.maximum(missing, lost)
-                    if j + 1 < NK:
-                        words, p, m_k = words_next, p_next, m_next
+                chunks: tl.constexpr = (H, WORDS, NK, PACK)
+                acc, missing = received(
+                    w, h_words, k, o_before, m_before, keep, acc, patience, chunks, DTYPE, PRECISION
+                )  # fmt: skip
             if missing > 0:
                 tl.store(status, 1)
                 patience = 0  # whoever is late now is lost: end soon, with NaN in what is missing
 
             r_i, r_f, r_g, r_o = collect(acc, KW, 4, U, BT, 32 * KW)
-            # not zero times the weights, which may be infinite, where z has all of W_hh h_0
             m_r = (m_before.to(tl.int32) >= entered)[:, None]
-            r_i, r_f = tl.where(m_r, r_i, 0.0), tl.where(m_r, r_f, 0.0)
-            r_g, r_o = tl.where(m_r, r_g, 0.0), tl.where(m_r, r_o, 0.0)
-            i_t = sigmoid(z_i.to(tl.float32) + r_i, DTYPE)
-            f_t = sigmoid(z_f.to(tl.float32) + r_f, DTYPE)
-            g_t = tanh(z_g.to(tl.float32) + r_g, DTYPE)
-            o_gate = sigmoid(z_o.to(tl.float32) + r_o, DTYPE)
-            c_t = cell_state(i_t, f_t, g_t, c_before)
-            h_t = hidden_state(o_gate, tanh(c_t, DTYPE))
+            i_t, f_t, g_t, o_gate, c_t, h_t = forward_step(
+                z_i, z_f, z_g, z_o, r_i, r_f, r_g, r_o, m_r, c_before, DTYPE
+            )  # fmt: skip
             tl.store(h + o_t[:, None] * (D * H_ROW) + o_u, to_bits(h_t, DTYPE, BITS), mask=m)
             tl.store(p_c, c_t, mask=m)
             if SAVE:
-                tl.store(p_z, i_t.to(DTYPE), mask=m)
-                tl.store(p_z + H, f_t.to(DTYPE), mask=m)
-                tl.store(p_z + 2 * H, g_t.to(DTYPE), mask=m)
-                tl.store(p_z + 3 * H, o_gate.to(DTYPE), mask=m)
+                o_gates = o_t[:, None]
+                store_gates(gates, o_gates, o_u, i_t.to(DTYPE), f_t.to(DTYPE), g_t.to(DTYPE), o_gate.to(DTYPE), m, H)
                 tl.store(cells + o_t[:, None] * H + o_u, c_t, mask=m)
             i_tile += 1
         tl.debug_barrier()  # c is read by other threads than wrote it
@@ -345,11 +363,7 @@ def lstm_bwd_kernel(
             o_t = position(t, row, offsets, step, stride, RAGGED)
             m = m_row[:, None] & (o_u < H)
             # all that does not depend on dz of the step after, while that is on its way
-            p_gates = gates + o_t[:, None] * (4 * H) + o_u
-            i_t = tl.load(p_gates, mask=m, other=0.0).to(tl.float32)
-            f_t = tl.load(p_gates + H, mask=m, other=0.0).to(tl.float32)
-            g_t = tl.load(p_gates + 2 * H, mask=m, other=0.0).to(tl.float32)
-            o_gate = tl.load(p_gates + 3 * H, mask=m, other=0.0).to(tl.float32)
+            i_t, f_t, g_t, o_gate = load_gates(gates, o_t[:, None], o_u, m, H)
             c_t = tl.load(cells + o_t[:, None] * H + o_u, mask=m, other=0.0)
             m_before = m_row & alive(t_before, row, offsets, B, i < T - 1, RAGGED)
             o_before = position(t_before, row, offsets, step, stride, RAGGED)
@@ -380,9 +394,9 @@ def lstm_bwd_kernel(
             o_after = (d * N + o_after) * (4 * H // PACK)
             acc = tl.zeros((KW, U, BT), tl.float32)
             missing = 0
-            p, m_k = channel(dz_words, k, o_after, m_after, 4 * H, PACK)
-            words = tl.load(p, mask=m_k, other=0, volatile=True)
             if STREAM:
+                p, m_k = channel(dz_words, k, o_after, m_after, 4 * H, PACK)
+                words = tl.load(p, mask=m_k, other=0, volatile=True)
                 done = 0
                 w_k = w[0]
                 while done < 4 * H // PACK:
@@ -395,33 +409,25 @@ def lstm_bwd_kernel(
                     missing = tl.maximum(missing, lost)
                     words, p, m_k, w_k = words_next, p_next, m_next, w_next
             else:
-                for j in tl.static_range(NK):
-                    if j + 1 < NK:
-                        p_next, m_next = channel(dz_words, (j + 1) * WORDS + k, o_after, m_after, 4 * H, PACK)
-                        words_next = tl.load(p_next, mask=m_next, other=0, volatile=True)
-                    words, lost = receive(words, p, m_k, patience, PACK)
-                    acc = product_of_words(w[j], words, pass_on, acc, PACK, DTYPE, PRECISION)
-                    missing = tl.maximum(missing, lost)
-                    if j + 1 < NK:
-                        words, p, m_k = words_next, p_next, m_next
+                chunks: tl.constexpr = (4 * H, WORDS, NK, PACK)
+                acc, missing = received(
+                    w, dz_words, k, o_after, m_after, pass_on, acc, patience, chunks, DTYPE, PRECISION
+                )  # fmt: skip
             if missing > 0:
                 tl.store(status, 1)
                 patience = 0  # whoever is late now is lost: end soon, with NaN in what is missing
             dh += collect(acc, KW, 1, U, BT, 32 * KW)[0]
 
-            tanh_c = tanh(c_t, DTYPE)
-            dc_t = cell_grad(dc_t, dh, o_gate, tanh_c)
+            dz_i, dz_f, dz_g, dz_o, dc_t, dc_before = backward_step(
+                dc_t, dh, i_t, f_t, g_t, o_gate, c_t, c_before, DTYPE
+            )  # fmt: skip
             if NORMS:
-                p_norm = norms + ((d * slices + i_slice) * T + t) * B + row
-                tl.store(p_norm, square_sum(dh, m), mask=m_row)
-                tl.store(p_norm + D * slices * T.to(tl.int64) * B, square_sum(dc_t, m), mask=m_row)
-            dz_i, dz_f, dz_g, dz_o = gate_grads(dc_t, dh, i_t, f_t, g_t, o_gate, c_before, tanh_c)
-            p_dz = dz + o_t[:, None] * (4 * H) + o_u
-            tl.store(p_dz, to_bits(dz_i, DTYPE, BITS), mask=m)
-            tl.store(p_dz + H, to_bits(dz_f, DTYPE, BITS), mask=m)
-            tl.store(p_dz + 2 * H, to_bits(dz_g, DTYPE, BITS), mask=m)
-            tl.store(p_dz + 3 * H, to_bits(dz_o, DTYPE, BITS), mask=m)
-            dc_before = tl.where(keep[:, None], cell_grad_prev(dc_t, f_t), 0.0)
+                i_norm = d * slices + i_slice
+                store_norms(norms, i_norm, D * slices, t, row, dh, dc_t, m, m_row, T, B)
+            dz_i, dz_f = to_bits(dz_i, DTYPE, BITS), to_bits(dz_f, DTYPE, BITS)
+            dz_g, dz_o = to_bits(dz_g, DTYPE, BITS), to_bits(dz_o, DTYPE, BITS)
+            store_gates(dz, o_t[:, None], o_u, dz_i, dz_f, dz_g, dz_o, m, H)
+            dc_before = tl.where(keep[:, None], dc_before, 0.0)
             tl.store(dc + o_state, dc_before, mask=m)
             i_tile += 1
         tl.debug_barrier()  # dc is read by other threads than wrote it
