@@ -16,7 +16,7 @@ import torch
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import aten, autograd, backends, checks, ops, recording, routing
+from lstmcore import aten, autograd, backends, checks, direct, ops, recording, routing
 from lstmcore.kernels.contract import Rows
 from lstmcore.kernels.cpu import process, threads
 from lstmcore.routing import Way
@@ -204,6 +204,10 @@ def lstm(
             c_0 = h_0 if width == hidden_size else data.new_zeros(states, batch, hidden_size)
         options = (has_biases, num_layers, dropout, train, bidirectional)
         output, h_n, c_n = aten.run(data, batch_sizes, (h_0, c_0), params, *options)
+        if way is Way.EAGER and lengths is None and reset is None and not return_cells:
+            sizes_of = ((states, batch, width), (states, batch, hidden_size), shapes)
+            told = (backend, has_biases, num_layers, bidirectional, batch_first)
+            direct.remember(input, hx, told, *sizes_of, training)
         if training and device.type == "cuda":
             aten.differentiable_again((output, h_n, c_n), data, batch_sizes, (h_0, c_0), params, *options)
     else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import backends, functional, init, scripting
+from lstmcore import backends, direct, functional, init, scripting
 
 
 class LSTM(nn.RNNBase):
@@ -112,6 +112,10 @@ class LSTM(nn.RNNBase):
             params = [own[name] for name in self._flat_weights_names]
         except KeyError:  # replaced by something else: parametrized, pruned, weight-normed, a data-parallel replica
             params = [getattr(self, name) for name in self._flat_weights_names]
+        if lengths is None and reset is None and not return_cells:
+            found = direct.call(self, input, hx, params, self.backend)  # type: ignore[arg-type]
+            if found is not None:
+                return found[0], found[1:]
         output, h_n, c_n, *cells = functional.lstm(
             input,
             hx,

@@ -56,6 +56,11 @@ def way(tensors: Sequence[Tensor | None], backend: str) -> Way:
     return Way.OPERATIONS
 
 
+def undisturbed() -> bool:
+    """Whether nobody transforms, traces or differentiates forwards: a call of plain tensors then goes ``Way.EAGER``."""
+    return not _transforming() and forward_ad._current_level < 0 and _tracing() is None
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether the values of ``tensor`` can be read here, and torch.jit's tracer records nothing of what they become."""
     return type(tensor) is Tensor and _tracing() is None

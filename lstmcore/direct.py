@@ -1,0 +1,108 @@
+"""Calls that are handed to ATen as others like them were: one is looked at in full, those after it are not.
+
+A call of a few steps goes to ATen's LSTM, and is over in the time that it takes to check it and to choose.  Behind an
+operation of torch's, when what Python needs has left the caches, a call of one step took 215 microseconds where
+``torch.nn.LSTM`` takes 191 (Intel Xeon with AVX-512, two threads, T = B = 1, I = H = 16).
+
+What such calls have in common is in a key; what may change behind its back is asked every time.
+
+T time, B batch, I input, H hidden, P projection (H where there is none), L layers, D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lstmcore import aten, recording, routing
+from lstmcore.kernels.cpu import process
+
+MOST = 1024  # keys; then all are forgotten
+
+# looked up once: every call asks
+_autocasting = torch._C._is_any_autocast_enabled
+_compiling = torch.compiler.is_compiling
+
+
+class Known(NamedTuple):
+    """What was found out about calls of a key."""
+
+    h: tuple[int, int, int]  # (L * D, B, P)
+    c: tuple[int, int, int]  # (L * D, B, H)
+    shapes: Sequence[tuple[int, ...]]  # of the parameters
+    training: set[bool]  # whether gradients were wanted where ATen was chosen
+
+
+_known: dict[tuple[Any, ...], Known] = {}
+
+
+def _key(input: Tensor, hx: tuple[Tensor, Tensor] | None, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    states = () if hx is None else (hx[0].shape, hx[0].dtype, hx[1].shape, hx[1].dtype)
+    return input.shape, input.dtype, torch.get_num_threads(), options, states
+
+
+def _ordinary(input: Any, hx: Any) -> bool:
+    """Padded, on the CPU, no subclass: what a key describes."""
+    if type(input) is not Tensor or not input.is_cpu or input.dim() != 3:
+        return False
+    if hx is None:
+        return True
+    return type(hx) is tuple and len(hx) == 2 and all(type(state) is Tensor and state.is_cpu for state in hx)
+
+
+def remember(
+    input: Any,
+    hx: Any,
+    options: tuple[Any, ...],  # what is not of the tensors: the backend, biases, L, directions, what comes first
+    h: tuple[int, int, int],
+    c: tuple[int, int, int],
+    shapes: Sequence[tuple[int, ...]],
+    training: bool,
+) -> None:
+    """A call that was checked went to ATen: those like it do."""
+    if _ordinary(input, hx):
+        if len(_known) >= MOST:
+            _known.clear()
+        _known.setdefault(_key(input, hx, options), Known(h, c, shapes, set())).training.add(training)
+
+
+def call(
+    module: Any, input: Any, hx: Any, params: Sequence[Tensor], backend: str
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """output, h_n, c_n of a call that is known to go to ATen; None of others."""
+    # (A compiler is asked for first: it would guard a graph by all that is known.)
+    if _compiling() or not _known or not _ordinary(input, hx):
+        return None
+    biases, layers, bidirectional, batch_first = (
+        module.bias,
+        module.num_layers,
+        module.bidirectional,
+        module.batch_first,
+    )
+    known = _known.get(_key(input, hx, (backend, biases, layers, bidirectional, batch_first)))
+    if known is None or not routing.undisturbed() or _autocasting() or recording.watched(module):
+        return None
+    if process.torch_would_hang():
+        return None
+    dtype, wanted = input.dtype, input.requires_grad
+    if hx is not None:
+        wanted = wanted or hx[0].requires_grad or hx[1].requires_grad
+    if len(params) != len(known.shapes):
+        return None
+    for param, shape in zip(params, known.shapes):  # somebody may have put others there  # noqa: B905 (lengths are equal)
+        if type(param) is not Parameter or param.shape != shape or param.dtype is not dtype or not param.is_cpu:
+            return None
+        wanted = wanted or param.requires_grad
+    if (wanted and torch.is_grad_enabled()) not in known.training:
+        return None
+    if hx is None:
+        h_0 = input.new_zeros(known.h)
+        hx = h_0, h_0 if known.h == known.c else input.new_zeros(known.c)
+    data = input.transpose(0, 1) if batch_first else input
+    options = (biases, layers, module.dropout, module.training, bidirectional)
+    output, h_n, c_n = aten.run(data, None, hx, params, *options)
+    return output.transpose(0, 1) if batch_first else output, h_n, c_n
