@@ -137,9 +137,9 @@ class Rows:
         """The shape of a tensor of these rows, without its last dimension: ``(N,)`` packed, ``(T, B)`` padded."""
         return (self.total,) if self.packed else (self.steps, self.batch)
 
-    def new(self, like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor of these rows, zero where padded; (N, width) or (T, B, width)."""
-        make = like.new_zeros if self.ragged and not self.packed else like.new_empty
+    def new(self, like: Tensor, width: int, dtype: torch.dtype | None = None, *, zero: bool = True) -> Tensor:
+        """An uninitialised tensor of these rows, where padded zero (or to be cleared); (N, width) or (T, B, width)."""
+        make = like.new_zeros if zero and self.ragged and not self.packed else like.new_empty
         if self.batch_first and not self.packed:
             return make((self.batch, self.steps, width), dtype=dtype).transpose(0, 1)
         return make((*self.shape, width), dtype=dtype)

@@ -15,8 +15,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # Each imports only what is before it.
 LAYERS = (
-    "kernels", "init", "recording", "routing", "scripting", "checks", "reference", "aten", "backends", "onnx", "ops",
-    "autograd", "functional", "module", "rnn", "flow",
+    "kernels", "init", "recording", "routing", "scripting", "checks", "reference", "aten", "direct", "backends", "onnx",
+    "ops", "autograd", "functional", "module", "rnn", "flow",
 )  # fmt: skip
 FREE = ("_version",)  # holds a constant; anyone may
 SOURCES = {path: path.relative_to(ROOT) for name in ("lstmcore", "kernels") for path in (ROOT / name).rglob("*.py")}

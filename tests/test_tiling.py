@@ -91,8 +91,23 @@ def test_balanced_rows_share_the_work(lengths, groups):
     assert borders == sorted(borders)
     shares = [sum(lengths[a:b]) for a, b in itertools.pairwise(borders)]
     assert sum(shares) == sum(lengths)
-    # A border lies where a share is met for the first time: no share exceeds its due by more than a row.
+    # A border is off by half a row at most: no share exceeds its due by more than a row, half at either end.
     assert all(share <= sum(lengths) / groups + max(lengths) + 1 for share in shares)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(0, 30))
+def test_ragged_chunks_fill_their_room(alive, more):
+    alive = np.array(sorted(alive, reverse=True))
+    for each in (alive, alive[::-1]):  # the directions
+        room = max(int(alive.max()), 1) + more
+        borders = tiling.ragged_chunks(each, room)
+        assert borders[0] == 0
+        assert borders[-1] == len(each)
+        rows = [int(each[a:b].sum()) for a, b in itertools.pairwise(borders)]
+        assert all(a < b for a, b in itertools.pairwise(borders))
+        assert max(rows) <= room
+        # and no step of the next chunk would have fitted
+        assert all(here + each[end] > room for here, end in zip(rows, borders[1:-1], strict=False))
 
 
 def test_balanced_rows_of_a_dense_batch():

@@ -135,8 +135,10 @@ class BackwardArgs(NamedTuple):
     inputs: int
     hidden: int
     width: int
-    chunk: int
+    chunk: int  # steps
     chunk_rows: int
+    chunk_borders: int  # of ragged rows: int64 of where each chunk begins, in steps of the direction's order; else 0
+    chunks: int
     reverse: int
     batch_sizes: int
     row_starts: int

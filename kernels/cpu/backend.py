@@ -94,7 +94,7 @@ def forward(
     """See the contract."""
     x, h_0, c_0, flags = _rows_dense(input), _rows_dense(h_0), _rows_dense(c_0), _flags(reset)
     kind, kernels, count = Kind.of(x, weights, rows), kernels_of(x.dtype), len(weights)
-    output = rows.new(x, count * kind.width)
+    output = rows.new(x, count * kind.width, zero=False)
     h_n, c_n = x.new_empty((count, kind.batch, kind.width)), x.new_empty((count, kind.batch, kind.hidden))
     padded = kernels.block.padded(kind.hidden)
     kept = [buffers.take(rows.room * padded, kernels.compute) for _ in range(count * (save or cells))]
@@ -177,7 +177,7 @@ def backward(
     kind, kernels, count, flags = Kind.of(x, weights, rows), kernels_of(x.dtype), len(weights), _flags(reset)
     saved = tuple(each.contiguous() for each in saved)  # a saved-tensors hook may have brought them
     padded = kernels.block.padded(kind.hidden)
-    dx = [rows.new(x, kind.inputs) for _ in range(count * needs.input)]
+    dx = [rows.new(x, kind.inputs, zero=False) for _ in range(count * needs.input)]
     grad_h = x.new_empty((count, kind.batch, kind.width)) if needs.h_0 else None
     grad_c = x.new_empty((count, kind.batch, kind.hidden)) if needs.c_0 else None
     squares = [_no_squares(kind, kernels.block) for _ in range(count * norms)]

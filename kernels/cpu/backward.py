@@ -90,6 +90,8 @@ def _make_walk(variant: Variant) -> Any:
     @inline
     def chunk_of(a, w, number):
         first, last = number * a.chunk, min((number + 1) * a.chunk, a.steps)
+        if a.chunk_borders != 0:
+            first, last = load_int(a.chunk_borders + 8 * number), load_int(a.chunk_borders + 8 * number + 8)
         one, other = walk(a.reverse, a.steps, first), walk(a.reverse, a.steps, last - 1)
         k_base = row_start(a.part_starts, w.part, min(one, other))
         count = row_start(a.part_starts, w.part, max(one, other) + 1) - k_base
@@ -256,7 +258,11 @@ def _make_cell_gradients(variant: Variant) -> Any:
 
 def _make_copy_operands(variant: Variant) -> Any:
     """The rows of a chunk: copies of x and h_{t-1} for the weight gradients, and where dx goes."""
-    size, copy_strips = variant.size, row_functions(variant).copy_strips
+    size, copy_strips, clear_stored = (
+        variant.size,
+        row_functions(variant).copy_strips,
+        row_functions(variant).clear_stored,
+    )
 
     @inline
     def copy_row(a, w, step, r, alive_before):
@@ -282,6 +288,9 @@ def _make_copy_operands(variant: Variant) -> Any:
         alive = alive_rows(a.batch_sizes, a.batch, step.t)
         for r in range(a.part_begin, min(a.part_end, alive)):
             copy_row(a, w, step, r, r < step.continued)
+        if a.dx != 0 and a.packed == 0:
+            for r in range(max(a.part_begin, alive), a.part_end):  # padding
+                clear_stored(a.dx + step.position * a.dx_step + load_int(a.dx_rows + 8 * r), a.inputs)
 
     return copy_operands
 
@@ -430,7 +439,7 @@ def backward_kernel(variant: Variant) -> Any:
         """Works off a member's record, and returns that of the next."""
         w = widths_of(a)
         turns = 0
-        for number in range(-(-a.steps // a.chunk) - 1, -1, -1):
+        for number in range(a.chunks - 1, -1, -1):
             chunk = chunk_of(a, w, number)
             for s in range(chunk.last - 1, chunk.first - 1, -1):
                 turns = step_back(a, w, step_of(a, w, chunk, s), turns)

@@ -235,9 +235,9 @@ def _make_compute_panels(variant: Variant) -> Any:
 
 
 def _make_finish_step(variant: Variant) -> Any:
-    """(project_hidden, reset_rows): what follows a step."""
+    """(project_hidden, clear_padding, reset_rows): what follows a step."""
     rows, matrix_product = row_functions(variant), make_matrix_product(variant)
-    clear, narrow_row = rows.clear, rows.narrow_row
+    clear, clear_stored, narrow_row = rows.clear, rows.clear_stored, rows.narrow_row
     lanes, stored, vector_bytes = variant.block.lanes, variant.stored, variant.vector_bytes
 
     @inline
@@ -258,6 +258,13 @@ def _make_finish_step(variant: Variant) -> Any:
             )
 
     @inline
+    def clear_padding(a, w, step):
+        """The output of rows that have ended, or have no step: by who would have written it, while it is at hand."""
+        y = a.y + step.position * a.y_step + w.h_first * lanes * stored
+        for r in range(max(step.end, a.row_begin), a.row_end):
+            clear_stored(y + load_int(a.y_rows + 8 * r), min(w.h_count * lanes, a.width - w.h_first * lanes))
+
+    @inline
     def reset_rows(a, w, s):
         """The state that enters step ``s``: rows that it resets are zeroed by whoever wrote them."""
         t = walk(a.reverse, a.steps, s)
@@ -268,7 +275,7 @@ def _make_finish_step(variant: Variant) -> Any:
                 clear(h + r * w.h_row + w.h_first * vector_bytes, w.h_count)
                 clear(a.c + r * w.c_row + a.panel_begin * vector_bytes, a.panel_end - a.panel_begin)
 
-    return project_hidden, reset_rows
+    return project_hidden, clear_padding, reset_rows
 
 
 @functools.cache
@@ -277,7 +284,7 @@ def forward_kernel(variant: Variant) -> Any:
     lanes, stored = variant.block.lanes, variant.stored
     vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
     project_chunk, compute_panels = _make_project_chunk(variant), _make_compute_panels(variant)
-    project_hidden, reset_rows = _make_finish_step(variant)
+    project_hidden, clear_padding, reset_rows = _make_finish_step(variant)
     read = make_read(ForwardArgs)
 
     @inline
@@ -314,6 +321,8 @@ def forward_kernel(variant: Variant) -> Any:
                     if a.lockstep != 0:
                         turns = meet(a, turns)
                     project_hidden(a, w, step)
+                if a.packed == 0 and a.batch_sizes != 0:
+                    clear_padding(a, w, step)
             if a.reset != 0 and s + 1 < a.steps:
                 reset_rows(a, w, s + 1)
             if a.lockstep != 0:

@@ -322,6 +322,7 @@ def lay_backward(problem: Problem, given: BackwardGiven) -> Layout:
             own = {name: token and token + index * stride for name, token in sums.items()}
             arguments = BackwardArgs(
                 **whole, **own, **in_turn[len(records) % len(in_turn)],
+                **p.chunks(first, last, plan.chunk, plan.chunk * most, direction),
                 part_begin=first, part_end=last, part_starts=starts,
             )  # fmt: skip
             records.append(p.records(arguments, plan, share, index * plan.row_groups))

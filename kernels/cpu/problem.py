@@ -255,6 +255,18 @@ class Problem:
                 result.append((first, last, starts))
         return result
 
+    def chunks(self, first: int, last: int, chunk: int, room: int, direction: int) -> dict[str, int]:
+        """The arguments that say where the chunks of rows ``first`` to ``last`` begin.
+
+        Of ragged rows a chunk has as many steps as ``room`` has rows for: with as many everywhere, those in which few
+        rows are left would read and write all weight gradients for a handful of rows.
+        """
+        alive = self.alive(first, last)
+        if alive is None:
+            return {"chunk_borders": 0, "chunks": ceil_div(self.steps, chunk)}
+        borders = tiling.ragged_chunks(alive if direction == 0 else alive[::-1], room)
+        return {"chunk_borders": self.table(borders).address, "chunks": len(borders) - 1}
+
     def row_groups(self, plan: tiling.Plan, first: int, last: int) -> list[int]:
         """The borders of the row groups of rows ``first`` to ``last``."""
         return [first + r for r in tiling.balanced_rows(self.alive(first, last), last - first, plan.row_groups)]

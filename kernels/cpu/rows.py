@@ -11,7 +11,7 @@ from .variant import Variant
 
 @functools.cache
 def row_functions(variant: Variant) -> SimpleNamespace:
-    """``clear``, ``widen_row``, ``narrow_row``, ``copy_strips``."""
+    """``clear``, ``clear_stored``, ``widen_row``, ``narrow_row``, ``copy_strips``."""
     ops, lanes, size, stored = variant.ops, variant.block.lanes, variant.size, variant.stored
     most, vector_bytes = variant.block.rows, variant.vector_bytes
     store, zeros = ops.store, ops.zeros
@@ -23,6 +23,12 @@ def row_functions(variant: Variant) -> SimpleNamespace:
         """Zeroes ``count`` whole vectors."""
         for i in range(count):
             store(address + i * vector_bytes, zeros())
+
+    @inline
+    def clear_stored(address, count):
+        """Zeroes ``count`` values of storage."""
+        for i in range(0, count, lanes):
+            store_storage(address + i * stored, zeros(), count - i)
 
     @inline
     def widen_row(target, source, count):
@@ -51,4 +57,6 @@ def row_functions(variant: Variant) -> SimpleNamespace:
                     value = load_scalar(source + (begin + i) * size, width - i)
                 store_scalar(at + i * size, value, width - i)
 
-    return SimpleNamespace(clear=clear, widen_row=widen_row, narrow_row=narrow_row, copy_strips=copy_strips)
+    return SimpleNamespace(
+        clear=clear, clear_stored=clear_stored, widen_row=widen_row, narrow_row=narrow_row, copy_strips=copy_strips
+    )

@@ -236,6 +236,18 @@ def threads_worth(multiply_adds: int) -> int:
     return 1 + multiply_adds // WORTH_A_THREAD
 
 
+def ragged_chunks(alive: np.ndarray, room: int) -> np.ndarray:
+    """Borders of chunks of steps with as many rows together as ``room`` has place for; ``alive``: (T,) rows of a step.
+
+    ``room`` is no less than the rows of a step.
+    """
+    before = np.concatenate(([0], np.cumsum(alive)))
+    borders = [0]
+    while borders[-1] < len(alive):
+        borders.append(int(np.searchsorted(before, before[borders[-1]] + room, side="right")) - 1)
+    return np.array(borders, np.int64)
+
+
 def balanced_rows(batch_sizes, batch: int, groups: int) -> list[int]:
     """Borders of ``groups`` ranges of the sorted rows with about equal numbers of (step, row) pairs.
 
@@ -244,7 +256,7 @@ def balanced_rows(batch_sizes, batch: int, groups: int) -> list[int]:
     if batch_sizes is None or groups == 1:
         return [batch * g // groups for g in range(groups + 1)]
     lengths = (batch_sizes[None, :] > np.arange(batch)[:, None]).sum(1)
-    done = np.cumsum(lengths) * groups
-    # A group ends with the row that completes its share; those that are left over are empty.
-    ends = 1 + np.searchsorted(done, lengths.sum() * np.arange(1, groups))
-    return [0, *(min(batch, int(end)) for end in ends), batch]
+    middles = (2 * np.cumsum(lengths) - lengths) * groups
+    # A row that lies across the end of a share belongs where more of it lies; groups that are left over are empty.
+    ends = np.searchsorted(middles, 2 * lengths.sum() * np.arange(1, groups))
+    return [0, *map(int, ends), batch]
