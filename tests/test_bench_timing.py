@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import csv
-from bench import results, timing
+import pathlib
+import sys
+
+sys.path.append(str(pathlib.Path(__file__).parents[1]))  # the benchmark is run from there and not installed
+
+from bench import results, timing  # noqa: E402
 
 
 def test_behind_an_operation(monkeypatch):
