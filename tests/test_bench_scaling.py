@@ -1,9 +1,12 @@
 """The table of what more threads are predicted to bring."""
 
 import pathlib
+import sys
 
 import pytest
 from lstmcore.kernels.cpu import caches, tiling
+
+sys.path.append(str(pathlib.Path(__file__).parents[1]))  # the benchmark is run from there and not installed
 
 from bench import scaling
 

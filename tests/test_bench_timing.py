@@ -8,7 +8,7 @@ import sys
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # the benchmark is run from there and not installed
 
-from bench import results, timing  # noqa: E402
+from bench import results, timing
 
 
 def test_behind_an_operation(monkeypatch):
