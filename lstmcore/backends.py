@@ -86,10 +86,10 @@ def faster_than_torch(layer: Layer, several: bool = True) -> bool:
     ``several``: they share the work out among threads.
 
     * Dense float32 and bfloat16: ATen calls oneDNN, which wins where a call is over in a few steps, or the layer is so
-      small that nothing is left to gain; in inference of several rows of a wide layer both are level for longer.
-      Measured behind an operation of torch's for T 1 to 160, B 1, 8, 32 and H 16 to 512, on one kind of processor (AMD
-      EPYC, Zen 3, AVX2): what this rule picks is 0.99 to 2.6 times as fast in training with two threads and 1.0 to 3.7
-      in inference, with one thread 1.0 to 1.6 and 0.99 to 1.95.
+      small that nothing is left to gain; in inference of a wide layer both are level for longer.  Measured behind an
+      operation of torch's for T 1 to 160, B 1, 8, 32 and H 16 to 512, on two kinds of processor: what this rule picks
+      is 0.99 to 2.6 times as fast in training with two threads and 1.0 to 3.7 in inference, with one thread 1.0 to 1.6
+      and 0.99 to 1.95 (AMD EPYC, Zen 3, AVX2); 0.97 to 1.9 and 1.01 to 2.5 with two threads (Intel Xeon, AVX-512).
     * What oneDNN does not cover (packed, projections, float64, float16) ATen runs step by step, at some 50
       microseconds a step; what is laid out anew for each batch of lengths costs 0.3 ms a pass.
     * bfloat16 on a CPU that multiplies it: oneDNN uses that, our kernels compute in float32; ours win while the cell
@@ -104,7 +104,7 @@ def faster_than_torch(layer: Layer, several: bool = True) -> bool:
         return False
     if layer.training and hidden >= 256:
         return steps >= (1 if hidden >= 512 else 4)
-    wide = not layer.training and hidden >= 512 and batch > 1
+    wide = not layer.training and hidden >= 128 and not (hidden >= 512 and batch == 1)
     size = steps * hidden * min(batch, 16) ** 0.5
     return steps >= (20 if wide else 10) and size >= (700 if several else 1500)
 
