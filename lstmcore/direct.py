@@ -77,13 +77,8 @@ def call(
     # (A compiler is asked for first: it would guard a graph by all that is known.)
     if _compiling() or not _known or not _ordinary(input, hx):
         return None
-    biases, layers, bidirectional, batch_first = (
-        module.bias,
-        module.num_layers,
-        module.bidirectional,
-        module.batch_first,
-    )
-    known = _known.get(_key(input, hx, (backend, biases, layers, bidirectional, batch_first)))
+    options = backend, module.bias, module.num_layers, module.bidirectional, module.batch_first
+    known = _known.get(_key(input, hx, options))
     if known is None or not routing.undisturbed() or _autocasting() or recording.watched(module):
         return None
     if process.torch_would_hang():
@@ -102,7 +97,7 @@ def call(
     if hx is None:
         h_0 = input.new_zeros(known.h)
         hx = h_0, h_0 if known.h == known.c else input.new_zeros(known.c)
-    data = input.transpose(0, 1) if batch_first else input
-    options = (biases, layers, module.dropout, module.training, bidirectional)
-    output, h_n, c_n = aten.run(data, None, hx, params, *options)
-    return output.transpose(0, 1) if batch_first else output, h_n, c_n
+    data = input.transpose(0, 1) if module.batch_first else input
+    kind = module.bias, module.num_layers, module.dropout, module.training, module.bidirectional
+    output, h_n, c_n = aten.run(data, None, hx, params, *kind)
+    return output.transpose(0, 1) if module.batch_first else output, h_n, c_n

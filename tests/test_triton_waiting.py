@@ -234,3 +234,14 @@ def test_what_is_not_needed_does_not_wait_either(split):
     assert gradients.input is None
     assert gradients.c_0 is not None
     assert not gave_up(split)
+
+
+def test_a_device_seen_first_under_inference_mode(triton_kernels):
+    """What a kernel says there can be told, and cleared, by a call outside of it."""
+    triton_kernels._Status.words.clear()
+    with torch.inference_mode():
+        triton_kernels._Status.check(CPU)
+    triton_kernels._Status.word(CPU).fill_(1)
+    with pytest.raises(RuntimeError, match="gave up waiting"):
+        triton_kernels._Status.check(CPU)
+    triton_kernels._Status.check(CPU)

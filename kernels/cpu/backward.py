@@ -258,11 +258,8 @@ def _make_cell_gradients(variant: Variant) -> Any:
 
 def _make_copy_operands(variant: Variant) -> Any:
     """The rows of a chunk: copies of x and h_{t-1} for the weight gradients, and where dx goes."""
-    size, copy_strips, clear_stored = (
-        variant.size,
-        row_functions(variant).copy_strips,
-        row_functions(variant).clear_stored,
-    )
+    rows, size = row_functions(variant), variant.size
+    copy_strips, clear_stored = rows.copy_strips, rows.clear_stored
 
     @inline
     def copy_row(a, w, step, r, alive_before):

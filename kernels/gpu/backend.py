@@ -168,7 +168,8 @@ class _Status:
     @staticmethod
     def _readable(device: torch.device) -> Tensor:
         """A zero that is page-locked: written by the device, readable by the host."""
-        return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        with torch.inference_mode(False):  # what is made in that mode cannot be cleared outside of it
+            return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     @classmethod
     def word(cls, device: torch.device) -> Tensor:
