@@ -239,13 +239,13 @@ def lstm_fwd_kernel(
             acc = tl.zeros((KW, 4 * U, BT), tl.float32)
             missing = 0
             if STREAM:
-                p, m_k = channel(h_words, k, o_before, m_before, H, PACK)
+                p, m_k = channel(h_words, k, o_before, m_before, H_ROW, PACK)
                 words = tl.load(p, mask=m_k, other=0, volatile=True)
                 done = 0
                 w_k = w[0]
                 while done < H_ROW // PACK:
                     done += WORDS
-                    p_next, m_next = channel(h_words, done + k, o_before, m_before, H, PACK)
+                    p_next, m_next = channel(h_words, done + k, o_before, m_before, H_ROW, PACK)
                     words_next = tl.load(p_next, mask=m_next, other=0, volatile=True)
                     w_next = load_gate_rows(w_words, first, done + k_left, H, H_ROW, U, PACK)
                     words, lost = receive(words, p, m_k, patience, PACK)
@@ -253,7 +253,7 @@ def lstm_fwd_kernel(
                     missing = tl.maximum(missing, lost)
                     words, p, m_k, w_k = words_next, p_next, m_next, w_next
             else:
-                chunks: tl.constexpr = (H, WORDS, NK, PACK)
+                chunks: tl.constexpr = (H_ROW, WORDS, NK, PACK)
                 acc, missing = received(
                     w, h_words, k, o_before, m_before, keep, acc, patience, chunks, DTYPE, PRECISION
                 )  # fmt: skip
