@@ -41,8 +41,10 @@ _known: dict[tuple[Any, ...], Known] = {}
 
 
 def _key(input: Tensor, hx: tuple[Tensor, Tensor] | None, options: tuple[Any, ...]) -> tuple[Any, ...]:
-    states = () if hx is None else (hx[0].shape, hx[0].dtype, hx[1].shape, hx[1].dtype)
-    return input.shape, input.dtype, torch.get_num_threads(), options, states
+    if hx is None:
+        return input.shape, input.dtype, torch.get_num_threads(), options
+    h_0, c_0 = hx
+    return input.shape, input.dtype, torch.get_num_threads(), options, h_0.shape, h_0.dtype, c_0.shape, c_0.dtype
 
 
 def _ordinary(input: Any, hx: Any) -> bool:
@@ -51,7 +53,10 @@ def _ordinary(input: Any, hx: Any) -> bool:
         return False
     if hx is None:
         return True
-    return type(hx) is tuple and len(hx) == 2 and all(type(state) is Tensor and state.is_cpu for state in hx)
+    if type(hx) is not tuple or len(hx) != 2:
+        return False
+    h_0, c_0 = hx
+    return type(h_0) is Tensor and type(c_0) is Tensor and h_0.is_cpu and c_0.is_cpu
 
 
 def remember(
