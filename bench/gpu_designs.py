@@ -13,9 +13,10 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -105,7 +106,7 @@ class Problem:
         return output.detach(), torch.autograd.grad(output, x, self.grad.float())[0]
 
 
-def timed(run: object) -> tuple[float, object]:
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """Microseconds of the launch of the recurrence in ``run()``, and what that returned."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     launch = backend._Recurrence.launch
@@ -117,7 +118,7 @@ def timed(run: object) -> tuple[float, object]:
         events[1].record()
 
     with mock.patch.object(backend._Recurrence, "launch", between):
-        result = run()  # type: ignore[operator]
+        result = run()
     torch.cuda.synchronize()
     return events[0].elapsed_time(events[1]) * 1000, result
 
@@ -138,7 +139,7 @@ def measure(hidden: int, batch: int, sms: int, shared: int, steps: int) -> Itera
             with mock.patch.object(backend, "_plan", lambda *_, design=design: design):
                 run = (lambda: problem.backward(done)) if backward else problem.forward
                 result = timed(run)[1]
-                off = error(result, grad) if backward else error(result.output, output)  # type: ignore[arg-type, attr-defined]
+                off = error(result, grad) if backward else error(result.output, output)
                 us = statistics.median(timed(run)[0] for _ in range(REPEATS)) / steps
             sizes = (design.kind, design.units, design.tile, design.rows, design.groups, design.tiles, design.slices)
             place = (machine.device_name("cuda"), machine.versions()["triton"], hidden, batch, part)
@@ -152,18 +153,8 @@ def kernels(sms: int, shared: int) -> list[tuple[int, int, bool, Design]]:
     for hidden, batch in SHAPES:
         for backward in (False, True):
             for each in designs(hidden, batch, backward, sms, shared):
-                key = (
-                    hidden,
-                    backward,
-                    each.kind,
-                    each.units,
-                    each.tile,
-                    each.warps,
-                    each.chunk,
-                    each.chunks,
-                    each.stream,
-                )
-                wanted.setdefault(key, (hidden, batch, backward, each))
+                shares = (each.kind, each.units, each.tile, each.warps, each.chunk, each.chunks, each.stream)
+                wanted.setdefault((hidden, backward, *shares), (hidden, batch, backward, each))
     return list(wanted.values())
 
 

@@ -114,8 +114,9 @@ def faster_than_cudnn(layer: Layer) -> bool:
 
     * Where cuDNN launches kernels for each step (bfloat16, float32 of H > 192, packed, projections, an H that is no
       multiple of 128), a step takes it 13 microseconds forward and 27 backward, whatever its size up to H 1024 and 64
-      rows: ours are 2 to 14 times as fast there.  A call costs us 0.2 ms more in inference and 1 to 2 ms in training,
-      and cuDNN wins where products count: H 2048 (0.95), 256 rows of H 1024 (0.73 to 0.86); float32 of H 1024 is level.
+      rows, most of it that host's: ours are 2 to 14 times as fast there.  A call costs us 0.2 ms more in inference and
+      1 to 2 ms in training, and cuDNN wins where products count: H 2048 (0.95), 256 rows of H 1024 (0.73 to 0.86);
+      float32 of H 1024 is level.
     * Where it keeps one kernel running (float16, and float32 of H <= 192), ours are 1.05 to 2.8 times as fast over 1024
       steps, but for inference of 16 rows of H 768 (0.87).
     """

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lstmcore.kernels.contract import Layer
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -108,3 +109,25 @@ def test_the_number_of_threads_decides_short_calls(threads):
         threads(count)
         assert lstmcore.explain(module, torch.randn(12, 1, 64)).name == name
         assert lstmcore.explain(module, torch.randn(200, 1, 64)).name == "numba"
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "hidden", "training", "expected"),
+    [
+        (9, 32, 64, False, "torch"),
+        (10, 32, 64, False, "numba"),
+        (16, 1, 128, False, "torch"),  # of 128 units and more from 20 steps on, in inference
+        (20, 1, 128, False, "numba"),
+        (10, 8, 256, False, "torch"),
+        (20, 8, 256, False, "numba"),
+        (10, 1, 512, False, "numba"),  # but one row of many units
+        (10, 8, 512, False, "torch"),
+        (10, 8, 128, True, "numba"),
+        (4, 1, 256, True, "numba"),
+        (1, 1, 16, True, "torch"),
+    ],
+)
+def test_auto_by_class_on_the_cpu(steps, batch, hidden, training, expected):
+    """As the measurements say that ``faster_than_torch`` tells of, with several threads."""
+    layer = Layer(torch.device("cpu"), torch.float32, steps, batch, hidden, hidden, training=training)
+    assert backends.choose("auto", (layer,)).name == expected

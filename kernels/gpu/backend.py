@@ -479,7 +479,7 @@ def backward(
 
 
 def _column_sums(x: Tensor) -> Tensor:
-    """Of (N, M), summed in float32."""
+    """Of (N, M), summed in float32 (of 16 bits as cuBLAS does)."""
     if x.dtype == torch.float32:
         return x.sum(0)
     return (x.new_ones(1, len(x)) @ x).squeeze(0)  # torch's sum takes a workspace of twice the size of ``x``
