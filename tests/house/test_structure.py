@@ -16,9 +16,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Each imports only what is before it.
 LAYERS = (
     "kernels", "init", "recording", "routing", "scripting", "checks", "reference", "aten", "direct", "backends", "onnx",
-    "ops", "autograd", "functional", "module", "rnn", "flow",
+    "ops", "autograd", "functional", "module", "rnn", "flow", "cli",
 )  # fmt: skip
 FREE = ("_version",)  # holds a constant; anyone may
+HOUSE = {"lstmcore", "kernels", "bench", "tests", "examples", *(path.stem for path in (ROOT / "examples").iterdir())}
 SOURCES = {path: path.relative_to(ROOT) for name in ("lstmcore", "kernels") for path in (ROOT / name).rglob("*.py")}
 
 
@@ -38,7 +39,7 @@ def imported(path: pathlib.Path) -> set[str]:
             base = package_of(path)[: len(package_of(path)) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
-    return {name for name in found if name.split(".")[0] in ("lstmcore", "kernels", "bench", "tests", "examples")}
+    return {name for name in found if name.split(".")[0] in HOUSE}
 
 
 def owner(module: str) -> str:
@@ -87,6 +88,7 @@ def test_the_parser_sees_an_arrow_back(tmp_path, monkeypatch):
         "import lstmcore.module",
         "from . import module",
         "from .module import LSTM",
+        "from gradient_flow import module",
     ):
         path = tmp_path / "backends.py"
         path.write_text(f"def f():\n    {line}\n")
@@ -177,7 +179,7 @@ def wheel(tmp_path_factory) -> pathlib.Path:
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("lstmcore", "kernels", "tests", "bench"):
+    for name in ("lstmcore", "kernels", "tests", "bench", "examples"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", target, source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -214,6 +216,17 @@ print(lstmcore.__version__)
     done = python(program, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in wheel.name
+
+
+def test_wheel_says_where_the_demonstration_is(wheel, tmp_path):
+    """It needs the source: one sentence instead of a traceback."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    command = [sys.executable, "-m", "lstmcore", "flow", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert not done.stdout
+    assert re.fullmatch(r"lstmcore flow: the demonstration is not installed .*examples/gradient_flow.*\n", done.stderr)
+    assert {path.name for path in tmp_path.iterdir() if not path.name.endswith(".dist-info")} == {"lstmcore"}
 
 
 def test_every_public_name_is_there():
