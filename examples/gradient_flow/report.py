@@ -15,8 +15,9 @@ from rich.table import Table
 
 from lstmcore.flow import plots
 from lstmcore.flow.export import writing
+from lstmcore.flow.measure import measure
 from lstmcore.flow.record import Record
-from lstmcore.flow.summary import measure, number, summarize
+from lstmcore.flow.summary import number, summarize
 
 from .tasks import Task
 from .training import LAG, LEARNED, MEAN, TEST, Run, left

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lstmcore.flow.export import writing
+from lstmcore.flow.measure import VANISHED, by_layer, measure
 from lstmcore.flow.record import CLOSED, GATES, OPEN, QUANTILES, Gates, Norms, Record
-from lstmcore.flow.summary import VANISHED, by_layer, measure, number, share
+from lstmcore.flow.summary import number, share
 
 try:
     import matplotlib

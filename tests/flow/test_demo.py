@@ -21,7 +21,7 @@ import lstmcore
 from gradient_flow import tasks
 from gradient_flow.training import MODELS, SETTINGS, Run, build, left, train, untrained
 from lstmcore import cli
-from lstmcore.flow.summary import measure
+from lstmcore.flow.measure import measure
 
 ROOT = pathlib.Path(__file__).parents[2]
 needs_pictures = pytest.mark.skipif(

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Each imports only what is before it.
 LAYERS = (
     "kernels", "init", "recording", "routing", "scripting", "checks", "reference", "aten", "direct", "backends", "onnx",
-    "ops", "autograd", "functional", "module", "rnn", "flow", "cli",
+    "ops", "autograd", "functional", "module", "flow", "cli",
 )  # fmt: skip
 FREE = ("_version",)  # holds a constant; anyone may
 HOUSE = {"lstmcore", "kernels", "bench", "tests", "examples", *(path.stem for path in (ROOT / "examples").iterdir())}
