@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import pathlib
 import re
 import shutil
@@ -63,6 +64,30 @@ def test_imports_go_one_way(layer):
                 assert owner(name) == "kernels", f"{SOURCES[path]} imports {name}: kernels know nothing of lstmcore"
             else:
                 assert owner(name) in allowed, f"{SOURCES[path]} imports {name}: the arrow goes back"
+
+
+def knows(paths: list[pathlib.Path]) -> dict[str, set[str]]:
+    """By the name of each of these modules: which others of them it imports, at its top or later."""
+    names = {".".join([*package_of(path), path.stem]): path for path in paths if path.stem != "__init__"}
+    return {name: imported(path) & (names.keys() - {name}) for name, path in names.items()}
+
+
+@pytest.mark.parametrize("room", ["kernels", "flow"])
+def test_no_module_waits_for_itself(room):
+    """Inside of a package, too, imports go one way: none comes back to where it started, not even one in a function."""
+    modules = knows([path for path, relative in SOURCES.items() if room in relative.parts[:-1]])
+    assert len(modules) > 5
+    assert any(modules.values())
+    graphlib.TopologicalSorter(modules).prepare()  # CycleError names the circle
+
+
+def test_a_circle_is_seen(tmp_path, monkeypatch):
+    for name, line in (("a", "from .b import f"), ("b", "def f():\n    from . import a")):
+        path = tmp_path / f"{name}.py"
+        path.write_text(line)
+        monkeypatch.setitem(SOURCES, path, pathlib.PurePath("kernels", f"{name}.py"))
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(knows([tmp_path / "a.py", tmp_path / "b.py"])).prepare()
 
 
 @pytest.mark.parametrize(("room", "stranger"), [("cpu", "gpu"), ("gpu", "cpu")])
