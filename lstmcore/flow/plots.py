@@ -28,15 +28,7 @@ except ImportError as error:
     raise ImportError("the pictures need matplotlib: pip install matplotlib") from error
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, in an order that puts like things far from each other
-BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-    "#d55e00",
-    "#f0e442",
-)
+BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
 CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, RED, "#444444")
 STATES = {"c": ("cell state c", BLUE), "h": ("hidden state h", ORANGE)}
 TERMS = {
