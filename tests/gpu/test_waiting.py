@@ -134,7 +134,7 @@ def test_a_wait_that_does_not_end(split, dtype, monkeypatch):
     assert output[2:].isnan().all()
     assert got["h_n"].isnan().all()
     with pytest.raises(RuntimeError, match=r"gave up waiting.*NaN.*backend='torch'"):
-        good(p.given["input"], None, None, p.given_weights, p.rows)
+        good(p.call)
     contract.assert_same(split, named(p, call_forward(split, p), None), expected)  # told once, and over
 
 
