@@ -32,8 +32,8 @@ def harmless(command: str) -> list[str] | None:
     if words[:3] == ["python", "-m", "lstmcore"]:
         # test_cli.py runs the check, flow/test_demo.py the demonstration
         return [sys.executable, *words[1:], *(["--help"] if {"check", "flow"} & {*words} else [])]
-    if words[:2] == ["python", "-m"] and words[2] in ("bench", "bench.control", "bench.flow"):
-        last = [] if "--list" in words else ["--help"] if "report" in words else ["--list"]
+    if words[:2] == ["python", "-m"] and words[2] == "bench":
+        last = [] if "--list" in words else ["--help"] if {"report", "compare", "gpu", "kernels"} & {*words} else ["--list"]
         return [sys.executable, *words[1:], *last]
     if words[0] == "python" and words[1].startswith("examples/"):
         return [sys.executable, *words[1:], *([] if "--help" in words else ["--help"])]
