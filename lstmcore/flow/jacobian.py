@@ -95,7 +95,7 @@ class Operators(ABC):
         return torch.cat(found)
 
     def norm(self, ord: int | str = 2) -> Tensor:
-        """(T, B): ``spectral`` for 2, ``frobenius`` for "fro"; ValueError for another ``ord``."""
+        """(T, B): :meth:`spectral` for 2, :meth:`frobenius` for "fro"; ValueError for another ``ord``."""
         if ord == 2:
             return self.spectral()
         if ord == "fro":
@@ -180,8 +180,11 @@ class Jacobian(Operators):
     def norms(self, ord: int | str = 2) -> dict[str, Tensor]:
         """(T, B) norms of every term, and of their ``"sum"``, the Jacobian.
 
-        ``ord``: 2, the spectral norm (the largest singular value), or "fro", the Frobenius norm.
-        Raises ValueError for another ``ord``.
+        Args:
+            ord: 2, the spectral norm (the largest singular value), or "fro", the Frobenius norm.
+
+        Raises:
+            ValueError: another ``ord``.
         """
         return {"sum": self.norm(ord)}
 
@@ -192,7 +195,9 @@ class Jacobian(Operators):
     def product_norm(self, lag: int, end: int | None = None) -> Tensor:
         """(B,): the spectral norm of the product over ``lag`` steps; 1 for ``lag`` = 0.
 
-        Raises IndexError for an ``end`` that is not there, ValueError for a ``lag`` that goes beyond the first step.
+        Raises:
+            IndexError: an ``end`` that is not there.
+            ValueError: a ``lag`` that goes beyond the first step.
         """
         return self.log_product_norm(lag, end).exp()
 
@@ -229,7 +234,10 @@ class Jacobian(Operators):
         """(N + 1, B): natural logarithms of the norms of the products over 0, 1, ... N steps, N all up to ``end``.
 
         -inf where a product is zero.  The product is carried along, H×H for each row, as H vectors that go back
-        together: one pass for all lags, where iterating on vectors would take one for each.  IndexError as above.
+        together: one pass for all lags, where iterating on vectors would take one for each.
+
+        Raises:
+            IndexError: an ``end`` that is not there.
         """
         products = self._products(self._walk(end))
         return torch.stack([_largest_singular(matrices).log() + log_scale for matrices, log_scale in products])
@@ -240,7 +248,10 @@ class Jacobian(Operators):
         By the QR method (Benettin et al. 1980) over all T steps: of a sequence this long, the mean rates at which the
         longest axes of an ellipsoid grow.  The vectors start where a sweep of gradients from the end comes out, close
         to the axes that grow most, so that no steps are lost on turning there.  All H exponents add up to the mean of
-        ln |det J|.  Raises ValueError for ``k`` out of range.
+        ln |det J|.
+
+        Raises:
+            ValueError: ``k`` out of range.
         """
         T, B, H = self.shape
         k = H if k is None else k
@@ -288,7 +299,7 @@ class Terms(NamedTuple):
 class CellJacobian(Jacobian):
     """∂c_t / ∂c_{t-1} of one layer and direction of an LSTM, for every step and row, in float64.
 
-    The module's docstring has the equations.  The batch has one row where the input had none.
+    The docstring of :mod:`lstmcore.flow.jacobian` has the equations.  The batch has one row where the input had none.
     """
 
     def __init__(
@@ -364,8 +375,8 @@ class RNNJacobian(Scaled, Jacobian):
 @torch.no_grad()
 def cell_jacobian(
     module: nn.RNNBase,
-    input: Tensor,  # (T, B, I), (B, T, I) when batch_first, (T, I) unbatched
-    hx: tuple[Tensor, Tensor] | None = None,  # (L * D, B, P) and (L * D, B, H); without B when unbatched
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None = None,
     layer: int = 0,
     direction: int = 0,
 ) -> CellJacobian:
@@ -373,8 +384,10 @@ def cell_jacobian(
 
     Args:
         module: an ``lstmcore.LSTM`` or ``torch.nn.LSTM``; computed in float64, whatever its dtype.
-        input, hx: as the module takes them, of any floating dtype.
-        layer, direction: which; direction 1 walks from the last step to the first.
+        input: (T, B, I), (B, T, I) when batch_first, (T, I) unbatched; of any floating dtype.
+        hx: the initial states, (L * D, B, P) and (L * D, B, H), without B when unbatched; None for zeros.
+        layer: which layer, from 0 on.
+        direction: 1 walks from the last step to the first.
 
     Raises:
         TypeError: a module of another kind.
@@ -382,6 +395,13 @@ def cell_jacobian(
         ValueError: a ``PackedSequence``; input of a wrong rank or dtype; input, states or parameters that are not
             finite.
         RuntimeError: sizes that do not fit, T = 0.
+
+    Examples:
+        >>> jacobian = lstmcore.cell_jacobian(lstmcore.LSTM(8, 32), torch.randn(100, 4, 8))
+        >>> sorted(jacobian.norms())
+        ['A', 'B', 'C', 'E', 'sum']
+        >>> jacobian.product_norm(lag=50).shape
+        torch.Size([4])
     """
     if getattr(module, "mode", None) != "LSTM":
         raise TypeError(f"expected an lstmcore.LSTM or torch.nn.LSTM, got {_kind(module)}")
@@ -432,14 +452,20 @@ def cell_jacobian(
 @torch.no_grad()
 def rnn_jacobian(
     module: nn.RNNBase,
-    input: Tensor,  # (T, B, I), (B, T, I) when batch_first, (T, I) unbatched
-    hx: Tensor | None = None,  # (L, B, H); without B when unbatched
+    input: Tensor,
+    hx: Tensor | None = None,
     layer: int = 0,
 ) -> RNNJacobian:
     """The Jacobians ∂h_t / ∂h_{t-1} of one layer of a plain recurrent network, run on ``input`` without dropout.
 
-    ``module`` is an ``lstmcore.rnn.RNN`` or a ``torch.nn.RNN`` in one direction; everything else, and the errors, as in
-    :func:`cell_jacobian`.  ValueError for a bidirectional module.
+    Args:
+        module: an ``lstmcore.RNN``, or a ``torch.nn.RNN`` in one direction; computed in float64, whatever its dtype.
+        input: (T, B, I), (B, T, I) when batch_first, (T, I) unbatched; of any floating dtype.
+        hx: the initial state, (L, B, H), without B when unbatched; None for zeros.
+        layer: which layer, from 0 on.
+
+    Raises:
+        ValueError: a bidirectional module; otherwise as :func:`cell_jacobian`, like the other errors.
     """
     if not isinstance(module, nn.RNNBase) or getattr(module, "nonlinearity", None) not in NONLINEARITIES:
         raise TypeError(f"expected an lstmcore.rnn.RNN or torch.nn.RNN, got {_kind(module)}")

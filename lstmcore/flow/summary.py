@@ -46,7 +46,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Summary:
-    """What ``summarize`` found; ``str`` of it is a text in lines of up to 96 characters."""
+    """What :func:`summarize` found; ``str`` of it is a text in lines of up to 96 characters."""
 
     heading: str
     findings: list[Finding]  # layer by layer, of each the worst first
@@ -90,7 +90,8 @@ class Flow:
 def summarize(records: Sequence[Record]) -> Summary:
     """Judges the last recorded pass of every layer and direction, and how it differs from the first one.
 
-    Raises ValueError for an empty recording.
+    Raises:
+        ValueError: an empty recording.
     """
     layers = by_layer(records)
     passes = sorted({record.iteration for record in records})
