@@ -105,7 +105,9 @@ def _sanitizer(dry: bool) -> list[Command]:
 
 
 # By name: collecting all the others takes longer than running these.
-_GPU_TESTS = _python("pytest", "tests/test_gpu.py", "tests/test_explain.py", "-m", "gpu", "-p", "no:cacheprovider")
+_GPU_TESTS = _python(
+    "pytest", "tests/gpu/test_cuda.py", "tests/module/test_explain.py", "-m", "gpu", "-p", "no:cacheprovider"
+)
 # The kernels by name: "auto" leaves calls to torch on a device that nobody has measured yet.
 _QUICK = _python("bench", "--device", "cuda", "--quick", "--backend", "triton")
 

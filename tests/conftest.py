@@ -14,8 +14,10 @@ from lstmcore.kernels.cpu import threads as kernel_threads
 
 from lstmcore import backends
 
+pytest.register_assert_rewrite("tests.support")  # its checks tell as much as a test's own lines
+
 # Triton decides when it is imported whether kernels are compiled or interpreted, so this comes before any test.  Where
-# there is no CUDA device nothing else could run them; where there is one they are compiled, and tests/test_gpu.py runs.
+# there is no CUDA device nothing else could run them; where there is one they are compiled: tests/gpu/test_cuda.py.
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -69,7 +71,7 @@ def _seed() -> None:
 def triton_kernels(monkeypatch):
     """The module of the Triton backend, its kernels interpreted on the CPU; no test hears what another left behind."""
     if not INTERPRETED:
-        pytest.skip("Triton compiles its kernels here, for the CUDA device: tests/test_gpu.py runs them")
+        pytest.skip("Triton compiles its kernels here, for the CUDA device: tests/gpu/test_cuda.py runs them")
     try:
         kernels = backends.load("triton")
     except ImportError as error:

@@ -1,0 +1,1 @@
+"""The benchmark: that it measures what it says, and that wrong results get no figure."""

@@ -1,0 +1,233 @@
+"""``python -m bench.control``: all compute the same, wrong results get no figure, rows say what is timed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import control, timing
+from bench.cases import Case
+from bench.control import NONE, CellLoop, Control, Direct, Effort, Packed, Segments, Sequences, SplitSegments
+from bench.providers import OURS, PEER, draw
+from bench.verify import FLOAT64_BOUND, Mismatch, relative_error
+
+T, B = 9, 4
+EXACT = Case("exact", "rollout", 3, 5, B, T, dtype="float64")
+TINY = {
+    f"{experiment}-tiny": Case(f"{experiment}-tiny", experiment, 3, 5, B, 2 * T, modes=modes)
+    for experiment, modes in (
+        ("reset", ("inference", "training")),
+        ("lengths", ("inference", "training")),
+        ("cells", ("inference", "training")),
+        ("rollout", ("training",)),
+    )
+}
+FAST = ["--pairs", "1", "--seconds", "0"]
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch):
+    """What is timed here is of no interest."""
+    monkeypatch.setattr(timing, "SAMPLE_S", 0.0)
+    monkeypatch.setattr(timing, "PAUSE_S", 0.0)
+
+
+def some_resets() -> torch.Tensor:
+    """In the first step, twice in a row, in the last step, in all rows at once; one row has that one alone."""
+    reset = torch.zeros(T, B, dtype=torch.bool)
+    reset[0, 1] = reset[3, 1] = reset[4, 1] = reset[8, 2] = reset[2, 0] = True
+    reset[6] = True
+    return reset
+
+
+def agree(*sides) -> None:
+    first, *others = [side.training() for side in sides]
+    for side, results in zip(sides[1:], others, strict=True):
+        for mine, theirs in zip(first, results, strict=True):
+            assert relative_error(theirs, mine) <= FLOAT64_BOUND, side.name
+        for mine, theirs in zip(first, side.inference(), strict=False):
+            assert relative_error(theirs, mine) <= FLOAT64_BOUND, side.name
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.3, 1.0, None])
+def test_every_way_to_reset_agrees(share):
+    reset = some_resets() if share is None else control.draw_reset(EXACT, share)
+    assert share not in (0.0, 1.0) or reset.all() == reset.any() == bool(share)
+    problem, told = draw(EXACT), Control(reset=reset)
+    ours = Direct(problem, told, OURS)
+    agree(ours, *(kind(problem, told) for kind in (Segments, SplitSegments, CellLoop, Sequences)))
+    if share == 0.0:
+        agree(ours, Direct(problem))
+
+
+@pytest.mark.parametrize("variant", ["uniform", "T and T/2", "short"])
+def test_every_way_to_have_lengths_agrees(variant):
+    lengths = torch.tensor([2, 7, 1, 7]) if variant == "short" else control.ragged_lengths(EXACT)[variant]
+    problem, told = draw(EXACT), Control(lengths)
+    ours = Direct(problem, told, OURS)
+    agree(ours, Packed(problem, told, OURS), Packed(problem, told), CellLoop(problem, told))
+    assert ours.tokens == lengths.sum() < Direct(problem).tokens == T * B
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
+def test_cells_agree(read):
+    problem, told = draw(EXACT), Control(cells=True, cell_loss=read)
+    ours, loop = Direct(problem, told, OURS), CellLoop(problem, told)
+    agree(ours, loop)
+    _, _, c_n, cells, *gradients = loop.training()
+    assert torch.equal(cells[-1], c_n[0])
+    unread = Direct(problem).training()[3:]
+    assert all(map(torch.allclose, gradients, unread)) == (not read)
+
+
+def test_what_is_drawn():
+    case = Case("many", "reset", 1, 1, 100, 1000)
+    for share in control.SHARES:
+        assert control.draw_reset(case, share).float().mean() == pytest.approx(share, abs=0.01)
+    drawn = control.ragged_lengths(case)
+    assert drawn["uniform"].max() == 1000 > drawn["uniform"].min() > 0
+    assert drawn["uniform"].float().mean() == pytest.approx(505)
+    assert sorted(set(drawn["T and T/2"].tolist())) == [500, 1000]
+
+
+def test_rows_of_every_experiment(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(control, "CASES", TINY)
+    monkeypatch.setattr(control, "PROMISED_BATCH", B)
+    arguments = [*FAST, "--out", str(tmp_path)]
+    assert control.main(arguments) == 0
+    shown = capsys.readouterr().out
+    (path,) = (tmp_path / "control").glob("*.csv")
+    rows = control.read(path)
+    assert [row.experiment for row in rows] == ["reset"] * 6 + ["lengths"] * 14 + ["cells"] * 3 + ["rollout"] * 4
+    assert len({row.key for row in rows}) == len(rows)
+    assert path.read_text().startswith("commit,date,torch,numba,device,threads,experiment,case,mode,")
+    for row in rows:
+        assert row.pairs == 1
+        assert 0 < row.p20_ms == row.p50_ms == row.p80_ms
+        assert 0 < row.peer_p20_ms == row.peer_p50_ms == row.peer_p80_ms
+        assert row.ratio_p20 == row.ratio == row.ratio_p80
+        assert row.peer in shown
+        per_token = (row.p50_ms / row.tokens) / (row.peer_p50_ms / row.peer_tokens)
+        expected = per_token if row.kind == "cost" else row.peer_p50_ms / row.p50_ms
+        assert row.ratio == pytest.approx(expected, rel=1e-4)  # the file has six digits
+        promised = row.experiment != "cells" and (row.kind == "cost" or row.peer == "torch segments")
+        assert row.limit == ({"cost": 1.03, "speed": 3.0}[row.kind] if promised else None)
+    assert {row.peer for row in rows} == {
+        "lstmcore dense", "lstmcore packed", "torch packed", "torch segments", "torch split segments",
+        "torch cell loop", "torch packed sequences",
+    }  # fmt: skip
+    uniform = next(row for row in rows if row.variant == "uniform")
+    assert (uniform.tokens, uniform.peer_tokens) == (sum((4, 9, 14, 18)), 11 * B)
+
+    monkeypatch.setattr(control, "compare", lambda *_: replace(rows[-1], p50_ms=1.5))  # the last of the rollout's
+    assert control.main([*arguments, "--case", "rollout"]) == 0
+    again = control.read(path)
+    assert again[:-1] == rows[:-1]
+    assert again[-1].p50_ms == 1.5
+
+
+def made_up(**fields: object) -> control.ControlRow:
+    values = {"int": 1, "float": 1.0, "str": "", "float | None": None}
+    return control.ControlRow(
+        **{name: values[kind] for name, kind in control.ControlRow.__annotations__.items()} | fields
+    )
+
+
+def test_broken_limits_are_marked(capsys):
+    costs = [
+        made_up(kind="cost", ratio=ratio, limit=limit) for ratio, limit in ((1.031, 1.03), (1.029, 1.03), (9, None))
+    ]
+    speeds = [made_up(kind="speed", ratio=ratio, limit=limit) for ratio, limit in ((2.9, 3.0), (3.1, 3.0), (0.5, None))]
+    rows = costs + speeds
+    assert [each.broken for each in rows] == [True, False, False] * 2
+    control.show(control.screen(), rows)
+    shown = capsys.readouterr().out
+    assert shown.count("over 1.03") == shown.count("under 3") == 1
+    for text in ("1.031 over", "1.029", "9.000", "2.90× under", "3.10×", "0.50×"):
+        assert text in shown
+
+
+def without_resets(side):
+    """As if nobody had looked at the mask."""
+    output, states = side.module(side.input, side.hx)
+    return output, *states
+
+
+def test_wrong_outputs_get_no_figure(monkeypatch):
+    case = replace(TINY["rollout-tiny"], name="wrong")
+    told = Control(reset=control.draw_reset(case, 0.3))
+    true = control.truth(case, told)
+    for kind, provider in ((Direct, OURS), (Segments, PEER), (Sequences, PEER)):
+        control.checked(kind(draw(case), told, provider), true)
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "forward", without_resets)
+            with pytest.raises(Mismatch, match=f"wrong, {provider} .*, training, output: expected an error of at most"):
+                control.checked(kind(draw(case), told, provider), true)
+
+
+def test_wrong_gradients_get_no_figure(monkeypatch):
+    case = TINY["reset-tiny"]
+    true = control.truth(case)
+    ours = Direct(draw(case), provider=OURS)
+    names = ours.gradient_names
+    results = ours.training()
+    for index, name in enumerate(names, start=3):
+        wrong = [*results[:index], results[index] * (1 + 1e-5), *results[index + 1 :]]
+        monkeypatch.setattr(ours, "training", lambda wrong=wrong: wrong)
+        with pytest.raises(Mismatch, match=f"reset-tiny, lstmcore dense, training, {name}: "):
+            control.checked(ours, true)
+    monkeypatch.setattr(ours, "training", lambda: results[:-1])
+    with pytest.raises(Mismatch, match="expected 10 results, got 9"):
+        control.checked(ours, true)
+
+
+def test_a_wrong_case_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
+    def wrong(side):
+        results = original(side)
+        return (results[0] + (side.problem.case.group == "rollout"), *results[1:])
+
+    original = Direct.forward
+    monkeypatch.setattr(Direct, "forward", wrong)
+    monkeypatch.setattr(control, "CASES", {name: TINY[name] for name in ("rollout-tiny", "cells-tiny")})
+    assert control.main([*FAST, "--out", str(tmp_path)]) == 1
+    assert "wrong result: rollout-tiny, lstmcore with control" in " ".join(capsys.readouterr().out.split())
+    (path,) = (tmp_path / "control").glob("*.csv")
+    assert {each.case for each in control.read(path)} == {"cells-tiny"}
+
+
+def test_the_interruption_keeps_what_is_done(monkeypatch, tmp_path, capsys):
+    def interrupted(case, effort):
+        yield next(original(case, effort))
+        raise KeyboardInterrupt
+
+    original = control.resets
+    monkeypatch.setattr(control, "CASES", TINY)
+    monkeypatch.setitem(control.EXPERIMENTS, "reset", interrupted)
+    assert control.main([*FAST, "--out", str(tmp_path)]) == 0
+    assert "interrupted" in capsys.readouterr().out
+    (path,) = (tmp_path / "control").glob("*.csv")
+    assert [each.key for each in control.read(path)] == [("reset-tiny", "inference", "0% resets", "lstmcore dense")]
+
+
+def test_the_command_line(capsys, tmp_path):
+    assert control.main(["--case", "nothing"]) == 2
+    assert "no case matches" in capsys.readouterr().out
+    assert control.main(["--list"]) == 0
+    assert capsys.readouterr().out.split() == list(control.CASES)
+    assert control.main(["--list", "--quick", "--case", "reset*"]) == 0
+    assert capsys.readouterr().out.split() == ["reset-h64-b32-t1000", "reset-h16-b8-t1000"]
+    other = tmp_path / "other.csv"
+    other.write_text("some,columns\n")
+    with pytest.raises(ValueError, match="move the file away"):
+        control.read(other)
+
+
+def test_slow_peers_have_to_be_asked_for(monkeypatch):
+    case = TINY["rollout-tiny"]
+    monkeypatch.setattr(control, "SLOW", {case.name})
+    monkeypatch.setattr(control, "compare", lambda mode, variant, ours, peer, *_: peer.name)
+    quick, slow = (list(control.rollout(case, Effort(1, 0.0, slow))) for slow in (False, True))
+    assert slow == [*quick, "torch packed sequences"]
+    assert control.truth(case, NONE).expected[0].dtype == torch.float64

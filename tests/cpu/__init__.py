@@ -1,0 +1,1 @@
+"""The Numba kernels: threads and processes, compilation, plans, the same bits."""

@@ -1,0 +1,231 @@
+"""Exceptions that strike at any moment, as signal handlers raise them: no hang, none lost, the next result right."""
+
+from __future__ import annotations
+
+import pytest
+
+from ..support.processes import in_process
+
+# What takes each way through the kernels' host code, on two threads: options of the module, T, B, I, whether packed,
+# whether it trains.
+PATHS = {
+    "inference": ({}, 60, 8, 16, False, False),
+    "training": ({}, 60, 8, 16, False, True),
+    "directions": ({"bidirectional": True}, 60, 8, 16, False, True),
+    "lockstep": ({"hidden_size": 256}, 20, 1, 16, False, True),
+    "packed": ({}, 60, 8, 16, True, True),
+    "projection": ({"proj_size": 24, "num_layers": 2}, 40, 8, 16, False, True),
+}
+SETUP = """
+    import random, time
+    from lstmcore.kernels.cpu import threads
+    options, T, B, I, packed, trains = {path}
+    launched = shared_out("{threads_of}")
+    module = lstmcore.LSTM(I, **{{"hidden_size": 64}} | options, backend="numba")
+    x = torch.randn(T, B, I, requires_grad=trains)
+    lengths = torch.arange(B, 0, -1) * T // B
+
+    def run():
+        with torch.set_grad_enabled(trains):
+            fed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths) if packed else x
+            output, (h_n, c_n) = module(fed)
+            output = output.data if packed else output
+            grads = torch.autograd.grad(output.sum() + c_n.sum(), [x, *module.parameters()]) if trains else ()
+        return torch.cat([t.detach().flatten() for t in (output, h_n, c_n, *grads)])
+
+    expected = run()
+    assert torch.equal(run(), expected)
+    assert launched == {{"{threads_of}"}}, "the work was not shared out: the test shows nothing"
+
+    def check(when):
+        assert torch.equal(run(), expected), when
+        assert threads.available(2) == 2, f"the pool was lost: {{when}}"
+"""
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize(("threads_of", "times"), [("team", 1), ("team", 3), ("pool", 3)])
+def test_three_hundred_signals(path, threads_of, times):
+    """SIGINT, SIGTERM and SIGALRM by turns, whose handlers raise, from before a call until after it.
+
+    Or several at once, which strike what cleans up after the first, too.
+    """
+    in_process(
+        SETUP.format(path=path, threads_of=threads_of)
+        + f"""
+    class Struck(BaseException):
+        pass
+
+    def strike(number, frame):
+        global raised
+        while armed and frame is not None:
+            if frame.f_code is run.__code__:  # not in what follows, which several may strike
+                raised = True
+                raise Struck(number)
+            frame = frame.f_back
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    for each in signals:
+        signal.signal(each, strike)
+    start = time.perf_counter(); run(); duration = time.perf_counter() - start
+    delays, armed, raised, struck, slowest = __import__("queue").SimpleQueue(), False, False, 0, 0.0
+
+    def press():
+        while True:
+            first, delay = delays.get()
+            time.sleep(delay)
+            for number in range(first, first + {times}):
+                os.kill(os.getpid(), signals[number % 3])
+
+    threading.Thread(target=press, daemon=True).start()
+    for attempt in range(3000):
+        raised, armed, start = False, True, time.monotonic()
+        try:
+            delays.put((attempt, random.uniform(0, 1.2 * duration)))
+            run()
+            armed = False
+        except Struck:
+            armed = False
+            struck += 1
+            check(f"interruption {{struck}}")
+        else:
+            assert not raised, "an exception was lost"
+        slowest = max(slowest, time.monotonic() - start)
+        if struck == 300:
+            break
+    assert struck == 300, struck
+"""
+    )
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("threads_of", ["team", "pool"])
+def test_an_exception_at_every_line(path, threads_of):
+    """Of the kernels' host code, one after the other, in forward and backward: the first time it runs, and the last."""
+    in_process(
+        SETUP.format(path=path, threads_of=threads_of)
+        + """
+    here = os.path.dirname(threads.__file__) + os.sep
+
+    class Struck(BaseException):
+        pass
+
+    def lines(see):
+        # runs; before each line of the host code calls see(line, how often it has run before)
+        seen = {}
+        def local(frame, event, argument):
+            if event == "line":
+                line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                seen[line] = seen.get(line, -1) + 1
+                see(line, seen[line])
+            return local
+        sys.settrace(lambda frame, event, argument: local if frame.f_code.co_filename.startswith(here) else None)
+        try:
+            run()
+        finally:
+            sys.settrace(None)
+        return seen
+
+    places = {(line, when) for line, last in lines(lambda line, times: None).items() for when in (0, last)}
+    assert len(places) > 100, "hardly a line was seen"
+    struck = 0
+    for place in sorted(places):
+        def strike(line, times):
+            if (line, times) == place:
+                raise Struck
+        try:
+            lines(strike)
+        except Struck:
+            struck += 1
+            check(place)
+    assert struck > 0.9 * len(places)  # what memory is there to be reused is not the same each time
+"""
+    )
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_member_that_cannot_start(failing):
+    """On the pool, for want of memory, say: the others, who would wait for it, end too, and its error is raised."""
+    in_process(f"""
+        import numpy as np
+        from lstmcore.kernels.cpu import threads
+        from lstmcore.kernels.cpu.jit import kernel
+        from lstmcore.kernels.cpu.memory import load_int
+        from lstmcore.kernels.cpu.sync import arrive_and_wait
+
+        @kernel("test")
+        def meet(address):
+            arrive_and_wait(load_int(address + 8), 2, 1)
+
+        def member(address):
+            if number[address] == {failing} and fails:
+                raise MemoryError("none left")
+            meet(address)
+
+        shared_out("pool")
+        for fails in (True, False, True, False):
+            counters = np.zeros((1, 16), np.int64)
+            records = np.array([(m, counters.ctypes.data) for m in range(2)], np.int64)
+            addresses = [records.ctypes.data, records.ctypes.data + 16]
+            number = dict(zip(addresses, range(2)))
+            assert threads.available(2) == 2
+            try:
+                threads._run_on_pool(member, addresses, counters)
+                assert not fails
+            except MemoryError as error:
+                assert fails and "none left" in str(error)
+        expected = work()
+        assert torch.equal(work(), expected)
+    """)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_member_that_cannot_be_handed_out(failing):
+    """On the pool, for want of memory: those that have begun end, the others never begin, and the pool goes on."""
+    in_process(f"""
+        from types import SimpleNamespace
+        from lstmcore.kernels.cpu import threads
+        launched = shared_out("pool")
+        threads._cores = lambda: 3
+        torch.set_num_threads(3)
+        job = dict(T=40, B=1, H=256)  # in lockstep
+        expected = work(**job)
+        assert len(threads._workers) == 2
+
+        def put(message):
+            raise MemoryError("none left")
+
+        worker = threads._workers[{failing} - 1]
+        queue = worker.calls
+        for _ in range(50):
+            worker.calls = SimpleNamespace(put=put, get=queue.get)
+            try:
+                work(**job)
+                raise AssertionError("no error")
+            except MemoryError as error:
+                assert "none left" in str(error)
+            finally:
+                worker.calls = queue
+            assert torch.equal(work(**job), expected) and threads.available(3) == 3
+    """)
+
+
+@pytest.mark.parametrize("threads_of", ["team", "pool"])
+def test_at_the_end_of_the_process(threads_of):
+    """Functions of atexit, and what is deleted last, can still call a module."""
+    in_process(f"""
+        import atexit
+        launched = shared_out("{threads_of}")
+        module, x = build(H=64, T=60, B=16)
+        expected = step(module, x)
+        assert launched == {{"{threads_of}"}}
+
+        class Last:
+            def __del__(self, step=step, equal=torch.equal, module=module, x=x, expected=expected, end=os._exit):
+                if not equal(step(module, x), expected):
+                    end(1)
+
+        last = Last()
+        sys.modules["kept until the end"] = last
+        atexit.register(lambda: torch.equal(step(module, x), expected) or os._exit(1))
+    """)

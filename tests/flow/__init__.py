@@ -1,0 +1,1 @@
+"""The gradient flow: recording, summary, pictures, files, Jacobians."""

@@ -1,0 +1,1 @@
+"""The repository itself: imports, wheel, README, command line."""

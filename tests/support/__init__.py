@@ -1,0 +1,1 @@
+"""What test files share: oracles, problems, tolerances, processes.  No test file imports another."""
