@@ -21,9 +21,9 @@ from torch import nn
 
 from lstmcore import recording
 from lstmcore.flow.record import Gates, Norms, Record, entering_of
+from lstmcore.flow.rnn import RNN
 from lstmcore.module import LSTM
 from lstmcore.recording import Observation
-from lstmcore.rnn import RNN
 
 if TYPE_CHECKING:
     from lstmcore.flow.summary import Summary

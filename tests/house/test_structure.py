@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import pathlib
 import re
 import shutil
@@ -16,9 +17,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Each imports only what is before it.
 LAYERS = (
     "kernels", "init", "recording", "routing", "scripting", "checks", "reference", "aten", "direct", "backends", "onnx",
-    "ops", "autograd", "functional", "module", "rnn", "flow",
+    "ops", "autograd", "functional", "module", "flow", "cli",
 )  # fmt: skip
 FREE = ("_version",)  # holds a constant; anyone may
+HOUSE = {"lstmcore", "kernels", "bench", "tests", "examples", *(path.stem for path in (ROOT / "examples").iterdir())}
 SOURCES = {path: path.relative_to(ROOT) for name in ("lstmcore", "kernels") for path in (ROOT / name).rglob("*.py")}
 
 
@@ -38,7 +40,7 @@ def imported(path: pathlib.Path) -> set[str]:
             base = package_of(path)[: len(package_of(path)) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
-    return {name for name in found if name.split(".")[0] in ("lstmcore", "kernels", "bench", "tests", "examples")}
+    return {name for name in found if name.split(".")[0] in HOUSE}
 
 
 def owner(module: str) -> str:
@@ -64,6 +66,30 @@ def test_imports_go_one_way(layer):
                 assert owner(name) in allowed, f"{SOURCES[path]} imports {name}: the arrow goes back"
 
 
+def knows(paths: list[pathlib.Path]) -> dict[str, set[str]]:
+    """By the name of each of these modules: which others of them it imports, at its top or later."""
+    names = {".".join([*package_of(path), path.stem]): path for path in paths if path.stem != "__init__"}
+    return {name: imported(path) & (names.keys() - {name}) for name, path in names.items()}
+
+
+@pytest.mark.parametrize("room", ["kernels", "flow"])
+def test_no_module_waits_for_itself(room):
+    """Inside of a package, too, imports go one way: none comes back to where it started, not even one in a function."""
+    modules = knows([path for path, relative in SOURCES.items() if room in relative.parts[:-1]])
+    assert len(modules) > 5
+    assert any(modules.values())
+    graphlib.TopologicalSorter(modules).prepare()  # CycleError names the circle
+
+
+def test_a_circle_is_seen(tmp_path, monkeypatch):
+    for name, line in (("a", "from .b import f"), ("b", "def f():\n    from . import a")):
+        path = tmp_path / f"{name}.py"
+        path.write_text(line)
+        monkeypatch.setitem(SOURCES, path, pathlib.PurePath("kernels", f"{name}.py"))
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(knows([tmp_path / "a.py", tmp_path / "b.py"])).prepare()
+
+
 @pytest.mark.parametrize(("room", "stranger"), [("cpu", "gpu"), ("gpu", "cpu")])
 def test_kernels_of_one_kind_do_not_know_the_other(room, stranger):
     paths = [path for path, relative in SOURCES.items() if relative.parts[:2] == ("kernels", room)]
@@ -87,6 +113,7 @@ def test_the_parser_sees_an_arrow_back(tmp_path, monkeypatch):
         "import lstmcore.module",
         "from . import module",
         "from .module import LSTM",
+        "from gradient_flow import module",
     ):
         path = tmp_path / "backends.py"
         path.write_text(f"def f():\n    {line}\n")
@@ -177,7 +204,7 @@ def wheel(tmp_path_factory) -> pathlib.Path:
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("lstmcore", "kernels", "tests", "bench"):
+    for name in ("lstmcore", "kernels", "tests", "bench", "examples"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", target, source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -214,6 +241,17 @@ print(lstmcore.__version__)
     done = python(program, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in wheel.name
+
+
+def test_wheel_says_where_the_demonstration_is(wheel, tmp_path):
+    """It needs the source: one sentence instead of a traceback."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    command = [sys.executable, "-m", "lstmcore", "flow", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert not done.stdout
+    assert re.fullmatch(r"lstmcore flow: the demonstration is not installed .*examples/gradient_flow.*\n", done.stderr)
+    assert {path.name for path in tmp_path.iterdir() if not path.name.endswith(".dist-info")} == {"lstmcore"}
 
 
 def test_every_public_name_is_there():
