@@ -32,7 +32,7 @@ class Finding:
     kind: str  # one of KINDS
     where: str  # the record's name
     numbers: dict[str, float]  # what the text says, unrounded
-    text: str
+    text: str  # the judgement, in sentences
     advice: str = ""  # what to try, one suggestion a line
 
 
@@ -40,7 +40,7 @@ class Finding:
 class Summary:
     """What :func:`summarize` found; ``str`` of it is a text in lines of up to 96 characters."""
 
-    heading: str
+    heading: str  # what was recorded, and what is compared
     findings: list[Finding]  # layer by layer, of each the worst first
 
     def __str__(self) -> str:
