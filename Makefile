@@ -2,6 +2,9 @@
 # make gpu uses $(PYTHON) as it is: PyTorch with CUDA is there already, and a network may not be.
 PYTHON ?= python3
 VENV := .venv
+# what make compare sets side by side: git's names of commits; a dot is the tree as it is, with what was not committed
+A ?= HEAD
+B ?= .
 BIN := $(VENV)/bin
 # torch first and by exact version: a plain pin takes the small build, a range may pull gigabytes of CUDA libraries
 TORCH := $(shell grep -o '^torch==[^ ;]*' constraints.txt)
@@ -9,7 +12,7 @@ TORCH := $(shell grep -o '^torch==[^ ;]*' constraints.txt)
 # what torch 2.11 ships; make kernels compiles with it and with the newest, which is in constraints.txt
 OLD_TRITON := 3.6.0
 
-.PHONY: bench bench-full demo test gpu kernels lint docs check clean build/types
+.PHONY: bench bench-full compare demo test gpu kernels lint docs check clean build/types
 
 bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by both
 	$(BIN)/python -m bench --quick
@@ -18,6 +21,9 @@ bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by 
 bench-full: $(VENV)/.ready  ## every case of the benchmark
 	$(BIN)/python -m bench
 
+compare: $(VENV)/.ready  ## two commits side by side, A and B: fails where B is slower or takes more memory
+	$(BIN)/python -m bench compare $(A) $(B) $(ARGS)
+
 demo: $(VENV)/.ready  ## gradient flow: what plain RNNs and LSTMs keep of a gradient, and learn, in under five minutes
 	$(BIN)/python -m lstmcore flow --out out/flow
 
@@ -25,11 +31,11 @@ test: $(VENV)/.ready  ## the tests
 	$(BIN)/pytest tests
 
 gpu:  ## tests, experiments and the quick benchmark on a CUDA GPU, within ten minutes; ARGS="--stage bench", ...
-	$(PYTHON) -m bench.gpu $(ARGS)
+	$(PYTHON) -m bench gpu $(ARGS)
 
 kernels: $(VENV)/.ready build/triton-$(OLD_TRITON)/.ready  ## compile every GPU kernel without a GPU, and report
-	$(BIN)/python -m bench.kernel_report --csv out/kernels/newest.csv $(ARGS)
-	PYTHONPATH=build/triton-$(OLD_TRITON) $(BIN)/python -m bench.kernel_report --csv out/kernels/$(OLD_TRITON).csv $(ARGS)
+	$(BIN)/python -m bench kernels --csv out/kernels/newest.csv $(ARGS)
+	PYTHONPATH=build/triton-$(OLD_TRITON) $(BIN)/python -m bench kernels --csv out/kernels/$(OLD_TRITON).csv $(ARGS)
 
 build/triton-$(OLD_TRITON)/.ready:
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) triton==$(OLD_TRITON)

@@ -1,11 +1,13 @@
-"""The registry of named cases: what is measured, in which modes, and how many operations it takes.
+"""The registry of named cases: what is measured, by which experiments, and how many operations it takes.
+
+A new case is a line here: every experiment, the pytest-benchmark entries and the report take theirs from this file.
 
 Legend: T steps, B batch, I input, H hidden, P projection (H where there is none), D directions, N rows over all steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -39,8 +41,11 @@ class Case:
     device: str = "cpu"
     loss: str = "all"  # of all outputs and final states; "last": of each row's last output alone
     strict: bool = False  # float32 products in float32, where a GPU would otherwise round their operands to TF32
-    quick: bool = False
-    memory: bool = False  # the full run also measures the peak memory of a training step
+    tags: frozenset[str] = frozenset()  # of ``TAGS``
+
+    @property
+    def quick(self) -> bool:
+        return "quick" in self.tags
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -103,46 +108,6 @@ def _fit(case: Case, limit_gflop: float) -> Case:
 FUSED_GFLOP = 103
 LOOP_GFLOP = 11
 
-QUICK = {
-    "dense-h16-b32",
-    "dense-h64-b8",
-    "dense-h128-b1",
-    "dense-h128-b32",
-    "dense-h256-b8",
-    "dense-h512-b8",
-    "i1-h64-b32",
-    "i1-h128-b32",
-    "steps-t100",
-    "steps-t4096",
-    "bidirectional-h128-b32",
-    "layers4-h64-b8",
-    "packed-h128-b32",
-    "proj-h128-p64-b32",
-    "float64-h128-b32",
-    "bfloat16-h128-b32",
-    "last-h128-b32",
-    "short-h64-b32-t30",
-    "short-h128-b16-t100",
-    "call-h16-b1-t1",
-}
-
-MEMORY = {
-    "dense-h64-b8",
-    "dense-h128-b32",
-    "dense-h256-b32",
-    "dense-h512-b32",
-    "dense-h1024-b64",
-    "i1-h128-b32",
-    "steps-t16384",
-    "bidirectional-h128-b32",
-    "layers4-h128-b32",
-    "packed-h128-b32",
-    "proj-h128-p64-b32",
-    "float64-h128-b32",
-    "bfloat16-h128-b32",
-}
-
-
 SHORT = (  # T, B, I, H
     (16, 128, 64, 64),
     (20, 24, 80, 80),
@@ -155,7 +120,58 @@ SHORT = (  # T, B, I, H
 )
 
 
-def _cases() -> Iterator[Case]:
+HIDDEN = (64, 128, 256, 512, 768, 1024, 2048)  # of the cases on a GPU, as the next two
+BATCHES = (1, 16, 64, 128, 256)
+STEPS_ON_GPU = (256, 1024, 4096, 16384)
+
+# In the order in which they are run: where a time limit cuts the list, what matters most has been measured.
+GPU_QUICK = (
+    "cuda-bfloat16-h1024-b16-t1024", "cuda-bfloat16-h512-b16-t1024", "cuda-bfloat16-h128-b16-t1024",
+    "cuda-float16-h768-b16-t1024", "cuda-bfloat16-h64-b16-t1024", "cuda-bfloat16-h256-b64-t1024",
+    "cuda-bfloat16-h1024-b64-t1024", "cuda-packed-bfloat16-h512-b16-t1024", "cuda-float32-h512-b16-t1024",
+    "cuda-bidirectional-bfloat16-h512-b16-t1024", "cuda-float16-h128-b64-t1024", "cuda-float16-h1024-b64-t1024",
+    "cuda-bfloat16-h2048-b16-t1024", "cuda-bfloat16-h1024-b1-t1024", "cuda-bfloat16-h1024-b256-t1024",
+    "cuda-bfloat16-h512-b64-t1024", "cuda-bfloat16-h128-b256-t1024", "cuda-bfloat16-h768-b64-t1024",
+    "cuda-bfloat16-h256-b1-t1024", "cuda-bfloat16-h512-b16-t4096", "cuda-bfloat16-h128-b16-t16384",
+    "cuda-bfloat16-h128-b64-t256", "cuda-bfloat16-h1024-b16-t256", "cuda-float16-h64-b16-t1024",
+    "cuda-float16-h512-b64-t1024", "cuda-float16-h512-b256-t1024", "cuda-float16-h1024-b1-t1024",
+    "cuda-float32-h128-b16-t1024", "cuda-float32-h1024-b64-t1024", "cuda-strict-float32-h512-b16-t1024",
+    "cuda-layers2-bfloat16-h512-b16-t1024", "cuda-layers4-bfloat16-h128-b16-t1024",
+    "cuda-odd-bfloat16-h513-b17-t1024", "cuda-odd-float16-h129-b17-t1024", "cuda-proj-bfloat16-h512-p128-b16-t1024",
+)  # fmt: skip
+# What is special about a case, by its name (in full, or without the number of steps that it got).
+TAGS: dict[str, tuple[str, ...]] = {
+    "quick": (  # in the quick subset
+        "dense-h16-b32", "dense-h64-b8", "dense-h128-b1", "dense-h128-b32", "dense-h256-b8", "dense-h512-b8",
+        "i1-h64-b32", "i1-h128-b32", "steps-t100", "steps-t4096", "bidirectional-h128-b32", "layers4-h64-b8",
+        "packed-h128-b32", "proj-h128-p64-b32", "float64-h128-b32", "bfloat16-h128-b32", "last-h128-b32",
+        "short-h64-b32-t30", "short-h128-b16-t100", "call-h16-b1-t1",
+        "reset-h64-b32", "reset-h16-b8", "lengths-h64-b32", "lengths-h16-b8", "cells-h16-b8", "rollout-h256-i64-b8",
+        *GPU_QUICK,
+    ),
+    "memory": (  # the full run also measures the peak memory of a training step; on a GPU, of every case
+        "dense-h64-b8", "dense-h128-b32", "dense-h256-b32", "dense-h512-b32", "dense-h1024-b64", "i1-h128-b32",
+        "steps-t16384", "bidirectional-h128-b32", "layers4-h128-b32", "packed-h128-b32", "proj-h128-p64-b32",
+        "float64-h128-b32", "bfloat16-h128-b32",
+    ),
+    "flow": (  # what recording the gradient flow costs is measured on
+        "dense-h16-b1", "dense-h16-b8", "dense-h16-b32", "dense-h64-b8", "dense-h64-b32",
+        "dense-h128-b32", "dense-h256-b32", "dense-h512-b8", "dense-h1024-b8",
+        "cuda-bfloat16-h1024-b16-t1024", "cuda-bfloat16-h128-b16-t1024", "cuda-packed-bfloat16-h512-b16-t1024",
+        "cuda-float32-h512-b16-t1024",
+    ),
+    # In torch's packed training every step's slice has a gradient as large as the gates of all steps, so that the time
+    # grows with the square of T.  Of these shapes one call takes between two and thirty seconds.
+    "slow": (
+        "lengths-h256-b32", "lengths-h64-b32", "rollout-h256-i64-b32", "rollout-h256-i64-b128",
+        "rollout-h256-i256-b128",
+    ),
+    # Two commits are compared on these: a call of one step, short, dense, packed.
+    "compare": ("call-h16-b1-t1", "short-h64-b32-t30", "dense-h64-b8", "packed-h64-b8"),
+}  # fmt: skip
+
+
+def _cpu_cases() -> Iterator[Case]:
     for hidden in (16, 64, 128, 256, 512, 1024):
         for batch in (1, 8, 32, 64):
             shape = f"h{hidden}-b{batch}"
@@ -190,47 +206,169 @@ def _cases() -> Iterator[Case]:
     yield Case("call-h16-b1-t1", "call", 16, 16, 1, 1)
 
 
-def _shape(name: str) -> str:
-    """A case's name without the number of steps that it got."""
-    return name if name.startswith(("steps-", "short-", "call-")) else name.rpartition("-t")[0]
+def _gpu_cases() -> Iterator[Case]:
+    def case(group: str, hidden: int, batch: int, steps: int, dtype: str, kind: str = "", **rest: object) -> Case:
+        """``kind``: what the name says beyond the dtype, where that is not the whole group."""
+        middle = f"{kind}-{dtype}" if kind else dtype
+        proj = f"-p{rest['proj_size']}" if "proj_size" in rest else ""
+        name = f"cuda-{middle}-h{hidden}{proj}-b{batch}-t{steps}"
+        return Case(
+            name, group, hidden, hidden, batch, steps, dtype=dtype, device="cuda", tags=frozenset({"memory"}), **rest
+        )  # type: ignore[arg-type]
+
+    for dtype in ("bfloat16", "float16", "float32"):
+        for hidden in HIDDEN:
+            for batch in BATCHES:
+                for steps in STEPS_ON_GPU:
+                    yield case(f"cuda-{dtype}", hidden, batch, steps, dtype)
+    for hidden in (128, 512, 1024):
+        for batch in (16, 64):
+            yield case("cuda-strict", hidden, batch, 1024, "float32", "strict", strict=True)
+    for dtype in ("bfloat16", "float16"):
+        for hidden in (64, 128, 256, 512, 1024):
+            for batch in (16, 64):
+                for steps in (1024, 4096):
+                    yield case("cuda-bidirectional", hidden, batch, steps, dtype, "bidirectional", bidirectional=True)
+    for layers in (2, 4):
+        for dtype in ("bfloat16", "float16"):
+            for hidden in (128, 512, 1024):
+                for batch in (16, 64):
+                    yield case("cuda-layers", hidden, batch, 1024, dtype, f"layers{layers}", num_layers=layers)
+    for dtype in ("bfloat16", "float16", "float32"):
+        for hidden in (128, 512, 1024):
+            for batch in (16, 64):
+                for steps in (1024, 4096):
+                    yield case("cuda-packed", hidden, batch, steps, dtype, "packed", mean_length=0.5)
+    for dtype in ("bfloat16", "float16", "float32"):
+        for hidden, batch in ((65, 3), (129, 17), (200, 33), (513, 17), (1000, 50)):
+            yield case("cuda-odd", hidden, batch, 1024, dtype, "odd")
+    for dtype in ("bfloat16", "float32"):
+        for hidden, proj in ((512, 128), (1024, 256)):
+            yield case("cuda-proj", hidden, 16, 1024, dtype, "proj", proj_size=proj)
 
 
-CASES = {
-    case.name: replace(case, quick=_shape(case.name) in QUICK, memory=_shape(case.name) in MEMORY) for case in _cases()
-}
-if unknown := (QUICK | MEMORY) - {_shape(name) for name in CASES}:
-    raise ValueError(f"expected the names of cases without their steps, got {sorted(unknown)}")
+def _other_cases() -> Iterator[Case]:
+    """Those of the experiments that have cases of their own."""
+    for group, shapes in (  # H, B, T
+        ("reset", ((128, 32, 1000), (256, 32, 500), (64, 32, 1000), (512, 8, 500), (16, 8, 1000))),
+        ("lengths", ((128, 32, 250), (256, 32, 500), (64, 32, 1000), (16, 8, 1000))),
+        ("cells", ((128, 32, 1000), (256, 32, 500), (16, 8, 1000))),
+    ):
+        for hidden, batch, steps in shapes:
+            yield Case(f"{group}-h{hidden}-b{batch}-t{steps}", group, hidden, hidden, batch, steps)
+    for features, batch in ((64, 128), (256, 128), (64, 32), (64, 8)):
+        name = f"rollout-h256-i{features}-b{batch}-t128"
+        yield Case(name, "rollout", features, 256, batch, 128, modes=("training",))
+    for batch in (16, 64, 1):  # what matters most comes first, for a time limit may cut the end
+        for hidden in HIDDEN:
+            yield Case(f"step-h{hidden}-b{batch}", "step", hidden, hidden, batch, 1024, dtype="bfloat16", device="cuda")
+    for hidden, batch in ((128, 16), (512, 16), (1024, 16), (256, 16), (768, 16), (512, 64), (1024, 64), (1024, 256)):
+        name = f"design-h{hidden}-b{batch}"
+        yield Case(name, "design", hidden, hidden, batch, 1024, dtype="bfloat16", modes=("training",), device="cuda")
+    # Rows and units of a block of threads: what is handed over is of that size.
+    yield Case("handoff-h16-b16", "handoff", 16, 16, 16, 4096, dtype="bfloat16", modes=(), device="cuda")
+    # Sizes that no tile divides, so that every mask is used: one block of threads has all of R, then several share it.
+    for name, inputs, hidden, batch, steps, dtype, rest in (
+        ("h40", 24, 40, 5, 6, "bfloat16", {}),
+        ("h72-bidirectional", 16, 72, 19, 4, "float16", {"bidirectional": True}),
+        ("h100-packed", 16, 100, 6, 5, "float32", {"mean_length": 0.5}),
+        ("h320", 32, 320, 5, 4, "bfloat16", {}),
+        ("h264-packed", 16, 264, 18, 4, "float16", {"mean_length": 0.5}),
+        ("h288-strict", 16, 288, 3, 3, "float32", {"strict": True}),
+    ):
+        yield Case(f"smoke-{name}", "smoke", inputs, hidden, batch, steps, dtype=dtype, device="cuda", **rest)  # type: ignore[arg-type]
 
+
+@dataclass(frozen=True)
+class Group:
+    """Cases that are summed up together."""
+
+    title: str
+    device: str = "cpu"
+    experiment: str = "speed"  # which measures them; "speed" and "after-torch" have theirs in common, and "flow" some
+    kind: str = ""  # of call, in the README's summary; empty where that leaves the group out
+
+
+DENSE, PACKED, SHORT_CALLS, HALF = "dense, float32", "packed", "short", "dense, 16-bit"
 GROUPS = {
-    "dense": "one layer, one direction, I = H, float32",
-    "dense-i1": "the same with I = 1",
-    "steps": "H 128, B 16, from 100 to 16,384 steps",
-    "bidirectional": "both directions",
-    "layers4": "4 layers",
-    "packed": "packed, ragged: half of the steps alive",
-    "proj": "with a projection",
-    "float64": "float64",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "last": "a loss of the last step alone: the gradient vanishes on its way",
-    "short": "16 to 100 steps, as libraries feed their models",
-    "call": "one step of one row: the overhead of a call",
+    "dense": Group("one layer, one direction, I = H, float32", kind=DENSE),
+    "dense-i1": Group("the same with I = 1", kind=DENSE),
+    "steps": Group("H 128, B 16, from 100 to 16,384 steps", kind=DENSE),
+    "bidirectional": Group("both directions", kind=DENSE),
+    "layers4": Group("4 layers", kind=DENSE),
+    "packed": Group("packed, ragged: half of the steps alive", kind=PACKED),
+    "proj": Group("with a projection"),
+    "float64": Group("float64"),
+    "bfloat16": Group("bfloat16", kind=HALF),
+    "float16": Group("float16", kind=HALF),
+    "last": Group("a loss of the last step alone: the gradient vanishes on its way", kind=DENSE),
+    "short": Group("16 to 100 steps, as libraries feed their models", kind=SHORT_CALLS),
+    "call": Group("one step of one row: the overhead of a call", kind=SHORT_CALLS),
+    "cuda-bfloat16": Group("one layer, one direction, I = H, bfloat16", "cuda", kind=HALF),
+    "cuda-float16": Group("the same in float16", "cuda", kind=HALF),
+    "cuda-float32": Group("the same in float32, products in TF32", "cuda", kind=DENSE),
+    "cuda-strict": Group("the same in float32 throughout", "cuda", kind=DENSE),
+    "cuda-bidirectional": Group("both directions", "cuda", kind=HALF),
+    "cuda-layers": Group("2 and 4 layers", "cuda", kind=HALF),
+    "cuda-packed": Group("packed, ragged: half of the steps alive", "cuda", kind=PACKED),
+    "cuda-odd": Group("sizes that no tile divides", "cuda"),
+    "cuda-proj": Group("with a projection", "cuda"),
+    "reset": Group("a mask of resets, against none", experiment="control"),
+    "lengths": Group("lengths, against dense calls of as many steps and against packing", experiment="control"),
+    "cells": Group("cells that are returned, against none", experiment="control"),
+    "rollout": Group("training on a rollout with resets, against torch.nn", experiment="control"),
+    "step": Group("the time of one step, bfloat16", "cuda", "steps"),
+    "design": Group("one step by each design of the tiling, bfloat16", "cuda", "designs"),
+    "handoff": Group("what blocks of threads hand over in a step", "cuda", "handoff"),
+    "smoke": Group("each design once, as small as it gets", "cuda", "smoke"),
 }
 # Means that are taken over several groups, because a user does not choose between them.
 UNIONS: dict[str, tuple[str, ...]] = {"dense, all": ("dense", "dense-i1")}
 
 
+def _shape(name: str) -> str:
+    """A case's name without the number of steps that it got."""
+    return name if name.startswith(("steps-", "short-", "call-")) else name.rpartition("-t")[0]
+
+
+def _registry() -> dict[str, Case]:
+    """All cases with their tags; of a GPU's, the quick ones come first, in their order."""
+    found: dict[str, Case] = {}
+    missing = {tag: set(names) for tag, names in TAGS.items()}
+    for case in (*_cpu_cases(), *_gpu_cases(), *_other_cases()):
+        names = {case.name, _shape(case.name)}
+        if case.name in found or case.group not in GROUPS or GROUPS[case.group].device != case.device:
+            raise ValueError(f"expected a new name and a group of its device, got {case}")
+        tags = {tag for tag, tagged in TAGS.items() if names & set(tagged)}
+        found[case.name] = replace(case, tags=case.tags | tags)
+        for unseen in missing.values():
+            unseen -= names
+    if unknown := {tag: names for tag, names in missing.items() if names}:
+        raise ValueError(f"expected the names of cases, got {unknown}")
+    return {name: found[name] for name in GPU_QUICK} | found
+
+
+CASES = _registry()
+
+
 def select(
+    experiment: str = "speed",
+    device: str = "cpu",
     group: str | None = None,
     pattern: str | None = None,
     quick: bool = False,
-    registry: Mapping[str, Case] = CASES,
 ) -> list[Case]:
-    """The cases of a group, whose names match a shell pattern (or contain it), of the quick subset."""
+    """The cases of an experiment: of a group, whose names match a shell pattern (or contain it), of the quick subset.
+
+    "flow" has those tagged for it, or with a pattern any of "speed".
+    """
+    source = "speed" if experiment in ("after-torch", "flow") else experiment
     return [
         case
-        for case in registry.values()
-        if (group is None or case.group == group)
+        for case in CASES.values()
+        if (GROUPS[case.group].experiment, case.device) == (source, device)
+        and (group is None or case.group == group)
         and (pattern is None or fnmatchcase(case.name, pattern) or pattern in case.name)
         and (not quick or case.quick)
+        and (experiment != "flow" or pattern is not None or "flow" in case.tags)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CASES, Case
+from bench.cases import select
 from bench.providers import PROVIDERS
 
 
@@ -17,13 +17,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not {"case", "mode", "provider"} <= set(metafunc.fixturenames):
         return
 
-    def selected(case: Case) -> bool:
-        return case.quick or metafunc.config.getoption("--bench-all")
-
     parameters = [
         pytest.param(case, mode, provider, id=f"{case.name}-{mode}-{provider}")
-        for case in CASES.values()
-        if selected(case)
+        for case in select(quick=not metafunc.config.getoption("--bench-all"))
         for mode in case.modes
         for provider in PROVIDERS
     ]

@@ -12,7 +12,9 @@ import ctypes
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +44,14 @@ def _peak_kib() -> int:
     return peak // 1024 if sys.platform == "darwin" else peak
 
 
+def _forget() -> None:
+    """Lets go of the memory that our kernels keep for the next step: it counts as part of the step that is measured."""
+    with suppress(ImportError):  # another commit may keep none, or elsewhere
+        from lstmcore.kernels.cpu import buffers
+
+        buffers.clear()
+
+
 def _measure(case: Case, provider: str, backend: str) -> float:
     """MiB that one training step adds to this process."""
     if provider == OURS:  # by name: what "auto" picks depends on the number of steps
@@ -49,9 +59,7 @@ def _measure(case: Case, provider: str, backend: str) -> float:
     build(provider, draw(case, steps=min(WARM_UP_STEPS, case.steps)), backend).training()
     runner = build(provider, draw(case), backend)
     if provider == OURS:
-        from lstmcore.kernels.cpu import buffers
-
-        buffers.clear()  # what the first step left for the next one must not hide what this one allocates
+        _forget()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # nor what was freed while drawing the data
     if _CLEAR_REFS.exists():
@@ -65,9 +73,7 @@ def _measure(case: Case, provider: str, backend: str) -> float:
 
 def gpu_peak_mib(runner: Runner) -> float:
     """MiB that one training step allocates on the GPU at its peak; one has to have run before."""
-    from lstmcore.kernels.cpu import buffers
-
-    buffers.clear()  # what is kept for the next step counts as part of this one
+    _forget()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -76,14 +82,14 @@ def gpu_peak_mib(runner: Runner) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def peak_memory_mib(case: Case, provider: str, backend: str = "auto") -> float:
-    """MiB that one training step of the case adds to a process, in a fresh one."""
+def peak_memory_mib(case: Case, provider: str, backend: str = "auto", **where: Any) -> float:
+    """MiB that one training step of the case adds to a process, in a fresh one; ``where``: its folder and variables."""
     child = subprocess.run(
         [sys.executable, "-m", "bench.memory", case.name, provider, backend, str(torch.get_num_threads())],
-        cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
+        **({"cwd": Path(__file__).parents[1]} | where),
     )
     return float(json.loads(child.stdout)["mib"])
 

@@ -1,9 +1,13 @@
-"""The figures of a CPU, from rows alone: speed by shape, time per step as T grows, and share of the FMA peak."""
+"""The figures, from rows alone.
+
+Of a CPU: speed by shape, time per step as T grows, and share of the FMA peak.  Of a GPU: speed by shape for each dtype,
+and time per step as H grows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import cycle, pairwise
 from pathlib import Path
 
 import matplotlib
@@ -14,35 +18,61 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter, ScalarFormatter
 
 from bench.cases import MODES
 from bench.providers import OURS, PEER
-from bench.results import Row
-from bench.summary import pairs
-from bench.table import counted
+from bench.rows import Row, geometric_mean
+from bench.summary import entries
+from bench.tables import counted
 
 LABELS = {OURS: "lstmcore.LSTM", PEER: "torch.nn.LSTM"}
 COLOURS = {OURS: "#0b6e99", PEER: "#d1782a"}
 MARKERS = {OURS: "o", PEER: "s"}
 TICKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1 / 1.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)  # of the speed's colour bar
 DENSE = {"dense": "I = H", "dense-i1": "I = 1"}
+GPU_DENSE = {"cuda-bfloat16": "bfloat16", "cuda-float16": "float16", "cuda-float32": "float32 (TF32)"}
+LINES = ("-", "--", ":", "-.", (0, (1, 4)))  # one for each batch
 
 matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130})
 
 
-def _where(rows: Sequence[Row]) -> str:
-    first = rows[0]
-    return f"{first.device}, {counted(first)}, torch {first.torch}, float32"
+def _where(row: Row) -> str:
+    on = f"{row.device}, cuDNN {row.cudnn}, I = H" if row.on_gpu else f"{row.device}, {counted(row)}, float32"
+    return f"{on}, torch {row.torch}"
+
+
+def _mains(rows: Sequence[Row]) -> list[Row]:
+    """The main figures."""
+    return [each.main for each in entries(rows)]
+
+
+def _panels(rows: Sequence[Row], groups: dict[str, str]) -> list[tuple[str, str, list[Row]]]:
+    """Title, group and rows of each group and mode that there are rows of."""
+    return [
+        (f"{mode}, {title}", group, chosen)
+        for group, title in groups.items()
+        for mode in MODES
+        if (chosen := [row for row in rows if (row.group, row.mode) == (group, mode)])
+    ]
+
+
+def _times(row: Row, provider: str) -> tuple[float | None, float, float | None]:
+    """A provider's 20th, 50th and 80th percentile, in milliseconds."""
+    if provider == OURS:
+        return row.p20_ms, row.p50_ms, row.p80_ms
+    assert row.peer_p50_ms is not None
+    return row.peer_p20_ms, row.peer_p50_ms, row.peer_p80_ms
 
 
 def heatmap(axes: Axes, chosen: list[Row], norm: colors.Normalize, title: str) -> ScalarMappable:
-    """Ratios by hidden size and batch; a frame marks every shape where ours is slower."""
+    """Ratios by hidden size and batch, their mean over all T; a frame marks every shape where ours is slower."""
     hidden = sorted({row.hidden_size for row in chosen})
     batches = sorted({row.batch for row in chosen})
     grid = np.full((len(hidden), len(batches)), np.nan)
-    for row in chosen:
-        grid[hidden.index(row.hidden_size), batches.index(row.batch)] = row.ratio
+    for i, j in np.ndindex(grid.shape):
+        same = [row.speed for row in chosen if (row.hidden_size, row.batch) == (hidden[i], batches[j])]
+        grid[i, j] = geometric_mean(same) or np.nan
     image = axes.imshow(np.log2(grid), norm=norm, cmap="RdBu", aspect="auto")
     for i, j in np.argwhere(~np.isnan(grid)):
         text = axes.text(j, i, f"{grid[i, j]:.2f}×", ha="center", va="center", fontsize=10, color="black")
@@ -59,7 +89,7 @@ def heatmap(axes: Axes, chosen: list[Row], norm: colors.Normalize, title: str) -
 
 def speed_scale(rows: Sequence[Row]) -> colors.Normalize:
     """The colours of ratios, in octaves: white is exactly 1.0, and both sides are equally long."""
-    largest = max(abs(np.log2(row.ratio)) for row in rows if row.ratio is not None)
+    largest = max(abs(np.log2(row.speed)) for row in rows)
     return colors.TwoSlopeNorm(0.0, -max(largest, 1.0), max(largest, 1.0))
 
 
@@ -71,34 +101,40 @@ def speed_bar(figure: Figure, image: ScalarMappable) -> None:
     bar.set_label("torch's time over ours  (line: 1.0, equally fast)")
 
 
+def _grid(panels: Sequence[object], width: float) -> tuple[Figure, Iterator[Axes]]:
+    """A figure with two columns of axes, of which those too many are hidden."""
+    columns = min(2, len(panels))
+    lines = (len(panels) + columns - 1) // columns
+    figure = Figure(figsize=(width * columns, 1.0 + 3.6 * lines), layout="constrained")
+    every = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in every[len(panels) :]:
+        axes.set_visible(False)
+    return figure, iter(every)
+
+
 def speed_by_shape(rows: Sequence[Row], path: Path) -> bool:
     """Heatmaps of torch's time over ours, H by B; returns whether there was anything to draw."""
-    ours = [row for row in rows if row.provider == OURS and row.group in DENSE and row.ratio is not None]
-    panels = [
-        (group, mode, chosen)
-        for group in DENSE
-        for mode in MODES
-        if (chosen := [row for row in ours if (row.group, row.mode) == (group, mode)])
-    ]
-    if not panels:
+    ours = _mains(rows)
+    groups = GPU_DENSE if ours and ours[0].on_gpu else DENSE
+    ours = [row for row in ours if row.group in groups]
+    if not (panels := _panels(ours, groups)):
         return False
     norm = speed_scale(ours)
-    lines = (len(panels) + 1) // 2
-    figure = Figure(figsize=(10.5, 1.0 + 3.6 * lines), layout="constrained")
-    grid = figure.subplots(lines, 2, squeeze=False).flat
-    for axes, (group, mode, chosen) in zip(grid, panels, strict=False):
-        image = heatmap(axes, chosen, norm, f"{mode}, {DENSE[group]}")
-    for axes in list(grid)[len(panels) :]:
-        axes.set_visible(False)
+    figure, every = _grid(panels, 5.25)
+    for axes, (title, _, chosen) in zip(every, panels, strict=False):
+        image = heatmap(axes, chosen, norm, title)
     speed_bar(figure, image)
-    figure.suptitle(f"Speed of lstmcore.LSTM against torch.nn.LSTM; framed: slower\n{_where(rows)}", fontsize=11)
+    over = ", geometric mean over the lengths measured" if ours[0].on_gpu else ""
+    figure.suptitle(
+        f"Speed of lstmcore.LSTM against torch.nn.LSTM{over}; framed: slower\n{_where(ours[0])}", fontsize=11
+    )
     figure.savefig(path)
     return True
 
 
 def time_per_step(rows: Sequence[Row], path: Path) -> bool:
     """Microseconds a step as the sequence grows, with the band from p20 to p80."""
-    chosen = sorted((row for row in rows if row.group == "steps"), key=lambda row: row.steps)
+    chosen = sorted((row for row in _mains(rows) if row.group == "steps"), key=lambda row: row.steps)
     if not chosen:
         return False
     modes = [mode for mode in MODES if any(row.mode == mode for row in chosen)]
@@ -106,11 +142,10 @@ def time_per_step(rows: Sequence[Row], path: Path) -> bool:
     for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False).flat, modes, strict=True):
         top = 0.0
         for provider in (PEER, OURS):
-            line = [row for row in chosen if (row.mode, row.provider) == (mode, provider)]
+            line = [row for row in chosen if row.mode == mode]
             steps = [row.steps for row in line]
-            low, middle, high = (
-                [getattr(row, p) * 1e3 / row.steps for row in line] for p in ("p20_ms", "p50_ms", "p80_ms")
-            )
+            times = np.array([_times(row, provider) for row in line], float) * 1e3 / np.array(steps)[:, None]
+            low, middle, high = times.T
             axes.fill_between(steps, low, high, color=COLOURS[provider], alpha=0.2, linewidth=0)
             axes.plot(steps, middle, color=COLOURS[provider], marker=MARKERS[provider], label=LABELS[provider])
             top = max(top, *high)
@@ -123,28 +158,29 @@ def time_per_step(rows: Sequence[Row], path: Path) -> bool:
         axes.legend(frameon=False)
     first = chosen[0]
     shape = f"I {first.input_size}, H {first.hidden_size}, B {first.batch}"
-    figure.suptitle(f"Time per step as the sequence grows ({shape}; band: p20 to p80)\n{_where(rows)}", fontsize=11)
+    figure.suptitle(f"Time per step as the sequence grows ({shape}; band: p20 to p80)\n{_where(first)}", fontsize=11)
     figure.savefig(path)
     return True
 
 
 def peak_share(rows: Sequence[Row], path: Path) -> bool:
     """Each dense shape's share of the FMA peak, ours joined with torch's."""
-    both = [pair for pair in pairs(rows) if pair[0].group == "dense"]
-    if not both:
+    dense = [row for row in _mains(rows) if row.group == "dense"]
+    if not dense:
         return False
-    modes = [mode for mode in MODES if any(ours.mode == mode for ours, _ in both)]
-    shapes = sorted({(ours.hidden_size, ours.batch) for ours, _ in both})
+    modes = [mode for mode in MODES if any(row.mode == mode for row in dense)]
+    shapes = sorted({(row.hidden_size, row.batch) for row in dense})
     figure = Figure(figsize=(5.2 * len(modes), 1.8 + 0.27 * len(shapes)), layout="constrained")
     grid = figure.subplots(1, len(modes), sharey=True, squeeze=False).flat
     for axes, mode in zip(grid, modes, strict=True):
-        for ours, peer in both:
-            if ours.mode != mode:
+        for row in dense:
+            if row.mode != mode:
                 continue
-            line = shapes.index((ours.hidden_size, ours.batch))
-            axes.plot([peer.peak_share, ours.peak_share], [line, line], color="#aaaaaa", linewidth=2, zorder=1)
-            for row in (peer, ours):
-                axes.scatter(row.peak_share, line, color=COLOURS[row.provider], marker=MARKERS[row.provider], s=36)
+            line = shapes.index((row.hidden_size, row.batch))
+            shares = {PEER: row.peer_peak_share, OURS: row.peak_share}
+            axes.plot(list(shares.values()), [line, line], color="#aaaaaa", linewidth=2, zorder=1)
+            for provider, share in shares.items():
+                axes.scatter(share, line, color=COLOURS[provider], marker=MARKERS[provider], s=36)
         for line, (shape, following) in enumerate(pairwise(shapes)):
             if shape[0] != following[0]:
                 axes.axhline(line + 0.5, color="#dddddd", linewidth=1, zorder=0)
@@ -160,7 +196,74 @@ def peak_share(rows: Sequence[Row], path: Path) -> bool:
         for provider in (PEER, OURS)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    peak = both[0][0].peak_gflops
-    figure.suptitle(f"Share of the machine's FMA peak ({peak:.0f} GF/s), I = H\n{_where(rows)}", fontsize=11)
+    peak = dense[0].peak_gflops
+    figure.suptitle(f"Share of the machine's FMA peak ({peak:.0f} GF/s), I = H\n{_where(dense[0])}", fontsize=11)
     figure.savefig(path)
     return True
+
+
+def time_by_width(rows: Sequence[Row], path: Path) -> bool:
+    """Microseconds a step as H grows, one line for each batch, at the number of steps that has most rows."""
+    dense = [row for row in _mains(rows) if row.group in GPU_DENSE]
+    if not dense:
+        return False
+    lengths = [row.steps for row in dense]
+    steps = max(sorted(set(lengths)), key=lengths.count)
+    dense = [row for row in dense if row.steps == steps]
+    batches = sorted({row.batch for row in dense})
+    panels = _panels(dense, GPU_DENSE)
+    figure, every = _grid(panels, 5.2)
+    for axes, (title, _, chosen) in zip(every, panels, strict=False):
+        for style, batch in zip(cycle(LINES), batches, strict=False):
+            line = sorted((row for row in chosen if row.batch == batch), key=lambda row: row.hidden_size)
+            for provider in (PEER, OURS):
+                axes.plot(
+                    [row.hidden_size for row in line],
+                    [_times(row, provider)[1] * 1e3 / row.steps for row in line],
+                    color=COLOURS[provider],
+                    marker=MARKERS[provider],
+                    linestyle=style,
+                )
+        hidden = sorted({row.hidden_size for row in chosen})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(hidden, [str(size) for size in hidden])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.set(title=title, xlabel="hidden size H", ylabel="µs per step")
+        axes.grid(axis="y", which="both", alpha=0.3)
+    handles = [Line2D([], [], color=COLOURS[each], marker=MARKERS[each], label=LABELS[each]) for each in (PEER, OURS)]
+    handles += [
+        Line2D([], [], color="black", linestyle=style, label=f"B {batch}")
+        for style, batch in zip(cycle(LINES), batches, strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    text = f"Time per step by hidden size, T {steps:,}, input products included\n{_where(dense[0])}"
+    figure.suptitle(text, fontsize=11)
+    figure.savefig(path)
+    return True
+
+
+FIGURES = {  # by device: the end of the file's name, who draws it, and what it shows
+    "cpu": (
+        ("speed", speed_by_shape, "Speed ratio by hidden size and batch"),
+        ("steps", time_per_step, "Time per step as the sequence grows"),
+        ("peak", peak_share, "Share of the FMA peak by shape"),
+    ),
+    "cuda": (
+        ("speed", speed_by_shape, "Speed ratio by hidden size and batch"),
+        ("width", time_by_width, "Time per step by hidden size"),
+    ),
+}
+
+
+def draw_all(rows: Sequence[Row], folder: Path, name: str) -> list[tuple[Path, str]]:
+    """Draws every figure that the rows of a device allow; returns the files and what each shows."""
+    drawn = []
+    for end, draw, caption in FIGURES["cuda" if rows[0].on_gpu else "cpu"]:
+        path = folder / f"{name}-{end}.png"
+        folder.mkdir(parents=True, exist_ok=True)
+        if draw(rows, path):
+            drawn.append((path, caption))
+    return drawn

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lstmcore
 from bench import cudnn, machine
 from bench.cases import Case
 
@@ -136,8 +137,6 @@ def build(provider: str, problem: Problem, backend: str = "auto") -> Runner:
     if provider == PEER:
         return Runner(nn.LSTM(**settings), problem)
     if provider == OURS:
-        import lstmcore
-
         return Runner(lstmcore.LSTM(**settings, backend=backend), problem)
     raise ValueError(f"expected a provider out of {', '.join(PROVIDERS)}, got {provider!r}")
 
@@ -152,32 +151,6 @@ def precision(case: Case) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
-
-
-def layer_of(case: Case, mode: str) -> Any:
-    """The case's first layer, as a backend is asked about it (a ``lstmcore.kernels.contract.Layer``)."""
-    from lstmcore.kernels.contract import Layer
-
-    return Layer(
-        device=torch.device("cuda", torch.cuda.current_device()) if case.device == "cuda" else torch.device("cpu"),
-        dtype=case.torch_dtype,
-        steps=case.steps,
-        batch=case.batch,
-        input_size=case.input_size,
-        hidden_size=case.hidden_size,
-        proj_size=case.proj_size,
-        directions=case.directions,
-        ragged=case.ragged,
-        training=mode == "training",
-    )
-
-
-def _design(case: Case, mode: str) -> str:
-    """How the GPU kernels split the case, in their own words: "triton (split, 64 slices x 2 groups)"."""
-    from lstmcore import backends
-
-    describe = getattr(backends.load("triton"), "describe", None)
-    return "triton" if describe is None else f"triton ({describe(layer_of(case, mode))})"
 
 
 class _Operators(TorchDispatchMode):
@@ -200,11 +173,11 @@ def algorithm(provider: str, case: Case, mode: str, backend: str = "auto") -> st
     """
     runner = build(provider, draw(case, steps=2 if provider == PEER and not case.ragged else None), backend)
     if provider == OURS:
-        import lstmcore
-
         with torch.set_grad_enabled(mode == "training"):
-            name = lstmcore.explain(runner.module, runner.feed()).name
-        return _design(case, mode) if name == "triton" else name
+            choice = lstmcore.explain(runner.module, runner.feed())
+        # The GPU kernels say in their own words how they split the case: "triton (split, 64 slices x 2 groups)".
+        design = dict(choice.reasons)[choice.name].partition(": ")[2]
+        return f"{choice.name} ({design})" if choice.name == "triton" and design else choice.name
     with _Operators() as seen:
         getattr(runner, mode)()
     if "aten::mkldnn_rnn_layer" in seen.names:

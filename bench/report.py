@@ -1,4 +1,8 @@
-"""``python -m bench report``: the README's figures and the plots, from the committed rows and from nothing else."""
+"""``python -m bench report``: every published figure and plot, from the committed rows and from nothing else.
+
+Between its markers, README.md gets a short table, docs/benchmarks.md one of all groups for each results file, with the
+plots in docs/assets/bench.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +10,20 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench import gpu_plots, plots, results
-from bench.cases import MODES
-from bench.results import Row
-from bench.summary import LONG, Summary, by_algorithm, has_onnxruntime, summaries
-from bench.table import counted, percent
+from bench import plots, rows
+from bench.cases import GROUPS, MODES
+from bench.rows import RESULTS, Row
+from bench.summary import LONG, Entry, Summary, by_algorithm, entries, has_onnxruntime, summaries, summarise
+from bench.tables import counted, percent
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, PAGE, IMAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "assets" / "bench"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NO_ROWS = "_No results yet: run `make bench-full`, then `python -m bench report`._"
 SPEED = (
     "Speed is the time of `torch.nn.LSTM` over that of `lstmcore.LSTM`: the geometric mean of the group, then its "
     "lowest and highest case."
 )
-PLOTS = {
-    "speed": (plots.speed_by_shape, "Speed ratio by hidden size and batch"),
-    "steps": (plots.time_per_step, "Time per step as the sequence grows"),
-    "peak": (plots.peak_share, "Share of the FMA peak by shape"),
-    "gpu-speed": (gpu_plots.speed_by_shape, "Speed ratio by hidden size and batch"),
-    "gpu-width": (gpu_plots.time_by_width, "Time per step by hidden size"),
-}
-
-
-def draw_all(rows: Sequence[Row], stem: Path) -> list[tuple[Path, str]]:
-    """Draws every figure that the rows allow next to their file; returns the files and what each shows."""
-    drawn = []
-    for name, (draw, caption) in PLOTS.items():
-        path = stem.with_name(f"{stem.name}-{name}.png")
-        if draw(rows, path):
-            drawn.append((path, caption))
-    return drawn
 
 
 def _speed(line: Summary | None) -> str:
@@ -69,14 +57,14 @@ def _by_group(rows: Sequence[Row]) -> dict[str, dict[str, Summary]]:
 
 def _beside(rows: Sequence[Row], modes: dict[str, Summary]) -> list[str]:
     """The cell of onnxruntime, if there is such a column; only inference has one."""
-    if not has_onnxruntime(rows):
+    if not has_onnxruntime(entries(rows)):
         return []
     return [_times(modes["inference"].onnxruntime if "inference" in modes else None)]
 
 
 def _head(rows: Sequence[Row], *columns: str) -> Iterator[str]:
     """The head of a table by group."""
-    names = ["group", "cases", *columns, *(["vs onnxruntime"] if has_onnxruntime(rows) else [])]
+    names = ["group", "cases", *columns, *(["vs onnxruntime"] if has_onnxruntime(entries(rows)) else [])]
     yield f"| {' | '.join(names)} |"
     yield f"|---|{'--:|' * (len(names) - 1)}"
 
@@ -126,49 +114,49 @@ def _span(values: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def _settings(rows: Sequence[Row]) -> str:
+def _settings(every: Sequence[Entry]) -> str:
     """In what setting a CPU's rows were taken."""
-    behind = {row.setting for row in rows}
-    if rows[0].on_gpu:
+    if every[0].main.on_gpu:
         return ""
-    if behind == {"alone"}:
+    behind = {each.main.experiment for each in every}
+    if behind == {"speed"}:
         return "Each call was timed alone, the threads of torch asleep. "
     text = 'The call stands behind an operation of torch\'s, as in a model; "alone" it follows a pause. '
-    return text + ("" if behind == {"behind"} else "(Rows without a figure alone were taken in that setting only.) ")
+    return text + (
+        "" if behind == {"after-torch"} else "(Rows without a figure alone were taken in that setting only.) "
+    )
 
 
-def _measured(rows: Sequence[Row]) -> str:
+def _measured(every: Sequence[Entry]) -> str:
     """When, at which commit and with what."""
-    versions = [("torch", _span([row.torch for row in rows]))]
-    if rows[0].on_gpu:
-        versions += [
-            ("Triton", _span([row.triton for row in rows])),
-            ("cuDNN", _span([row.cudnn or "" for row in rows])),
-        ]
+    mains = [each.main for each in every]
+    versions = [("torch", _span([row.torch for row in mains]))]
+    if mains[0].on_gpu:
+        versions += [("Triton", _span([row.triton for row in mains])), ("cuDNN", _span([row.cudnn for row in mains]))]
     else:
-        versions += [("numba", _span([row.numba for row in rows]))]
-    if has_onnxruntime(rows):
-        versions += [("onnxruntime", _span([row.onnxruntime for row in rows if row.onnxruntime_ms is not None]))]
+        versions += [("numba", _span([row.numba for row in mains]))]
+    if has_onnxruntime(every):
+        versions += [("onnxruntime", _span([each.onnxruntime.onnxruntime for each in every if each.onnxruntime]))]
     named = [f"{name} {version}" for name, version in versions]
     return (
-        f"Measured {_span(sorted(row.date for row in rows))} at commit {_span([row.commit for row in rows])} with "
+        f"Measured {_span(sorted(row.date for row in mains))} at commit {_span([row.commit for row in mains])} with "
         f"{', '.join(named[:-1])} and {named[-1]}. "
     )
 
 
-def _slower(rows: Sequence[Row]) -> Iterator[str]:
+def _slower(every: Sequence[Entry]) -> Iterator[str]:
     """The cases that ours loses, to either peer."""
-    measured = [row for row in rows if row.ratio is not None]
-    lost = [f"{row.case} ({row.mode}, {row.runs}: {row.ratio:.2f}×)" for row in measured if row.ratio < 1]
+    mains = [each.main for each in every]
+    lost = [f"{row.case} ({row.mode}, {row.runs}: {row.speed:.2f}×)" for row in mains if row.speed < 1]
     yield (
         f"Cases where ours is slower than torch: {', '.join(lost) if lost else 'none'} "
-        f"(of {len(measured)} measured, counting the modes "
-        f"{' and '.join(mode for mode in MODES if any(row.mode == mode for row in rows))} each)."
+        f"(of {len(mains)} measured, counting the modes "
+        f"{' and '.join(mode for mode in MODES if any(row.mode == mode for row in mains))} each)."
     )
-    if not has_onnxruntime(rows):
+    if not has_onnxruntime(every):
         return
-    beside = [(row, row.onnxruntime_ratio) for row in rows if row.onnxruntime_ratio is not None]
-    lost = [f"{row.case} ({row.runs}: {ratio:.2f}×)" for row, ratio in beside if ratio < 1]
+    beside = [each.onnxruntime for each in every if each.onnxruntime]
+    lost = [f"{row.case} ({row.runs}: {row.speed:.2f}×)" for row in beside if row.speed < 1]
     yield ""
     yield (
         f"Cases where ours is slower than onnxruntime: {', '.join(lost) if lost else 'none'} "
@@ -176,9 +164,9 @@ def _slower(rows: Sequence[Row]) -> Iterator[str]:
     )
 
 
-def _onnxruntime(rows: Sequence[Row]) -> str:
+def _onnxruntime(every: Sequence[Entry]) -> str:
     """What the column of onnxruntime says, where there is one."""
-    if not has_onnxruntime(rows):
+    if not has_onnxruntime(every):
         return ""
     return (
         "The last column is the time of onnxruntime's LSTM over ours in inference, the geometric mean: its threads "
@@ -188,44 +176,64 @@ def _onnxruntime(rows: Sequence[Row]) -> str:
 
 def small_section(rows: Sequence[Row]) -> str:
     """The Markdown of a CPU's rows with one thread: speeds only, for what else there is to say stands above."""
+    every = entries(rows)
     lines = [
         f"### {rows[0].device}, {counted(rows[0])}",
         "",
-        f"{_measured(rows)}{SPEED} {_onnxruntime(rows)}".rstrip(),
+        f"{_measured(every)}{SPEED} {_onnxruntime(every)}".rstrip(),
         "",
         *_small_table(rows),
         "",
-        *_slower(rows),
+        *_slower(every),
     ]
     return "\n".join(lines)
 
 
 def section(rows: Sequence[Row], images: Sequence[tuple[str, str]]) -> str:
     """The Markdown of one device; ``images`` are links and captions."""
-    first = rows[0]
-    peak = {row.dtype: row.peak_gflops for row in rows if row.peak_gflops is not None}
+    first, every = rows[0], entries(rows)
+    peaks = {each.main.dtype: each.main.peak_gflops for each in every if each.main.peak_gflops is not None}
+    share = ", ".join(f"{value:.0f} GF/s in {dtype}" for dtype, value in peaks.items())
     lines = [
         f"### {first.device}, {counted(first)}",
         "",
-        f"{_measured(rows)}{SPEED} "
-        + _settings(rows)
-        + _onnxruntime(rows)
-        + (
-            "Share of FMA peak is ours / torch's, of "
-            + ", ".join(f"{value:.0f} GF/s in {dtype}" for dtype, value in peak.items())
-            + ". "
-            if peak
-            else ""
-        )
+        f"{_measured(every)}{SPEED} {_settings(every)}{_onnxruntime(every)}"
+        + (f"Share of FMA peak is ours / torch's, of {share}. " if share else "")
         + "Peak memory is ours over torch's, of one training step, where it was measured.",
         "",
         *(_gpu_tables(rows) if first.on_gpu else _table(rows)),
         "",
-        *_slower(rows),
+        *_slower(every),
     ]
     for link, caption in images:
         lines += ["", f"![{caption}: {first.device}]({link})"]
     return "\n".join(lines)
+
+
+def short_table(files: Sequence[Sequence[Row]], link: str) -> Iterator[str]:
+    """One line a device and kind of call: of each device the file with most cases, its other threads are in the page."""
+    fullest: dict[str, Sequence[Row]] = {}
+    for one in sorted(files, key=lambda one: (len(entries(one)), one[0].threads)):
+        fullest[one[0].device] = one
+    yield "| machine | calls | cases | training | inference | slower |"
+    yield "|---|---|--:|--:|--:|--:|"
+    for one in (fullest[device] for device in dict.fromkeys(one[0].device for one in files)):
+        every = entries(one)
+        for kind in dict.fromkeys(group.kind for group in GROUPS.values() if group.kind):
+            chosen = [each for each in every if GROUPS[each.main.group].kind == kind]
+            if not chosen:
+                continue
+            modes = {mode: [each for each in chosen if each.main.mode == mode] for mode in ("training", "inference")}
+            cells = [_speed(summarise(kind, kind, mode, some) if some else None) for mode, some in modes.items()]
+            lost = sum(each.main.speed < 1 for each in chosen)
+            cases = len({each.main.case for each in chosen})
+            machine = f"{one[0].device}, {counted(one[0])}"
+            yield f"| {machine} | {kind} | {cases} | {' | '.join(cells)} | {lost} of {len(chosen)} |"
+    yield ""
+    yield (
+        f"Times as fast as `torch.nn.LSTM`: the geometric mean (lowest–highest), and how many of the measurements are "
+        f"below one. [All groups, machines and numbers of threads, with plots and versions]({link})."
+    )
 
 
 def replace_region(text: str, generated: str) -> str:
@@ -242,9 +250,15 @@ def draw_folder(folder: Path) -> int:
     """Draws the plots beside the results files of a folder, which may hold other files; how many there were."""
     paths = sorted(folder.glob("*-[0-9]*.csv"))  # a results file ends in how many units its device has
     for path in paths:
-        for image, _ in draw_all(results.read(path), path.with_suffix("")):
-            print(image)
+        if published := _published(path):
+            for image, _ in plots.draw_all(published, folder, path.stem):
+                print(image)
     return len(paths)
+
+
+def _published(path: Path) -> list[Row]:
+    """The rows of a file that the report is about."""
+    return [row for row in rows.read(path) if row.experiment in ("speed", "after-torch")]
 
 
 def _with_one_thread(path: Path) -> bool:
@@ -257,22 +271,25 @@ def _place(path: Path) -> tuple[str, bool, str]:
     return path.stem.rpartition("-")[0], _with_one_thread(path), path.stem
 
 
-def update(folder: Path = results.RESULTS, readme: Path = README) -> None:
-    """Draws the plots beside every results file and rewrites the README's generated region."""
-    sections = []
+def _relative(path: Path, page: Path) -> str:
+    return Path(os.path.relpath(path, page.parent)).as_posix()
+
+
+def update(folder: Path = RESULTS, readme: Path = README, page: Path = PAGE, images: Path = IMAGES) -> None:
+    """Draws the plots of every results file, and rewrites the generated regions of the README and of the page."""
+    sections, files = [], []
     for path in sorted(folder.glob("*.csv"), key=_place):
-        if not (rows := results.read(path)):
+        if not (published := _published(path)):
             continue
+        files.append(published)
         if _with_one_thread(path):
-            sections.append(small_section(rows))
-            print(f"{path}: {len(rows)} rows, in a small table")
+            sections.append(small_section(published))
+            print(f"{path}: {len(published)} rows, in a small table")
             continue
-        images = [
-            (Path(os.path.relpath(image, readme.parent)).as_posix(), caption)
-            for image, caption in draw_all(rows, path.with_suffix(""))
-        ]
-        sections.append(section(rows, images))
-        print(f"{path}: {len(rows)} rows, {len(images)} plots")
-    generated = "\n\n".join(sections) or NO_ROWS
-    readme.write_text(replace_region(readme.read_text(encoding="utf-8"), generated), encoding="utf-8")
-    print(f"{readme}: rewritten between its markers")
+        drawn = plots.draw_all(published, images, path.stem)
+        sections.append(section(published, [(_relative(image, page), caption) for image, caption in drawn]))
+        print(f"{path}: {len(published)} rows, {len(drawn)} plots")
+    short = "\n".join(short_table(files, _relative(page, readme))) if files else NO_ROWS
+    for target, generated in ((readme, short), (page, "\n\n".join(sections) or NO_ROWS)):
+        target.write_text(replace_region(target.read_text(encoding="utf-8"), generated), encoding="utf-8")
+        print(f"{target}: rewritten between its markers")

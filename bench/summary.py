@@ -1,4 +1,4 @@
-"""Rows summed up by group: what both the table on the screen and the one in the README show."""
+"""Rows summed up by group: what the table on the screen, the README and docs/benchmarks.md show."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from statistics import fmean
 
 from bench.cases import GROUPS, MODES, UNIONS
 from bench.cudnn import ALGORITHMS
-from bench.gpu_cases import GPU_GROUPS
-from bench.providers import OURS, PEER
-from bench.results import Row, geometric_mean
+from bench.onnx_peer import NAME as ONNXRUNTIME
+from bench.providers import PEER
+from bench.rows import Row, geometric_mean
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case in a mode: the main figure, and what else was measured of it."""
+
+    main: Row  # behind an operation of torch's where there is such a row
+    alone: Row | None  # where ``main`` is behind
+    onnxruntime: Row | None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One mode of one group."""
+    """One mode of several cases."""
 
     group: str
     title: str
@@ -31,15 +40,23 @@ class Summary:
     onnxruntime: float | None = None  # onnxruntime's time over ours, geometric mean of the cases that have it
 
 
-def pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Ours and the peer's rows of the same case and mode."""
-    peers = {row.key[:2]: row for row in rows if row.provider == PEER}
-    return [(row, peers[row.key[:2]]) for row in rows if row.provider == OURS and row.key[:2] in peers]
+def entries(rows: Sequence[Row]) -> list[Entry]:
+    """The rows of "after-torch" and "speed", put together by case and mode."""
+    found: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
+    for row in rows:
+        if row.experiment in ("after-torch", "speed"):
+            found.setdefault((row.case, row.mode), {})[row.experiment, row.peer] = row
+    result = []
+    for each in found.values():
+        behind, alone = each.get(("after-torch", PEER)), each.get(("speed", PEER))
+        if (main := behind or alone) is not None:
+            result.append(Entry(main, alone if behind else None, each.get(("speed", ONNXRUNTIME))))
+    return result
 
 
-def has_onnxruntime(rows: Sequence[Row]) -> bool:
+def has_onnxruntime(chosen: Sequence[Entry]) -> bool:
     """Whether onnxruntime was measured on any case."""
-    return any(row.onnxruntime_ratio is not None for row in rows)
+    return any(each.onnxruntime is not None for each in chosen)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -48,38 +65,37 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known and len(known) == len(values) else None
 
 
-def _summarise(group: str, title: str, mode: str, chosen: list[tuple[Row, Row]]) -> Summary:
-    ratios = [ours.ratio for ours, _ in chosen if ours.ratio is not None]
-    memory = [ours.memory_mib / peer.memory_mib for ours, peer in chosen if ours.memory_mib and peer.memory_mib]
-    alone = [ours.alone_ratio for ours, _ in chosen if ours.alone_ratio is not None]
-    onnxruntime = [ours.onnxruntime_ratio for ours, _ in chosen if ours.onnxruntime_ratio is not None]
+def summarise(group: str, title: str, mode: str, chosen: Sequence[Entry]) -> Summary:
+    """One line about these cases."""
+    mains = [each.main for each in chosen]
+    ratios = [row.speed for row in mains]
     return Summary(
         group=group,
         title=title,
         mode=mode,
         cases=len(chosen),
-        ratio=geometric_mean(ratios),
+        ratio=geometric_mean(ratios) or 0.0,
         lowest=min(ratios),
         highest=max(ratios),
-        ours_share=_mean([ours.peak_share for ours, _ in chosen]),
-        peer_share=_mean([peer.peak_share for _, peer in chosen]),
-        memory_ratio=geometric_mean(memory) if memory else None,
-        alone=geometric_mean(alone) if alone else None,
-        onnxruntime=geometric_mean(onnxruntime) if onnxruntime else None,
+        ours_share=_mean([row.peak_share for row in mains]),
+        peer_share=_mean([row.peer_peak_share for row in mains]),
+        memory_ratio=geometric_mean([row.memory_ratio for row in mains]),
+        alone=geometric_mean([each.alone.speed for each in chosen if each.alone]),
+        onnxruntime=geometric_mean([each.onnxruntime.speed for each in chosen if each.onnxruntime]),
     )
 
 
 def summaries(rows: Sequence[Row]) -> Iterator[Summary]:
     """Each group, and each union of groups, in each mode that has rows."""
-    both = pairs(rows)
+    every = entries(rows)
     named: list[tuple[str, str, tuple[str, ...]]] = [
         *((name, " + ".join(members), members) for name, members in UNIONS.items()),
-        *((name, title, (name,)) for name, title in (GROUPS | GPU_GROUPS).items()),
+        *((name, group.title, (name,)) for name, group in GROUPS.items()),
     ]
     for name, title, members in named:
         for mode in MODES:
-            if chosen := [pair for pair in both if pair[0].group in members and pair[0].mode == mode]:
-                yield _summarise(name, title, mode, chosen)
+            if chosen := [each for each in every if each.main.group in members and each.main.mode == mode]:
+                yield summarise(name, title, mode, chosen)
 
 
 LONG = 1000  # steps from which a sequence counts as long
@@ -91,19 +107,15 @@ def by_algorithm(rows: Sequence[Row]) -> Iterator[tuple[Summary, Summary | None]
     A training row whose passes differ is counted with the algorithm of its forward.  What is no algorithm of cuDNN's,
     as torch's loop over the steps, stands under its own name.
     """
-    both = [pair for pair in pairs(rows) if pair[0].on_gpu]
+    every = [each for each in entries(rows) if each.main.on_gpu]
 
-    def path(peer: Row) -> str:
-        return peer.backend.split(",")[0]
+    def path(each: Entry) -> str:
+        return each.main.peer_backend.split(",")[0]
 
     names = [f"cuDNN {name}" for name in ALGORITHMS]
-    names += sorted({path(peer) for _, peer in both} - set(names))
+    names += sorted({path(each) for each in every} - set(names))
     for name in names:
         for mode in MODES:
-            chosen = [pair for pair in both if path(pair[1]) == name and pair[0].mode == mode]
-            if chosen:
-                long = [pair for pair in chosen if pair[0].steps >= LONG]
-                yield (
-                    _summarise(name, name, mode, chosen),
-                    _summarise(name, name, mode, long) if long else None,
-                )
+            if chosen := [each for each in every if path(each) == name and each.main.mode == mode]:
+                long = [each for each in chosen if each.main.steps >= LONG]
+                yield summarise(name, name, mode, chosen), summarise(name, name, mode, long) if long else None

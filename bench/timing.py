@@ -10,7 +10,6 @@ import functools
 import gc
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,21 +25,25 @@ MAX_PAIRS = 101
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How long a row may take."""
+
+    min_pairs: int
+    budget_s: float
+    memory: bool = False  # whether to measure that too, on cases that are tagged for it
+
+    @property
+    def less(self) -> Effort:
+        """For a second figure."""
+        return Effort(self.min_pairs // 2 + 1, self.budget_s / 3)
+
+
+@dataclass(frozen=True)
 class Samples:
     """Seconds a call, one entry a pair: entry k of both was measured back to back."""
 
     ours: tuple[float, ...]
     peer: tuple[float, ...]
-
-    @property
-    def ratio(self) -> float:
-        """The peer's median over ours: above one, ours is faster."""
-        return statistics.median(self.peer) / statistics.median(self.ours)
-
-    @property
-    def pair_ratio(self) -> float:
-        """The median of the pairs' own ratios, which a slow drift of the machine cannot move."""
-        return statistics.median(peer / ours for ours, peer in zip(self.ours, self.peer, strict=True))
 
 
 def percentile(values: tuple[float, ...], share: float) -> float:
@@ -94,7 +97,7 @@ def _seconds(call: Callable[[], object], calls: int, clock: Clock) -> float:
     return time.perf_counter() - start
 
 
-def _probe(call: Callable[[], object], clock: Clock) -> float:
+def probe(call: Callable[[], object], clock: Clock) -> float:
     """Seconds that a call takes, roughly: the best of three where they are short, since one may meet a busy machine."""
     clock.finish()
     first = _seconds(call, 1, clock)
@@ -112,7 +115,7 @@ def operation() -> None:
         torch.nn.functional.linear(*_operands())
 
 
-def _sample(call: Callable[[], object], calls: int, clock: Clock, before: Callable[[], object] | None) -> float:
+def sample(call: Callable[[], object], calls: int, clock: Clock, before: Callable[[], object] | None) -> float:
     """Seconds a call, from one sample; each call behind one of ``before``, whose time does not count."""
     if before is not None:
         seconds = 0.0
@@ -148,12 +151,12 @@ def interleave(
     draw = random.Random(0)
     with _no_gc():
         started = time.perf_counter()
-        slowest = max(_probe(ours, clock), _probe(peer, clock))
+        slowest = max(probe(ours, clock), probe(peer, clock))
         calls = max(1, math.ceil(SAMPLE_S / slowest))
         times: tuple[list[float], list[float]] = ([], [])
         while _wanted(len(times[0]), min_pairs, started, budget_s):
             for call, record in draw.sample(((ours, times[0]), (peer, times[1])), 2):
-                record.append(_sample(call, calls, clock, before))
+                record.append(sample(call, calls, clock, before))
     return Samples(tuple(times[0]), tuple(times[1]))
 
 
@@ -163,8 +166,8 @@ def repeat(
     """Seconds a call, for one that must not take turns with others; each sample after a pause, as theirs alone."""
     with _no_gc():
         started = time.perf_counter()
-        calls = max(1, math.ceil(SAMPLE_S / _probe(call, clock)))
+        calls = max(1, math.ceil(SAMPLE_S / probe(call, clock)))
         times: list[float] = []
         while _wanted(len(times), min_samples, started, budget_s):
-            times.append(_sample(call, calls, clock, None))
+            times.append(sample(call, calls, clock, None))
     return tuple(times)

@@ -1,4 +1,4 @@
-"""``python -m bench.control``: all compute the same, wrong results get no figure, rows say what is timed."""
+"""``python -m bench control``: all compute the same, wrong results get no figure, rows say what is timed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import control, timing
-from bench.cases import Case
-from bench.control import NONE, CellLoop, Control, Direct, Effort, Packed, Segments, Sequences, SplitSegments
+from bench import cli, rows, session, tables
+from bench.cases import Case, select
+from bench.experiments import control
+from bench.experiments.control import NONE, CellLoop, Control, Direct, Packed, Segments, Sequences, SplitSegments
+from bench.measure import Task
 from bench.providers import OURS, PEER, draw
+from bench.rows import Row
+from bench.timing import Effort
 from bench.verify import FLOAT64_BOUND, Mismatch, relative_error
 
 T, B = 9, 4
@@ -24,14 +28,10 @@ TINY = {
         ("rollout", ("training",)),
     )
 }
-FAST = ["--pairs", "1", "--seconds", "0"]
+FAST = ["control", "--pairs", "1", "--seconds", "0"]
 
 
-@pytest.fixture(autouse=True)
-def _short_samples(monkeypatch):
-    """What is timed here is of no interest."""
-    monkeypatch.setattr(timing, "SAMPLE_S", 0.0)
-    monkeypatch.setattr(timing, "PAUSE_S", 0.0)
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 def some_resets() -> torch.Tensor:
@@ -92,57 +92,66 @@ def test_what_is_drawn():
     assert sorted(set(drawn["T and T/2"].tolist())) == [500, 1000]
 
 
-def test_rows_of_every_experiment(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(control, "CASES", TINY)
+def test_rows_of_every_experiment(registry, monkeypatch, tmp_path, capsys):
+    registry(*TINY.values())
     monkeypatch.setattr(control, "PROMISED_BATCH", B)
     arguments = [*FAST, "--out", str(tmp_path)]
-    assert control.main(arguments) == 0
+    assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
-    (path,) = (tmp_path / "control").glob("*.csv")
-    rows = control.read(path)
-    assert [row.experiment for row in rows] == ["reset"] * 6 + ["lengths"] * 14 + ["cells"] * 3 + ["rollout"] * 4
-    assert len({row.key for row in rows}) == len(rows)
-    assert path.read_text().startswith("commit,date,torch,numba,device,threads,experiment,case,mode,")
-    for row in rows:
-        assert row.pairs == 1
+    (path,) = tmp_path.glob("*.csv")
+    found = rows.read(path)
+    assert [row.group for row in found] == ["reset"] * 6 + ["lengths"] * 14 + ["cells"] * 3 + ["rollout"] * 4
+    assert len({row.key for row in found}) == len(found)
+    for row in found:
+        assert (row.experiment, row.pairs) == ("control", 1)
+        assert set(row.details) == set(control.CONTROL.details)
         assert 0 < row.p20_ms == row.p50_ms == row.p80_ms
         assert 0 < row.peer_p20_ms == row.peer_p50_ms == row.peer_p80_ms
-        assert row.ratio_p20 == row.ratio == row.ratio_p80
+        assert row.pair_ratio_p20 == row.pair_ratio == row.pair_ratio_p80
         assert row.peer in shown
-        per_token = (row.p50_ms / row.tokens) / (row.peer_p50_ms / row.peer_tokens)
+        per_token = (row.p50_ms / int(row.details["tokens"])) / (row.peer_p50_ms / int(row.details["peer_tokens"]))
         expected = per_token if row.kind == "cost" else row.peer_p50_ms / row.p50_ms
-        assert row.ratio == pytest.approx(expected, rel=1e-4)  # the file has six digits
-        promised = row.experiment != "cells" and (row.kind == "cost" or row.peer == "torch segments")
+        assert row.pair_ratio == pytest.approx(expected, rel=1e-4)  # the file has a few digits
+        promised = row.group != "cells" and (row.kind == "cost" or row.peer == "torch segments")
         assert row.limit == ({"cost": 1.03, "speed": 3.0}[row.kind] if promised else None)
-    assert {row.peer for row in rows} == {
+    assert {row.peer for row in found} == {
         "lstmcore dense", "lstmcore packed", "torch packed", "torch segments", "torch split segments",
         "torch cell loop", "torch packed sequences",
     }  # fmt: skip
-    uniform = next(row for row in rows if row.variant == "uniform")
-    assert (uniform.tokens, uniform.peer_tokens) == (sum((4, 9, 14, 18)), 11 * B)
+    uniform = next(row for row in found if row.variant == "uniform")
+    assert list(map(int, uniform.details.values())) == [sum((4, 9, 14, 18)), 11 * B]
 
-    monkeypatch.setattr(control, "compare", lambda *_: replace(rows[-1], p50_ms=1.5))  # the last of the rollout's
-    assert control.main([*arguments, "--case", "rollout"]) == 0
-    again = control.read(path)
-    assert again[:-1] == rows[:-1]
+    # the last of the rollout's
+    monkeypatch.setattr(control, "compare", lambda *_: iter([replace(found[-1], p50_ms=1.5)]))
+    assert cli.main([*arguments, "--case", "rollout"]) == 0
+    again = rows.read(path)
+    assert again[:-1] == found[:-1]
     assert again[-1].p50_ms == 1.5
 
 
-def made_up(**fields: object) -> control.ControlRow:
-    values = {"int": 1, "float": 1.0, "str": "", "float | None": None}
-    return control.ControlRow(
-        **{name: values[kind] for name, kind in control.ControlRow.__annotations__.items()} | fields
-    )
+def made_up(**columns: object) -> Row:
+    shape = {"input_size": 1, "hidden_size": 1, "batch": 1, "steps": 1, "dtype": "float32"}
+    given = {
+        "experiment": "control",
+        "device": "",
+        "threads": 1,
+        "case": "a-case",
+        "group": "reset",
+        "mode": "training",
+    }
+    return Row(**shape, **given, backend="numba", pairs=1, p50_ms=1.0, peer_p50_ms=1.0, **columns)
 
 
 def test_broken_limits_are_marked(capsys):
     costs = [
-        made_up(kind="cost", ratio=ratio, limit=limit) for ratio, limit in ((1.031, 1.03), (1.029, 1.03), (9, None))
+        made_up(kind="cost", pair_ratio=ratio, limit=limit)
+        for ratio, limit in ((1.031, 1.03), (1.029, 1.03), (9, None))
     ]
-    speeds = [made_up(kind="speed", ratio=ratio, limit=limit) for ratio, limit in ((2.9, 3.0), (3.1, 3.0), (0.5, None))]
-    rows = costs + speeds
-    assert [each.broken for each in rows] == [True, False, False] * 2
-    control.show(control.screen(), rows)
+    speeds = [
+        made_up(kind="speed", pair_ratio=ratio, limit=limit) for ratio, limit in ((2.9, 3.0), (3.1, 3.0), (0.5, None))
+    ]
+    assert [each.broken for each in costs + speeds] == [True, False, False] * 2
+    tables.show_promised(session.screen(), costs + speeds)
     shown = capsys.readouterr().out
     assert shown.count("over 1.03") == shown.count("under 3") == 1
     for text in ("1.031 over", "1.029", "9.000", "2.90× under", "3.10×", "0.50×"):
@@ -183,51 +192,49 @@ def test_wrong_gradients_get_no_figure(monkeypatch):
         control.checked(ours, true)
 
 
-def test_a_wrong_case_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
+def test_a_wrong_case_does_not_stop_the_others(registry, monkeypatch, tmp_path, capsys):
     def wrong(side):
         results = original(side)
         return (results[0] + (side.problem.case.group == "rollout"), *results[1:])
 
     original = Direct.forward
     monkeypatch.setattr(Direct, "forward", wrong)
-    monkeypatch.setattr(control, "CASES", {name: TINY[name] for name in ("rollout-tiny", "cells-tiny")})
-    assert control.main([*FAST, "--out", str(tmp_path)]) == 1
+    registry(*(TINY[name] for name in ("rollout-tiny", "cells-tiny")))
+    assert cli.main([*FAST, "--out", str(tmp_path)]) == 1
     assert "wrong result: rollout-tiny, lstmcore with control" in " ".join(capsys.readouterr().out.split())
-    (path,) = (tmp_path / "control").glob("*.csv")
-    assert {each.case for each in control.read(path)} == {"cells-tiny"}
+    (path,) = tmp_path.glob("*.csv")
+    assert {each.case for each in rows.read(path)} == {"cells-tiny"}
 
 
-def test_the_interruption_keeps_what_is_done(monkeypatch, tmp_path, capsys):
-    def interrupted(case, effort):
-        yield next(original(case, effort))
+def test_the_interruption_keeps_what_is_done(registry, monkeypatch, tmp_path, capsys):
+    def interrupted(case, task):
+        yield next(original(case, task))
         raise KeyboardInterrupt
 
     original = control.resets
-    monkeypatch.setattr(control, "CASES", TINY)
-    monkeypatch.setitem(control.EXPERIMENTS, "reset", interrupted)
-    assert control.main([*FAST, "--out", str(tmp_path)]) == 0
+    registry(*TINY.values())
+    monkeypatch.setitem(control.KINDS, "reset", interrupted)
+    assert cli.main([*FAST, "--out", str(tmp_path)]) == 130
     assert "interrupted" in capsys.readouterr().out
-    (path,) = (tmp_path / "control").glob("*.csv")
-    assert [each.key for each in control.read(path)] == [("reset-tiny", "inference", "0% resets", "lstmcore dense")]
+    (path,) = tmp_path.glob("*.csv")
+    assert [each.key[1:] for each in rows.read(path)] == [("reset-tiny", "inference", "0% resets", "lstmcore dense")]
 
 
-def test_the_command_line(capsys, tmp_path):
-    assert control.main(["--case", "nothing"]) == 2
-    assert "no case matches" in capsys.readouterr().out
-    assert control.main(["--list"]) == 0
-    assert capsys.readouterr().out.split() == list(control.CASES)
-    assert control.main(["--list", "--quick", "--case", "reset*"]) == 0
-    assert capsys.readouterr().out.split() == ["reset-h64-b32-t1000", "reset-h16-b8-t1000"]
-    other = tmp_path / "other.csv"
-    other.write_text("some,columns\n")
-    with pytest.raises(ValueError, match="move the file away"):
-        control.read(other)
+def test_the_command_line(capsys, tmp_path, registry):
+    assert cli.main(["control", "--case", "nothing"]) == 2
+    assert "no case matches --case nothing" in capsys.readouterr().err
+    assert cli.main(["control", "--device", "cuda"]) == 2
+    assert "control measures on cpu, not on cuda" in capsys.readouterr().err
+    assert cli.main(["control", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(case.name in listed for case in select("control"))
+    assert cli.main(["control", "--list", "--quick", "--case", "reset*"]) == 0
+    assert "2 of 16 cases" in capsys.readouterr().out
 
 
 def test_slow_peers_have_to_be_asked_for(monkeypatch):
-    case = TINY["rollout-tiny"]
-    monkeypatch.setattr(control, "SLOW", {case.name})
-    monkeypatch.setattr(control, "compare", lambda mode, variant, ours, peer, *_: peer.name)
-    quick, slow = (list(control.rollout(case, Effort(1, 0.0, slow))) for slow in (False, True))
+    case = replace(TINY["rollout-tiny"], tags=frozenset({"slow"}))
+    monkeypatch.setattr(control, "compare", lambda mode, variant, ours, peer, *_: iter([peer.name]))
+    quick, slow = (list(control.rollout(case, Task(Effort(1, 0.0), slow=slow))) for slow in (False, True))
     assert slow == [*quick, "torch packed sequences"]
     assert control.truth(case, NONE).expected[0].dtype == torch.float64

@@ -5,27 +5,28 @@ Rows here are made up and live in temporary folders; none of them is a result.
 
 from __future__ import annotations
 
-import csv
 import os
 import pathlib
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from bench import machine, memory, onnx_peer, report, results, run, summary, table, timing
-from bench.cases import CASES, Case
-from bench.providers import OURS, PEER, Problem, draw
-from bench.results import Row
+from bench import cli, machine, measure, memory, onnx_peer, report, rows, session, summary, tables, timing
+from bench.cases import Case, select
+from bench.experiments import AFTER_TORCH, SPEED
+from bench.measure import Task
+from bench.providers import OURS, Problem, draw
+from bench.rows import Row
+from bench.timing import Effort
 from bench.verify import Mismatch
 
-COLUMNS = ("onnxruntime", "onnxruntime_ms", "onnxruntime_ratio")
 TINY = Case("tiny", "dense", 5, 8, 3, 6)
 PACKED = replace(TINY, name="packed", group="packed", mean_length=0.5)
-EFFORT = run.Effort(min_pairs=2, budget_s=0.0, memory=False)
+TASK = Task(Effort(min_pairs=2, budget_s=0.0), "reference")
 
 
 @pytest.fixture
@@ -97,9 +98,9 @@ def test_no_thread_is_left(installed, monkeypatch):
 
 
 def test_what_is_covered():
-    covered = {case.group for case in CASES.values() if onnx_peer.covers(case, "inference")}
+    covered = {case.group for case in select() if onnx_peer.covers(case, "inference")}
     assert covered == {"dense", "dense-i1", "steps", "bidirectional", "layers4", "last", "short", "call"}
-    assert not any(onnx_peer.covers(case, "training") for case in CASES.values())
+    assert not any(onnx_peer.covers(case, "training") for case in select())
     assert not onnx_peer.covers(replace(TINY, device="cuda"), "inference")
 
 
@@ -121,42 +122,44 @@ def test_a_block_of_calls(monkeypatch):
 # --- a run -------------------------------------------------------------------------------------------------------
 
 
-def run_tiny(monkeypatch, path: pathlib.Path, *cases: Case) -> int:
-    monkeypatch.setattr(run, "fma_peaks", lambda dtypes: dict.fromkeys(dtypes, 1.0))
-    monkeypatch.setattr(run, "REGISTRIES", {"cpu": {case.name: case for case in cases}})
+def run_tiny(registry, monkeypatch, path: pathlib.Path, *cases: Case) -> int:
+    monkeypatch.setattr(session, "fma_peak", lambda dtype, threads: 1.0)
+    monkeypatch.setattr(measure, "fma_peak", lambda dtype, threads: 1.0)
     monkeypatch.setattr(timing, "SAMPLE_S", 1e-3)
-    return run.run(cases, None, "reference", EFFORT, path)
+    registry(*cases)
+    return session.Session([(AFTER_TORCH, TASK), (SPEED, TASK)], path).run(cases)
 
 
-def test_run(installed, monkeypatch, tmp_path, capsys):
+def test_run(installed, registry, monkeypatch, tmp_path, capsys):
     path = tmp_path / "rows.csv"
-    assert run_tiny(monkeypatch, path, TINY, PACKED) == 0
+    assert run_tiny(registry, monkeypatch, path, TINY, PACKED) == 0
     output = capsys.readouterr().out
     assert "skipped" not in output
     assert "vs onnxruntime" in output
-    rows = {row.key: row for row in results.read(path)}
-    assert len(rows) == 8
-    ours = rows.pop(("tiny", "inference", OURS))
-    assert ours.onnxruntime == machine.versions()["onnxruntime"] != ""
-    assert ours.onnxruntime_ms is not None
-    assert ours.alone_ms is not None
-    assert ours.onnxruntime_ratio == pytest.approx(ours.onnxruntime_ms / ours.alone_ms, rel=1e-4)
-    assert all(row.onnxruntime_ms is None and row.onnxruntime_ratio is None for row in rows.values())
+    found = {(row.experiment, row.case, row.mode, row.peer): row for row in rows.read(path)}
+    assert len(found) == 2 * 2 * 2 + 1
+    alone, beside = (found["speed", "tiny", "inference", peer] for peer in ("torch", "onnxruntime"))
+    assert beside.onnxruntime == machine.versions()["onnxruntime"] != ""
+    assert beside.p50_ms == alone.p50_ms
+    assert beside.peer_backend == "onnxruntime"
+    assert alone.max_error == found["after-torch", "tiny", "inference", "torch"].max_error
+    (tiny,) = (each for each in summary.entries(list(found.values())) if each.onnxruntime)
+    assert (tiny.main.experiment, tiny.alone, tiny.onnxruntime) == ("after-torch", alone, beside)
 
 
 @pytest.mark.parametrize("absent", ["onnx", "onnxruntime"])
-def test_run_where_it_is_not_installed(monkeypatch, tmp_path, capsys, absent):
+def test_run_where_it_is_not_installed(registry, monkeypatch, tmp_path, capsys, absent):
     monkeypatch.setitem(sys.modules, absent, None)  # which makes an import of it fail
     path = tmp_path / "rows.csv"
-    assert run_tiny(monkeypatch, path, TINY, replace(TINY, name="tiny too")) == 0
+    assert run_tiny(registry, monkeypatch, path, TINY, replace(TINY, name="tiny too")) == 0
     output = capsys.readouterr().out
     said = [line for line in output.splitlines() if "onnxruntime is skipped" in line]
     assert len(said) == 1
     assert absent in said[0]
     assert "(pip install onnxruntime onnx)" in said[0]
     assert "vs onnxruntime" not in output
-    assert all(row.onnxruntime_ms is None for row in results.read(path))
-    assert run_tiny(monkeypatch, path, PACKED) == 0
+    assert {row.peer for row in rows.read(path)} == {"torch"}
+    assert run_tiny(registry, monkeypatch, path, PACKED) == 0
     assert "skipped" not in capsys.readouterr().out  # nothing to skip
 
 
@@ -164,21 +167,18 @@ def test_run_where_it_is_not_installed(monkeypatch, tmp_path, capsys, absent):
 
 
 def made_up(case: Case, mode: str, ratio: float, beside: float | None = None, threads: int = 2) -> list[Row]:
-    """The two rows of a case, with ratios that nobody has measured."""
-    values = {field.name: None for field in fields(Row)} | {
-        "commit": "0000000", "date": "2000-01-01", "torch": "2", "numba": "0", "lstmcore": "0", "triton": "",
-        "device": "Made Up CPU", "threads": threads, "case": case.name, "group": case.group,
-        "input_size": case.input_size, "hidden_size": case.hidden_size, "batch": case.batch, "steps": case.steps,
-        "num_layers": case.num_layers, "directions": case.directions, "proj_size": case.proj_size,
-        "mean_length": case.mean_length, "dtype": case.dtype, "mode": mode, "pairs": 7, "gflops": 1.0,
-        "peak_gflops": 10.0, "peak_share": 0.1, "setting": "behind", "onnxruntime": "1.99",
-        "p20_ms": 1.0, "p50_ms": 1.0, "p80_ms": 1.0, "alone_ms": 1.0,
-    }  # fmt: skip
-    ours = values | {
-        "provider": OURS, "backend": "numba", "ratio": ratio, "pair_ratio": ratio, "alone_ratio": ratio,
-        "max_error": 1e-7, "reference": "float64", "onnxruntime_ms": beside, "onnxruntime_ratio": beside,
-    }  # fmt: skip
-    return [Row(**ours), Row(**values | {"provider": PEER, "backend": "oneDNN", "p50_ms": ratio})]
+    """The rows of a case, with ratios that nobody has measured."""
+    shape = ("group", "input_size", "hidden_size", "batch", "steps", "num_layers", "directions", "proj_size", "dtype")
+    main = Row(
+        **{name: getattr(case, name) for name in shape},
+        experiment="after-torch", commit="0000000", date="2000-01-01", torch="2", numba="0", onnxruntime="1.99",
+        device="Made Up CPU", threads=threads, case=case.name, mode=mode, backend="numba", peer="torch",
+        peer_backend="oneDNN", pairs=7, p20_ms=1.0, p50_ms=1.0, p80_ms=1.0, peer_p50_ms=ratio, peer_p20_ms=ratio,
+        peer_p80_ms=ratio, pair_ratio=ratio, gflops=1.0, peak_gflops=10.0, max_error=1e-7, reference="float64",
+    )  # fmt: skip
+    alone = replace(main, experiment="speed")
+    peer = [] if beside is None else [replace(alone, peer="onnxruntime", peer_p50_ms=beside)]
+    return [main, alone, *peer]
 
 
 def rows_of(beside: tuple[float | None, float | None], threads: int = 2) -> list[Row]:
@@ -192,26 +192,6 @@ def rows_of(beside: tuple[float | None, float | None], threads: int = 2) -> list
     return inference + [row for case in cases for row in made_up(case, "training", 3.0, threads=threads)]
 
 
-def test_rows_from_before_onnxruntime(tmp_path):
-    """A file without the columns is read with none of them; the next run adds them."""
-    path = tmp_path / "rows.csv"
-    results.write(path, rows_of((None, None)))
-    with path.open(newline="") as file:
-        lines = list(csv.reader(file))
-    assert tuple(lines[0][-3:]) == COLUMNS
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(line[:-3] for line in lines)
-    old = results.read(path)
-    assert old == [replace(row, onnxruntime="") for row in rows_of((None, None))]
-    results.write(path, results.merge(old, rows_of((4.0, 1.0)), ("tiny", "large")))
-    assert [row.onnxruntime_ratio for row in results.read(path) if row.onnxruntime_ms is not None] == [4.0, 1.0]
-
-
-def test_committed_rows_still_read():
-    for path in results.RESULTS.glob("*.csv"):
-        assert results.read(path)
-
-
 def test_means():
     def means(rows: list[Row]) -> dict[str, float | None]:
         return {line.mode: line.onnxruntime for line in summary.summaries(rows) if line.group == "dense"}
@@ -222,24 +202,25 @@ def test_means():
 
 
 def test_table(capsys):
-    table.show_rows(run.screen(), rows_of((4.0, 0.5)))
+    tables.show_pairs(session.screen(), rows_of((4.0, 0.5)))
     shown = capsys.readouterr().out
     assert shown.count("vs onnxruntime") == 3  # in both tables and the caption
     assert "4.00×" in shown
     assert "0.50×" in shown
     assert "1.41×" in shown
-    table.show_rows(run.screen(), rows_of((None, None)))
+    tables.show_pairs(session.screen(), rows_of((None, None)))
     assert "onnxruntime" not in capsys.readouterr().out
 
 
 def reported(folder: pathlib.Path, **files: list[Row]) -> str:
-    """The generated region for results files of these names."""
-    readme = folder / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
-    for name, rows in files.items():
-        results.write(folder / "results" / f"{name.replace('_', '-')}.csv", rows)
-    report.update(folder / "results", readme)
-    return readme.read_text()
+    """The generated region of the page for results files of these names."""
+    readme, page = folder / "README.md", folder / "page.md"
+    for path in (readme, page):
+        path.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+    for name, found in files.items():
+        rows.write(folder / "results" / f"{name.replace('_', '-')}.csv", found)
+    report.update(folder / "results", readme, page, folder / "images")
+    return page.read_text()
 
 
 def test_report(tmp_path):
@@ -269,7 +250,13 @@ def test_report_of_one_thread(tmp_path):
     assert "| group | cases | training | inference | vs onnxruntime |\n" in one
     assert "| dense | 2 | **3.00×** (3.00–3.00) | **2.00×** (2.00–2.00) | 4.00× |\n" in one
     assert "![" not in one
-    assert not list((tmp_path / "results").glob("*-1t-*.png"))
+    assert not list((tmp_path / "images").glob("*-1t-*.png"))
+    short = (tmp_path / "README.md").read_text()
+    assert (
+        "| Made Up CPU, 2 threads | dense, float32 | 2 | **3.00×** (3.00–3.00) | **2.00×** (2.00–2.00) | 0 of 4 |"
+        in short
+    )
+    assert "1 thread" not in short
     assert "onnxruntime" not in several
 
 
@@ -277,16 +264,16 @@ def test_report_of_one_thread(tmp_path):
 
 
 def test_threads(own_threads, capsys):
-    assert run.main(["--threads", "1", "--case", "call-h16", "--list"]) == 0
+    assert cli.main(["--threads", "1", "--case", "call-h16", "--list"]) == 0
     assert torch.get_num_threads() == 1
     assert machine.slug().endswith("-1t")
     assert machine.counted(1) == "1 thread"
     before = torch.get_num_threads()
-    assert run.main(["--threads", "2", "--device", "cuda", "--list"]) == 2
+    assert cli.main(["--threads", "2", "--device", "cuda", "--list"]) == 2
     assert torch.get_num_threads() == before
     for wrong in ("0", "two"):
         with pytest.raises(SystemExit):
-            run.main(["--threads", wrong, "--list"])
+            cli.main(["--threads", wrong, "--list"])
 
 
 def test_memory_is_measured_with_as_many_threads(own_threads, monkeypatch):

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 from lstmcore.kernels.cpu import caches, tiling
 
-from bench import scaling
+from bench.experiments import scaling
 
 
 @pytest.mark.parametrize("title", scaling.CORES)

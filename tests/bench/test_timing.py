@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-
-from bench import results, timing
+from bench import timing
 
 
 def test_behind_an_operation(monkeypatch):
@@ -28,18 +26,3 @@ def test_behind_an_operation(monkeypatch):
     assert {tuple(timed[at : at + 4 : 2]) for at in range(1, 80, 4)} == {("ours", "peer"), ("peer", "ours")}
     assert all(abs(seconds - 0.02) < 1e-9 for seconds in samples.ours)
     assert all(abs(seconds - 0.03) < 1e-9 for seconds in samples.peer)
-
-
-def test_rows_from_before_there_were_settings(tmp_path):
-    """Files without the later columns are read as what they were: timed alone."""
-    kept = (results.RESULTS / "intel-xeon-processor-avx512-2t.csv").read_text(encoding="utf-8").splitlines()
-    columns = kept[0].split(",").index("memory_mib") + 1  # the last of the first files
-    old = tmp_path / "old.csv"
-    with old.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(line[:columns] for line in csv.reader(kept))
-    rows = results.read(old)
-    assert rows
-    assert {row.setting for row in rows} == {"alone"}
-    assert all(row.alone_ms is None for row in rows)
-    results.write(tmp_path / "again.csv", rows)
-    assert results.read(tmp_path / "again.csv") == rows

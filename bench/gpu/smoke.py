@@ -1,0 +1,50 @@
+"""Each GPU design once, forward and backward, as small as it gets.
+
+Compared with torch's LSTM, in seconds: the first thing to see on a GPU.  Unchecked for a checker of memory accesses,
+under which a kernel takes a hundred times as long.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bench.cases import MODES, Case, select
+from bench.measure import NOTHING
+from bench.providers import OURS, PEER, algorithm, build, draw, precision
+from bench.tables import KEY_FIGURES
+from bench.verify import Mismatch, check
+
+BACKEND = "triton"
+
+
+def smoke(case: Case, checked: bool) -> str:
+    """What came of a case, in words; RuntimeError where the kernels cannot run it, Mismatch for a wrong result."""
+    with precision(case):
+        runs = algorithm(OURS, case, "training", BACKEND)
+        problem = draw(case)
+        ours = build(OURS, problem, BACKEND)
+        if checked:
+            verdicts = check(problem, ours, build(PEER, problem), MODES)
+            return f"largest error {max(verdict.max_error for verdict in verdicts.values()):.1e}, {runs}"
+        ours.inference()
+        ours.training()
+        torch.cuda.synchronize()
+        return f"ran, {runs}"
+
+
+def run(checked: bool) -> int:
+    """``python -m bench smoke``."""
+    ran = wrong = 0
+    cases = select("smoke", "cuda")
+    for case in cases:
+        try:
+            said = smoke(case, checked)
+            ran += 1
+        except Mismatch as mismatch:
+            said = f"wrong result: {mismatch}"
+            wrong += 1
+        except RuntimeError as error:  # a named backend that cannot run a case says why
+            said = f"not run: {error}"
+        print(f"{case.name}: {said}", flush=True)
+    print(f"{KEY_FIGURES}{ran} of {len(cases)} small cases {'are right' if checked else 'ran'}")
+    return 1 if wrong else 0 if ran else NOTHING

@@ -1,0 +1,366 @@
+"""``python -m bench gpu``, or ``make gpu``: all that a visit to a machine with a CUDA GPU is for, in one command.
+
+It uses the Python it is started with and downloads nothing.  Each stage runs in processes of its own with a time limit,
+so one that hangs is ended and the others still run; a short table comes last.  ``--dry-run`` runs the part of each
+stage that needs no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+import torch
+
+from bench.measure import NO_GPU, NOTHING
+from bench.session import LOST, LOST_AT
+from bench.tables import KEY_FIGURES
+
+ROOT = Path(__file__).parents[2]
+RESERVE_S = 10.0  # of the whole: for ending what hangs, and for the table
+GRACE_S = 6.0  # for a stage to sum up what it has, once its time is over
+START_S = 25.0  # of a stage's time: what importing torch, the first kernels and the tables at the end take
+NO_TESTS = 5  # pytest's exit status when it has collected nothing
+
+Command = list[str]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What the commands of a stage depend on."""
+
+    out: Path  # the folder for files
+    seconds: float  # that the stage has
+    commit: str | None
+
+    @property
+    def work_s(self) -> float:
+        """Of the stage's time, what is left for its work."""
+        return max(self.seconds - START_S, 1.0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a visit."""
+
+    name: str
+    what: str
+    limit_s: float  # of ten minutes; scaled with --minutes
+    commands: Callable[[Visit], list[Command]]
+    dry: Callable[[Visit], list[Command]]
+    again: Callable[[int, Sequence[str], Command], Command | None] = lambda status, lines, command: None
+    nothing: tuple[int, ...] = (NOTHING,)  # exit statuses that mean: there was nothing to do
+    unable: str | None = None  # what a command says that cannot work on this machine
+    environment: Mapping[str, str] = field(default_factory=dict)  # for its commands, of other programs' variables
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage."""
+
+    name: str
+    status: str  # "ok", "failed", "timed out", "skipped"
+    seconds: float
+    figures: str
+
+    @property
+    def bad(self) -> bool:
+        return self.status in ("failed", "timed out")
+
+
+def _python(*arguments: str) -> Command:
+    """This Python, with output that comes at once."""
+    return [sys.executable, "-u", "-m", *arguments]
+
+
+def _bench(*arguments: str) -> Command:
+    return _python("bench", *arguments)
+
+
+def _bench_again(status: int, lines: Sequence[str], command: Command) -> Command | None:
+    """A kernel that breaks CUDA's context ends a process: the cases after it get another one."""
+    at = [line.split(LOST_AT)[1].strip() for line in lines if LOST_AT in line]
+    if status != LOST or not at:
+        return None
+    rest = command[: command.index("--after")] if "--after" in command else command
+    return [*rest, "--after", at[-1]]
+
+
+def _sanitizer(dry: bool) -> list[Command]:
+    """The checks that NVIDIA's tool offers; one that says where it is missing."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return [[sys.executable, "-c", f"print('compute-sanitizer is not on the PATH'); raise SystemExit({NOTHING})"]]
+    if dry:
+        return [[tool, "--version"]]
+    options = ["--error-exitcode", "9", "--print-limit", "20"]
+    smoke = _bench("smoke", "--unchecked")
+    return [[tool, "--tool", check, *options, *smoke] for check in ("memcheck", "racecheck")]
+
+
+# By name: collecting all the others takes longer than running these.
+_GPU_TESTS = _python(
+    "pytest", "tests/gpu/test_cuda.py", "tests/module/test_explain.py", "-m", "gpu", "-p", "no:cacheprovider"
+)
+# The kernels by name: "auto" leaves calls to torch on a device that nobody has measured yet.
+_QUICK = _bench("--device", "cuda", "--quick", "--backend", "triton")
+
+
+def _quick(visit: Visit) -> list[Command]:
+    """The quick benchmark, which ends by itself in time, after its kernels have been compiled."""
+    commit = ["--commit", visit.commit] if visit.commit else []
+    first = visit.work_s / 3
+    return [
+        _bench("compile", "--limit-s", f"{first:.0f}"),
+        [*_QUICK, "--out", str(visit.out), "--limit-s", f"{visit.work_s - first:.0f}", *commit],
+    ]
+
+
+def _experiment(name: str, what: str, limit_s: float, *options: str) -> Stage:
+    """A stage of one experiment, for as many cases as there is time for."""
+
+    def commands(visit: Visit) -> list[Command]:
+        commit = ["--commit", visit.commit] if visit.commit else []
+        until = ["--out", str(visit.out), "--limit-s", f"{visit.work_s:.0f}"]
+        return [_bench(name, "--device", "cuda", *options, *until, *commit)]
+
+    return Stage(name, what, limit_s, commands, lambda visit: [_bench(name, "--device", "cuda", "--list")])
+
+
+# What matters most comes first; the limits add up to ten minutes less the reserve.
+STAGES = (
+    Stage(
+        "environment",
+        "device, driver and versions",
+        25,
+        lambda visit: [_bench("environment")],
+        lambda visit: [_bench("environment")],
+    ),
+    Stage(
+        "smoke",
+        "each design once, against torch's LSTM",
+        50,
+        lambda visit: [_bench("smoke")],
+        lambda visit: [_bench("smoke", "--help")],
+    ),
+    Stage(
+        "tests",
+        "the tests that need a GPU",
+        115,
+        lambda visit: [[*_GPU_TESTS, "-v", "--tb=short", "--durations=5"]],
+        lambda visit: [[*_GPU_TESTS, "--collect-only", "-q"]],
+        nothing=(NO_TESTS,),
+    ),
+    _experiment("handoff", "the latency of a hand-off by number of blocks", 20),
+    _experiment("steps", "microseconds a step, beside torch's and the prediction", 65),
+    _experiment("designs", "microseconds a step by every design that the tiling may choose", 70),
+    Stage("bench", "the quick benchmark", 175, _quick, lambda visit: [[*_QUICK, "--list"]], again=_bench_again),
+    _experiment("flow", "what recording the gradient flow costs", 30, "--seconds", "1"),
+    Stage(
+        "plots",
+        "the figures of its rows",
+        20,
+        lambda visit: [_bench("report", "--out", str(visit.out))],
+        lambda visit: [_bench("report", "--out", str(visit.out))],
+    ),
+    Stage(
+        "sanitizer",
+        "memory accesses and races of small cases",
+        20,
+        lambda visit: _sanitizer(dry=False),
+        lambda visit: _sanitizer(dry=True),
+        unable="Device not supported",
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor its own allocation, with its own bounds
+    ),
+)
+
+
+class Tee:
+    """Lines for the screen and for the log."""
+
+    def __init__(self, log: TextIO) -> None:
+        self.log = log
+
+    def __call__(self, line: str) -> None:
+        print(line, flush=True)
+        self.log.write(f"{line}\n")
+        self.log.flush()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends a process and all that it started: first politely, so that it can sum up, then for good."""
+    for sign, patience in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+        if sign == signal.SIGINT:
+            continue  # what it started may still be there
+    process.wait()
+
+
+def _group() -> dict[str, object]:
+    """The argument that puts a child into a process group of its own: the newer one keeps it in our session."""
+    return {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+
+
+def run_command(
+    command: Command, timeout_s: float, say: Callable[[str], None], environment: Mapping[str, str]
+) -> tuple[int | None, list[str]]:
+    """Runs a command from the repository's root; its exit status, None if its time was over, and its lines."""
+    say(f"$ {' '.join(command)}")
+    lines: list[str] = []
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        **_group(),  # type: ignore[call-overload]
+    )
+    stream = process.stdout
+    assert stream is not None
+
+    def read() -> None:
+        for line in stream:
+            lines.append(line.rstrip("\n"))
+            say(lines[-1])
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    status: int | None = None
+    try:
+        status = process.wait(max(timeout_s, 0.0))
+    except subprocess.TimeoutExpired:
+        say(f"ended: the {timeout_s:.0f} seconds for it are over")
+    finally:
+        if status is None:
+            _end(process)
+    reader.join(GRACE_S)  # until the pipe is read to its end
+    return status, lines
+
+
+def _figures(lines: Iterable[str]) -> str:
+    """What a command has found in short: the line that says so, else its last one."""
+    told = [line.strip() for line in lines if line.strip()]
+    marked = [line.removeprefix(KEY_FIGURES) for line in told if line.startswith(KEY_FIGURES)]
+    return (marked or [line.strip("= ") for line in told[-1:]] or [""])[-1]
+
+
+def run_stage(stage: Stage, commands: Sequence[Command], timeout_s: float, say: Callable[[str], None]) -> Outcome:
+    """Runs a stage's commands one after the other within its time."""
+    started = time.monotonic()
+    say(f"\n=== {stage.name}: {stage.what} ({timeout_s:.0f} s at most)")
+    states: list[str] = []
+    told: list[str] = []
+    waiting = list(commands)
+    while waiting:
+        command = waiting.pop(0)
+        status, lines = run_command(command, timeout_s - (time.monotonic() - started), say, stage.environment)
+        if status is None:
+            states.append("timed out")
+        elif status == 0:
+            states.append("ok")
+        else:
+            unable = stage.unable is not None and any(stage.unable in line for line in lines)
+            states.append("skipped" if unable or status in stage.nothing else "failed")
+        told.append(_figures(lines))
+        if status is not None and (more := stage.again(status, lines, command)) is not None:
+            waiting.insert(0, more)
+        if time.monotonic() - started >= timeout_s:
+            if waiting:
+                states.append("timed out")
+            break
+    worst = next(state for state in ("timed out", "failed", "ok", "skipped") if state in states)
+    return Outcome(stage.name, worst, time.monotonic() - started, "; ".join(dict.fromkeys(filter(None, told))))
+
+
+def shares(stages: Sequence[Stage], minutes: float) -> dict[str, float]:
+    """The seconds that each stage is sure to get."""
+    scale = max(minutes * 60 - RESERVE_S, 1.0) / sum(stage.limit_s for stage in stages)
+    return {stage.name: stage.limit_s * scale for stage in stages}
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    minutes: float,
+    visit: Visit,
+    say: Callable[[str], None],
+    dry: bool,
+    outcomes: list[Outcome],
+) -> None:
+    """Runs the stages in order: each has its share of the time, and what those before it left over."""
+    ends = time.monotonic() + minutes * 60 - RESERVE_S
+    sure = shares(stages, minutes)
+    for index, stage in enumerate(stages):
+        later = sum(sure[each.name] for each in stages[index + 1 :])
+        seconds = max(ends - time.monotonic() - later - GRACE_S, 1.0)
+        commands = (stage.dry if dry else stage.commands)(replace(visit, seconds=seconds))
+        outcomes.append(run_stage(stage, commands, seconds, say))
+
+
+def summary(outcomes: Sequence[Outcome]) -> list[str]:
+    """The table that comes last: short, and narrow enough for any screen but for its last column."""
+    lines = [f"{'stage':<12} {'status':<10} {'seconds':>7}  key figures"]
+    lines += [f"{each.name:<12} {each.status:<10} {each.seconds:7.0f}  {each.figures}" for each in outcomes]
+    return lines
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def run(names: Sequence[str] | None, minutes: float, out: Path, commit: str | None, dry: bool) -> int:
+    """Runs the stages, or those of these names; 0 if all went well, 1 if one failed, 2 without a GPU or for an unknown
+    name, 130 if it was interrupted.
+    """
+    if unknown := set(names or ()) - {stage.name for stage in STAGES}:
+        print(f"unknown stage {', '.join(sorted(unknown))}: expected {', '.join(stage.name for stage in STAGES)}")
+        return 2
+    chosen = [stage for stage in STAGES if names is None or stage.name in names]
+    if not dry and not torch.cuda.is_available():
+        print(f"{NO_GPU}, and no GPU figure exists from this machine; --dry-run shows what would run")
+        return 2
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    status = 0
+    before = signal.signal(signal.SIGTERM, _terminated)  # so that no stage outlives this process
+    with (out / "gpu.log").open("w", encoding="utf-8") as log:
+        say = Tee(log)
+        if dry:
+            say("dry run: nothing is measured, and no GPU figure comes of it")
+            for name, seconds in shares(chosen, minutes).items():
+                say(f"{name:<12} gets {seconds:4.0f} s of {minutes:g} minutes, and what is left over before it")
+        try:
+            run_stages(chosen, minutes, Visit(out, 0.0, commit), say, dry, outcomes)
+        except KeyboardInterrupt:
+            say("interrupted")
+            status = 130
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        lines = summary(outcomes)
+        (out / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        say("")
+        for line in lines:
+            say(line)
+        if not dry:
+            say(f"files: {out}")
+    return status or (1 if any(outcome.bad for outcome in outcomes) else 0)
