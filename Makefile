@@ -47,7 +47,7 @@ lint: $(VENV)/.ready build/types  ## style and types
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lstmcore
 
 docs: $(VENV)/.docs build/types  ## the pages and the API reference, into build/site; links, snippets and examples are tried
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/pytest -q tests/house/test_docs.py -k "not command"
 	@echo 'the pages: build/site/index.html'
 

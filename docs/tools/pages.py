@@ -1,7 +1,7 @@
-"""A hook of MkDocs: pages and pictures that lie outside of docs/, so that no page stands twice.
+"""A hook of MkDocs: pages that lie outside of docs/, so that nothing stands twice.
 
-README.md is the front page, CONTRIBUTING.md and CHANGELOG.md are pages.  Links in Markdown are written as they work in
-the repository; here they are turned into those of the site.
+README.md is the front page, CONTRIBUTING.md and CHANGELOG.md are pages.  Links are written as they work in the
+repository; here they are turned into those of the site.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-FILES = ["LICENSE", *(path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("bench/results/**/*.png")))]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # the path of [text](path#anchor), neither an address nor an anchor
 
 
@@ -22,8 +21,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Adds what lies elsewhere in the repository."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
-    for place in FILES:
-        files.append(File.generated(config, place, abs_src_path=str(ROOT / place)))
+    files.append(File.generated(config, "LICENSE", abs_src_path=str(ROOT / "LICENSE")))
     return files
 
 

@@ -24,6 +24,7 @@ import lstmcore
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *ROOT.glob("docs/**/*.md")]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in sorted(PAGES)}
+WALKS = "docs/extending.md"  # test_extending.py runs them
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 COMMANDS = {
     line.split("#")[0].strip()
@@ -31,7 +32,7 @@ COMMANDS = {
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
     if line.strip()
-} | {command for text in TEXTS.values() for command in re.findall(r"`((?:make|python) [^`]+)`", text)}
+} | {command for text in TEXTS.values() for command in re.findall(r"(?<!`)`((?:make|python) [^`\n]+)`", text)}
 WITH_EXAMPLES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in sorted(ROOT.glob("lstmcore/**/*.py"))
@@ -48,16 +49,16 @@ def harmless(command: str) -> list[str] | None:
     if words[:3] == ["python", "-m", "lstmcore"]:
         # test_cli.py runs the check, the demonstration's tests the demonstration; prewarm wants to know what
         return [sys.executable, *words[1:], *(["--help"] if {"check", "flow", "prewarm"} & {*words} else [])]
-    if words[:2] == ["python", "-m"] and words[2].split(".")[0] == "bench":
-        listed = words[2] in ("bench", "bench.control", "bench.flow") and "report" not in words
-        return [sys.executable, *words[1:], *([] if "--list" in words else ["--list"] if listed else ["--help"])]
+    if words[:3] == ["python", "-m", "bench"]:
+        last = ["--help"] if {"report", "compare", "gpu", "kernels", "scaling"} & {*words} else ["--list"]
+        return [sys.executable, *words[1:], *([] if "--list" in words else last)]
     if words[0] == "python" and words[1].startswith("examples/"):
         return [sys.executable, *words[1:], *([] if "--help" in words else ["--help"])]
     if words[0] == "pytest":
         return [sys.executable, "-m", "pytest", "--collect-only", "-q", *words[1:]]
     if words[0] == "make":
         return ["make", "--dry-run", *words[1:]]
-    if words == ["pip", "install", "."]:  # the wheel's tests build it; here that the tree is installable at all
+    if words == ["pip", "install", "-e", "."]:  # the wheel's tests build it; here that the tree is installable at all
         return [sys.executable, "-c", "import tomllib; tomllib.load(open('pyproject.toml', 'rb'))['project']['name']"]
     return None
 
@@ -79,7 +80,7 @@ def test_there_is_something_to_test():
     assert "lstmcore" in WITH_EXAMPLES
 
 
-@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if "```python" in text])
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if "```python" in text and page != WALKS])
 def test_snippets(page, tmp_path, monkeypatch):
     """In order, in one namespace, as a reader would."""
     monkeypatch.chdir(tmp_path)  # they write files
