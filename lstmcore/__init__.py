@@ -13,7 +13,7 @@ Importing it loads no kernel and no compiler; the first call that needs them doe
 
 from lstmcore import init
 from lstmcore._version import __version__
-from lstmcore.backends import explain
+from lstmcore.explaining import explain
 from lstmcore.flow.jacobian import cell_jacobian, rnn_jacobian
 from lstmcore.flow.recorder import record_gradient_flow
 from lstmcore.flow.rnn import RNN

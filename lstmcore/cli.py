@@ -333,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--device", type=device, default="cpu", help="where the module will run (default: cpu)")
 
     parity = add(check, "compare outputs and all gradients with float64 torch.nn.LSTM on this machine")
-    parity.add_argument("--backend", choices=backends.NAMES, default="auto", help="what to check (default: auto)")
+    parity.add_argument("--backend", choices=backends.names(), default="auto", help="what to check (default: auto)")
     parity.add_argument("--device", type=device, default="cpu", help="where to check it (default: cpu)")
 
     add(flow, "show which gradients survive long sequences, and which models learn from them, in pictures")

@@ -16,9 +16,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 # Each imports only what is before it.
 LAYERS = (
-    "kernels", "init", "recording", "routing", "scripting", "checks", "reference", "aten", "direct", "backends", "onnx",
-    "ops", "autograd", "functional", "module", "flow", "cli",
+    "kernels", "init", "recording", "routing", "scripting", "checks", "backends", "direct", "ops", "onnx", "transforms",
+    "autograd", "functional", "explaining", "module", "flow", "cli",
 )  # fmt: skip
+PACKAGES = ("backends", "flow")  # whose files may know each other
 FREE = ("_version",)  # holds a constant; anyone may
 HOUSE = {"lstmcore", "kernels", "bench", "tests", "examples", *(path.stem for path in (ROOT / "examples").iterdir())}
 SOURCES = {path: path.relative_to(ROOT) for name in ("lstmcore", "kernels") for path in (ROOT / name).rglob("*.py")}
@@ -52,10 +53,7 @@ def owner(module: str) -> str:
 def test_imports_go_one_way(layer):
     paths = [p for p, r in SOURCES.items() if layer in (r.parts[0], *r.with_suffix("").parts[1:2])]
     assert paths, f"there is no {layer}"
-    allowed = (
-        *LAYERS[: LAYERS.index(layer) + (layer == "flow")],
-        *FREE,
-    )  # flow is a package: its files may know others
+    allowed = (*LAYERS[: LAYERS.index(layer) + (layer in PACKAGES)], *FREE)
     for path in paths:
         names = imported(path)
         assert all(name.split(".")[0] == "lstmcore" for name in names), f"{SOURCES[path]} imports {names}"
@@ -104,6 +102,24 @@ def test_what_all_backends_share_knows_none():
         if relative.parts[0] == "kernels" and len(relative.parts) == 2:
             for name in imported(path):
                 assert name.split(".")[2:3] not in (["cpu"], ["gpu"]), f"{relative} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "file", ["backends/choice", "autograd", "checks", "explaining", "functional", "ops", "recording", "transforms"]
+)
+def test_only_the_registry_knows_backends_by_name(file):
+    """A new backend is a module and an entry there.  (Sentences for people may name one.)"""
+    for node in ast.walk(ast.parse((ROOT / "lstmcore" / f"{file}.py").read_text())):
+        if isinstance(node, ast.Constant):
+            assert node.value not in ("triton", "numba", "torch", "reference"), f"{file}, line {node.lineno}"
+
+
+def test_gates_are_counted_in_one_place():
+    """Four of them, in ``Layer``: nothing else takes 4H apart."""
+    for path, relative in SOURCES.items():
+        if relative.parts[0] == "lstmcore":
+            text = ast.unparse(ast.parse(path.read_text()))
+            assert "// 4" not in text, relative
 
 
 def test_the_parser_sees_an_arrow_back(tmp_path, monkeypatch):
@@ -219,7 +235,8 @@ def test_wheel_contents(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"lstmcore"}
     assert len(tops) == 2
     expected = {f"lstmcore/{path.name}" for path in (ROOT / "lstmcore").glob("*.py")} | {"lstmcore/py.typed"}
-    expected |= {f"lstmcore/flow/{path.name}" for path in (ROOT / "lstmcore" / "flow").glob("*.py")}
+    for package in PACKAGES:
+        expected |= {f"lstmcore/{package}/{path.name}" for path in (ROOT / "lstmcore" / package).glob("*.py")}
     expected |= {f"lstmcore/{SOURCES[path]}" for path in (ROOT / "kernels").rglob("*.py")}
     assert {name for name in names if name.startswith("lstmcore/")} == expected
     assert any(name.endswith("LICENSE") for name in names)
