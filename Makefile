@@ -48,7 +48,7 @@ lint: $(VENV)/.ready build/types  ## style and types
 
 docs: $(VENV)/.docs build/types  ## the pages and the API reference, into build/site; links, snippets and examples are tried
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	$(BIN)/pytest -q tests/house/test_docs.py -k "not command"
+	$(BIN)/pytest -q tests/house/test_docs.py tests/house/test_extending.py -k "not command"
 	@echo 'the pages: build/site/index.html'
 
 # mypy and mkdocstrings find modules by their paths, so they get a tree in which kernels/ lies where it is installed
