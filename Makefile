@@ -1,4 +1,4 @@
-# make bench · demo · test · lint: each sets itself up in .venv; only Python >= 3.10 and make have to be there.
+# make bench · demo · test · lint · docs: each sets itself up in .venv; only Python >= 3.10 and make have to be there.
 # make gpu uses $(PYTHON) as it is: PyTorch with CUDA is there already, and a network may not be.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ TORCH := $(shell grep -o '^torch==[^ ;]*' constraints.txt)
 # what torch 2.11 ships; make kernels compiles with it and with the newest, which is in constraints.txt
 OLD_TRITON := 3.6.0
 
-.PHONY: bench bench-full compare demo test gpu kernels lint check clean
+.PHONY: bench bench-full compare demo test gpu kernels lint docs check clean build/types
 
 bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by both
 	$(BIN)/python -m bench --quick
@@ -41,13 +41,21 @@ build/triton-$(OLD_TRITON)/.ready:
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) triton==$(OLD_TRITON)
 	touch $@
 
-# mypy finds modules by their paths, so it gets a tree in which kernels/ lies where it is installed
-lint: $(VENV)/.ready  ## style and types
+lint: $(VENV)/.ready build/types  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/types && mkdir -p build/types/lstmcore
-	ln -sfn $(CURDIR)/lstmcore/*.py $(CURDIR)/lstmcore/py.typed $(CURDIR)/lstmcore/backends $(CURDIR)/lstmcore/flow $(CURDIR)/kernels build/types/lstmcore/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lstmcore
+
+docs: $(VENV)/.docs build/types  ## the pages and the API reference, into build/site; links, snippets and examples are tried
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/pytest -q tests/house/test_docs.py tests/house/test_extending.py -k "not command"
+	@echo 'the pages: build/site/index.html'
+
+# mypy and mkdocstrings find modules by their paths, so they get a tree in which kernels/ lies where it is installed
+build/types:
+	rm -rf $@
+	mkdir -p $@/lstmcore
+	ln -s $(filter-out %/__pycache__,$(wildcard $(CURDIR)/lstmcore/*)) $(CURDIR)/kernels $@/lstmcore/
 
 check: $(VENV)/.ready  ## parity with torch.nn.LSTM on this machine
 	$(BIN)/python -m lstmcore check
@@ -60,4 +68,8 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt '$(TORCH)'
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	touch $@

@@ -16,8 +16,8 @@ from bench.cases import CASES, GROUPS, MODES, Case, select
 from bench.experiments import EXPERIMENTS, MAIN
 from bench.measure import NO_GPU, NOTHING, Experiment, Task
 from bench.timing import Effort
+from lstmcore import backends
 
-BACKENDS = ("auto", "triton", "numba", "torch", "reference")
 QUICK_RESULTS, GPU_RESULTS = Path("out/bench"), Path("out/gpu")
 DESCRIPTION = """\
 Times lstmcore.LSTM against torch.nn.LSTM by turns, on cases whose outputs and gradients were just checked: each call
@@ -60,7 +60,7 @@ def _common() -> argparse.ArgumentParser:
     how = common.add_argument_group("how")
     how.add_argument(
         "--backend",
-        choices=BACKENDS,
+        choices=backends.names(),
         help="the backend of lstmcore (default: what the command is about, mostly auto); on a CPU, rows of one named "
         "here are shown, not saved",
     )
@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     kernels("--json", action="store_true", help="print the rows as JSON, and no table")
     own["report"].add_argument("--out", type=Path, metavar="DIR", help="only draw the plots of the rows in this folder")
     compare = own["compare"].add_argument
-    compare("commits", nargs=2, metavar=("A", "B"), help="what git calls them; . is the tree with its changes")
+    compare("commits", nargs=2, metavar="COMMIT", help="what git calls A and B; . is the tree with its changes")
     compare("--case", metavar="PATTERN", help="of all cases on a CPU those that match, in place of the few")
     compare("--rounds", type=_positive, default=3, help="fresh processes of each (default: %(default)s)")
     compare("--samples", type=_positive, default=7, help="of each call in a process (default: %(default)s)")

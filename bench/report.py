@@ -211,7 +211,7 @@ def section(rows: Sequence[Row], images: Sequence[tuple[str, str]]) -> str:
 
 
 def short_table(files: Sequence[Sequence[Row]], link: str) -> Iterator[str]:
-    """One line a device and kind of call: of each device the file with most cases, its other threads are in the page."""
+    """One line a device and kind of call, from the file of each device with most cases; the page has the others."""
     fullest: dict[str, Sequence[Row]] = {}
     for one in sorted(files, key=lambda one: (len(entries(one)), one[0].threads)):
         fullest[one[0].device] = one

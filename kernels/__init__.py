@@ -6,29 +6,31 @@ A backend computes one layer of an LSTM, in one direction or both, over a batch 
 five functions; the types they exchange are in :mod:`lstmcore.kernels.contract`.  It may have more: ``describe(layer:
 Layer) -> str`` says how such a layer would run, for people to read.
 
-``supports(layer: Layer) -> str | None``
-    None when the backend runs such a layer on this machine; otherwise one sentence saying what is missing and what
-    would help.  Cheap: it compiles nothing.
-``forward(call: Call, *, save, cells) -> Forward``
-    The whole layer, input projection included (so that a backend may fuse it).  With ``save=False`` (inference)
-    nothing is kept for a backward; with ``save=True`` the result carries whatever ``backward`` will want.
-``backward(call: Call, grads: GradOutputs, output, saved, needs: Needs, *, norms, gate_rows) -> Gradients``
-    The gradients of everything that ``needs`` asks for, from the gradients of what forward returned (None: of a result
-    that nobody used), the call that forward had, its ``output`` and what it ``saved``.
-``saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]``
-    Shape and dtype of each of the tensors that ``forward`` saves of such a layer, with room for ``room`` rows, which
-    may be symbolic.
-``prewarm(layer: Layer, *, training) -> None``
-    Compiles what such a layer will need, so that the first call does not wait.
+* ``supports(layer: Layer) -> str | None``:
+  None when the backend runs such a layer on this machine; otherwise one sentence saying what is missing and what would
+  help.  Cheap: it compiles nothing.
+* ``forward(call: Call, *, save, cells) -> Forward``:
+  the whole layer, input projection included (so that a backend may fuse it).  With ``save=False`` (inference) nothing
+  is kept for a backward; with ``save=True`` the result carries whatever ``backward`` will want.
+* ``backward(call: Call, grads: GradOutputs, output, saved, needs: Needs, *, norms, gate_rows) -> Gradients``:
+  the gradients of everything that ``needs`` asks for, from the gradients of what forward returned (None: of a result
+  that nobody used), the call that forward had, its ``output`` and what it ``saved``.
+* ``saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]``:
+  shape and dtype of each of the tensors that ``forward`` saves of such a layer, with room for ``room`` rows, which may
+  be symbolic.
+* ``prewarm(layer: Layer, *, training) -> None``:
+  compiles what such a layer will need, so that the first call does not wait.
 
 Legend: T time, B batch, N = T * B dense rows or the sum of the packed lengths, I input, H hidden, P projection (H where
 there is none), D directions (1 or 2; direction 1 walks time backwards).
 
-What is computed, per direction (PyTorch's gate order i, f, g, o)::
+What is computed, per direction, in PyTorch's gate order i, f, g, o:
 
     z_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
-    i, f, o = sigmoid(z^i), sigmoid(z^f), sigmoid(z^o);   g = tanh(z^g)
-    c_t = f c_{t-1} + i g;   h_t = o tanh(c_t)            (with a projection: h_t = W_hr (o tanh(c_t)))
+    i, f, o = sigmoid(z^i), sigmoid(z^f), sigmoid(z^o)
+    g = tanh(z^g)
+    c_t = f c_{t-1} + i g
+    h_t = o tanh(c_t)                   with a projection: h_t = W_hr (o tanh(c_t))
 
 Rows.  ``rows`` says which sequences are alive at each step, and how they lie in memory: padded ``(T, B, ·)`` tensors of
 any strides with any lengths, or packed ``(N, ·)`` data.  A backend does no work for padding.  Padded positions of the

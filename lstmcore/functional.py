@@ -30,8 +30,8 @@ _dense_rows = functools.lru_cache(maxsize=1024)(Rows)  # finding a frozen datacl
 
 
 def lstm(
-    input: Tensor | PackedSequence,  # (T, B, I), (B, T, I) when batch_first, (T, I) unbatched; or packed (N, I)
-    hx: tuple[Tensor, Tensor] | None,  # (L * D, B, P) and (L * D, B, H); without B when unbatched
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None,
     params: Sequence[Tensor],
     has_biases: bool = True,
     num_layers: int = 1,
@@ -40,8 +40,8 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     *,
-    lengths: Tensor | Sequence[int] | None = None,  # (B,)
-    reset: Tensor | None = None,  # (T, B), (B, T) when batch_first, (T,) unbatched; or packed (N,)
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
     return_cells: bool | Literal["all"] = False,
     backend: str = "auto",
     module: torch.nn.Module | None = None,
@@ -52,23 +52,30 @@ def lstm(
     2000 and the projection of Sak et al. 2014); :mod:`lstmcore.kernels` writes them out.
 
     Args:
-        input: a floating-point tensor of the parameters' dtype and device, or a ``PackedSequence`` of one.
-        hx: the initial states ``(h_0, c_0)``; None for zeros.
+        input: (T, B, I), (B, T, I) when batch_first, (T, I) unbatched, or a ``PackedSequence`` of (N, I); of the
+            parameters' dtype and device.
+        hx: the initial states ``(h_0, c_0)``, (L * D, B, P) and (L * D, B, H), without B when unbatched; None for
+            zeros.
         params: the flat list of parameters in the order of ``torch.nn.LSTM``: layer by layer, direction by direction,
             weight_ih (4H, I or D * P), weight_hh (4H, P), bias_ih (4H,), bias_hh (4H,), weight_hr (P, H); without the
             biases when ``has_biases`` is False, without weight_hr when there is no projection.
-        has_biases, num_layers, dropout, train, bidirectional, batch_first: as in ``torch.nn.LSTM``.  ``train`` turns
-            the dropout between layers on; on the CPU the same seed draws the same masks as torch's.
-        lengths: how many steps each row has, integers from 0 to T in any order.  Row b computes what it would compute
-            alone, cut to ``lengths[b]`` steps; what lies beyond is not read, and reads zero in the output.  A row of
-            length 0 ends in its initial state.  The Triton kernels do not wait for lengths on the GPU: values out of
-            range make the next call on that device raise, and the row's results NaN.
-        reset: bool; where True, h and c of that row are zeroed before step t computes, in every layer and direction,
-            and no gradient passes.  Of a rollout with ``done[t]`` (the episode ended with the action of step t) it is
-            ``reset[t] = done[t - 1]``, and ``reset[0]`` the last ``done`` of the rollout before.  With packed input it
-            is packed like the data, in the same order.
+        has_biases: whether ``params`` holds biases.
+        num_layers: L.
+        dropout: the probability of the dropout between layers; on the CPU the same seed draws the same masks as
+            torch's.
+        train: whether there is any dropout.
+        bidirectional: whether D is 2.
+        batch_first: input, output and ``reset`` have B before T; the states are not affected.
+        lengths: (B,), how many steps each row has, integers from 0 to T in any order.  Row b computes what it would
+            compute alone, cut to ``lengths[b]`` steps; what lies beyond is not read, and reads zero in the output.  A
+            row of length 0 ends in its initial state.  The Triton kernels do not wait for lengths on the GPU: values
+            out of range make the next call on that device raise, and the row's results NaN.
+        reset: bool, (T, B), (B, T) when batch_first, (T,) unbatched, or packed (N,); where True, h and c of that row
+            are zeroed before step t computes, in every layer and direction, and no gradient passes.  Of a rollout with
+            ``done[t]`` (the episode ended with the action of step t) it is ``reset[t] = done[t - 1]``, and ``reset[0]``
+            the last ``done`` of the rollout before.  With packed input it is packed like the data, in the same order.
         return_cells: also return every c_t of the last layer; ``"all"``: of every layer.
-        backend: ``"auto"``, ``"triton"``, ``"numba"``, ``"torch"`` or ``"reference"``; see :mod:`lstmcore.backends`.
+        backend: ``"auto"``, ``"triton"``, ``"numba"``, ``"torch"`` or ``"reference"``.
         module: whose call this is, for :func:`lstmcore.record_gradient_flow`; None cannot be recorded.
 
     Returns:

@@ -23,8 +23,21 @@ def forget_bias_(module: nn.RNNBase, value: float = 1.0) -> nn.RNNBase:
 
     A gate starts at sigmoid(value): 0.73 for 1, 0.95 for 3, which keep half of a gradient for 2 and 14 steps.
 
-    Raises ValueError for a module without the biases of an LSTM or with computed ones, or a ``value`` not finite;
-    TypeError for one that is no number.
+    Args:
+        module: an ``lstmcore.LSTM`` or ``torch.nn.LSTM``.
+        value: what ``bias_ih`` and ``bias_hh`` of the forget gates add up to; ``bias_hh`` becomes 0.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ValueError: a module without the biases of an LSTM or with computed ones; a ``value`` that is not finite.
+        TypeError: a ``value`` that is no number.
+
+    Examples:
+        >>> lstm = lstmcore.init.forget_bias_(torch.nn.LSTM(8, 32), 1.0)
+        >>> lstm.bias_ih_l0[32:64].unique().item()
+        1.0
     """
     check(value, None)
     with torch.no_grad():
@@ -41,8 +54,17 @@ def chrono_(module: nn.RNNBase, max_lag: int, generator: torch.Generator | None 
     gates start with time constants spread over all lags up to ``max_lag``, and input gates that let in as little as
     that leaves room for.  The other biases stay as they are.
 
-    Raises ValueError for a module without the biases of an LSTM or with computed ones, or ``max_lag`` below 3;
-    TypeError for one that is no integer.
+    Args:
+        module: an ``lstmcore.LSTM`` or ``torch.nn.LSTM``.
+        max_lag: the longest lag, in steps, that the memory has to span; 3 or more.
+        generator: of the random numbers; None for torch's default one.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ValueError: a module without the biases of an LSTM or with computed ones; ``max_lag`` below 3.
+        TypeError: a ``max_lag`` that is no integer.
     """
     check(None, max_lag)
     device = "cpu" if generator is None else generator.device  # whatever the default device is

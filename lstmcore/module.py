@@ -33,7 +33,8 @@ class LSTM(nn.RNNBase):
         dropout: the probability of the dropout after every layer but the last, when training.
         bidirectional: run every layer in both directions of time and concatenate their outputs; D = 2.
         proj_size: P, the size h_t is projected to by ``weight_hr``; 0 for none.
-        device, dtype: of the parameters.  float32, float64, bfloat16 and float16 have kernels.
+        device: of the parameters.
+        dtype: of the parameters; float32, float64, bfloat16 and float16 have kernels.
         backend: ``"auto"`` picks the fastest that runs the call; ``"triton"``, ``"numba"``, ``"torch"`` and
             ``"reference"`` insist on one.  :func:`lstmcore.explain` says what runs and why.
         forget_bias: what the forget gates' bias of every layer and direction starts at (Jozefowicz et al. 2015);
@@ -46,6 +47,12 @@ class LSTM(nn.RNNBase):
     Raises:
         ValueError, TypeError: as ``torch.nn.LSTM``; ValueError for an unknown backend, for both of ``forget_bias`` and
             ``chrono``, for either without biases, for a ``forget_bias`` that is not finite or a ``chrono`` below 3.
+
+    Examples:
+        >>> lstm = lstmcore.LSTM(64, 128, num_layers=2)
+        >>> output, (h_n, c_n) = lstm(torch.randn(1000, 8, 64))
+        >>> output.shape, h_n.shape
+        (torch.Size([1000, 8, 128]), torch.Size([2, 8, 128]))
     """
 
     backend: str = "auto"
@@ -94,16 +101,25 @@ class LSTM(nn.RNNBase):
 
     def forward(
         self,
-        input: Tensor | PackedSequence,  # (T, B, I), (B, T, I) when batch_first, (T, I) unbatched; or packed (N, I)
-        hx: tuple[Tensor, Tensor] | None = None,  # (L * D, B, P) and (L * D, B, H); without B when unbatched
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
         *,
-        lengths: Tensor | Sequence[int] | None = None,  # (B,)
-        reset: Tensor | None = None,  # (T, B), (B, T) when batch_first, (T,) unbatched; or packed (N,)
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
         return_cells: bool | Literal["all"] = False,
     ) -> tuple[Any, ...]:
-        """``output, (h_n, c_n)`` as ``torch.nn.LSTM`` returns them; with ``return_cells``, ``cells`` as a third.
+        """The LSTM over whole sequences; :func:`lstmcore.lstm` says more of the arguments, the shapes and the errors.
 
-        :func:`lstmcore.lstm` describes the arguments, the shapes and the errors.
+        Args:
+            input: (T, B, I), (B, T, I) when batch_first, (T, I) unbatched; or a ``PackedSequence`` of (N, I).
+            hx: the initial states, (L * D, B, P) and (L * D, B, H), without B when unbatched; None for zeros.
+            lengths: (B,), the steps that each row of a padded batch has; None: all T.
+            reset: bool, (T, B), (B, T) when batch_first, (T,) unbatched, or packed (N,): where True, the states of that
+                row are zeroed before the step.
+            return_cells: also return every c_t of the last layer; ``"all"``: of every layer.
+
+        Returns:
+            ``output, (h_n, c_n)`` as ``torch.nn.LSTM`` returns them; with ``return_cells``, ``cells`` as a third.
         """
         if isinstance(input, Proxy):
             return scripting.leaf(self, input, hx, lengths=lengths, reset=reset, return_cells=return_cells)
@@ -149,7 +165,8 @@ class LSTM(nn.RNNBase):
     def reset_parameters(self) -> None:
         """Draws all parameters as ``torch.nn.LSTM`` does, then sets what ``forget_bias`` or ``chrono`` say.
 
-        Raises ValueError, before anything is drawn, where they are given and the biases cannot be set.
+        Raises:
+            ValueError: they are given and the biases cannot be set; nothing is drawn then.
         """
         if self.forget_bias is not None or self.chrono is not None:
             init.check(self.forget_bias, self.chrono)
@@ -175,12 +192,20 @@ class LSTMCell(nn.RNNCellBase):
         input_size: I, the features of the input.
         hidden_size: H, the features of the states.
         bias: whether there are ``bias_ih`` and ``bias_hh``.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
         backend: ``"auto"`` and ``"torch"`` run ATen's fused cell: one step has no recurrence for a kernel to keep in
             cache.  The others run :func:`lstmcore.lstm` over one step.
 
     Raises:
         ValueError: unknown backend.
+
+    Examples:
+        >>> cell = lstmcore.LSTMCell(64, 128)
+        >>> h, c = cell(torch.randn(8, 64))
+        >>> h, c = cell(torch.randn(8, 64), (h, c))
+        >>> h.shape
+        torch.Size([8, 128])
     """
 
     backend: str = "auto"
@@ -201,12 +226,21 @@ class LSTMCell(nn.RNNCellBase):
 
     def forward(
         self,
-        input: Tensor,  # (B, I) or (I,)
-        hx: tuple[Tensor, Tensor] | None = None,  # (B, H) and (B, H), or (H,) and (H,)
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``(h_1, c_1)``, each (B, H) or (H,); zeros stand for ``hx=None``.
+        """One step.
 
-        Raises ValueError for a wrong rank, RuntimeError for sizes and dtypes that do not fit, as ``torch.nn.LSTMCell``.
+        Args:
+            input: (B, I) or (I,).
+            hx: the states ``(h_0, c_0)``, each (B, H) or (H,); None for zeros.
+
+        Returns:
+            ``(h_1, c_1)``, each (B, H) or (H,).
+
+        Raises:
+            ValueError: a wrong rank.
+            RuntimeError: sizes and dtypes that do not fit, as ``torch.nn.LSTMCell``.
         """
         if isinstance(input, Proxy):
             return scripting.leaf(self, input, hx)

@@ -32,16 +32,14 @@ ITSELF = "(model)"  # the module that is the model; pandas would take its name, 
 def to_csv(records: Sequence[Record], path: str | Path) -> Path:
     """Writes a tidy table and returns its path: a line has one quantity at one position of one layer in one pass.
 
-    ========================  =====  ==========================================================================
-    quantity                  axis   columns filled
-    ========================  =====  ==========================================================================
-    h, c                      step   mean, q05 ... q95 over the rows of the batch, at time step ``position``
-    h, c                      lag    the same, ``position`` steps back from the last that a layer computes
-    entering                  step   mean: what comes from the loss or the layer above
-    entering                  lag    the same by lag
-    input, forget, output     step   mean, closed (share below 0.1), open (share of 0.9 and above)
-    horizon                   unit   mean: steps until the forget gates of unit ``position`` have left one half
-    ========================  =====  ==========================================================================
+    | quantity              | axis | columns filled                                                             |
+    |-----------------------|------|----------------------------------------------------------------------------|
+    | h, c                  | step | mean, q05 ... q95 over the rows of the batch, at time step ``position``    |
+    | h, c                  | lag  | the same, ``position`` steps back from the last that a layer computes      |
+    | entering              | step | mean: what comes from the loss or the layer above                          |
+    | entering              | lag  | the same by lag                                                            |
+    | input, forget, output | step | mean, closed (share below 0.1), open (share of 0.9 and above)              |
+    | horizon               | unit | mean: steps until the forget gates of unit ``position`` have left one half |
 
     Empty is NaN or not applicable, ``inf`` infinite, as pandas reads them; numbers are exact.  The model itself is
     called ``(model)``.  For the norms by lag, an iteration a column:
@@ -49,7 +47,8 @@ def to_csv(records: Sequence[Record], path: str | Path) -> Path:
         table = pandas.read_csv(path).query("quantity == 'c' and axis == 'lag' and layer == 0")
         table.pivot(index="position", columns="iteration", values="mean").plot(logy=True)
 
-    Raises OSError where it cannot be written.
+    Raises:
+        OSError: it cannot be written.
     """
     with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -64,10 +63,12 @@ def to_csv(records: Sequence[Record], path: str | Path) -> Path:
 
 
 def to_json(records: Sequence[Record], path: str | Path) -> Path:
-    """Writes everything, one record a line, and returns the path; ``from_json`` reads it back, bit by bit.
+    """Writes everything, one record a line, and returns the path; :func:`from_json` reads it back, bit by bit.
 
     JSON has no NaN and no infinity: NaN is written as null, the infinities as the strings "inf" and "-inf".
-    Raises OSError where it cannot be written.
+
+    Raises:
+        OSError: it cannot be written.
     """
     head = {"format": FORMAT, "version": VERSION, "gates": GATES, "quantiles": QUANTILES}
     with writing(path), open(path, "w", encoding="utf-8") as file:
@@ -80,9 +81,11 @@ def to_json(records: Sequence[Record], path: str | Path) -> Path:
 
 
 def from_json(path: str | Path) -> list[Record]:
-    """Reads what ``to_json`` wrote.
+    """Reads what :func:`to_json` wrote.
 
-    Raises ValueError for a file that it did not write, OSError for one that cannot be read.
+    Raises:
+        ValueError: a file that it did not write.
+        OSError: a file that cannot be read.
     """
     with open(path, encoding="utf-8") as file:
         try:
@@ -127,12 +130,16 @@ def scalars(record: Record) -> dict[str, float]:
 
 
 def log(records: Sequence[Record], writer: Any) -> None:
-    """Hands ``scalars`` of every record to a logger, tagged like ``gradient_flow/encoder.lstm/layer_0/c/ratio``.
+    """Hands :func:`scalars` of every record to a logger, tagged like ``gradient_flow/encoder.lstm/layer_0/c/ratio``.
 
-    ``writer``: TensorBoard's SummaryWriter, or another object with ``add_scalar(tag, value, step)``; if it also has
-    ``add_histogram(tag, values, step)``, that gets log2 of the units' memory horizons, those that are finite.  Or a
-    callable, which gets a dictionary and the iteration, once for each iteration (``wandb.log`` is one).
-    Raises TypeError for anything else.
+    Args:
+        records: as :func:`lstmcore.record_gradient_flow` collects them.
+        writer: TensorBoard's SummaryWriter, or another object with ``add_scalar(tag, value, step)``; if it also has
+            ``add_histogram(tag, values, step)``, that gets log2 of the units' memory horizons, those that are finite.
+            Or a callable, which gets a dictionary and the iteration, once for each iteration (``wandb.log`` is one).
+
+    Raises:
+        TypeError: anything else.
     """
     add_scalar, add_histogram = getattr(writer, "add_scalar", None), getattr(writer, "add_histogram", None)
     if callable(add_scalar):

@@ -51,7 +51,7 @@ class Terms(NamedTuple):
 class CellJacobian(Jacobian):
     """∂c_t / ∂c_{t-1} of one layer and direction of an LSTM, for every step and row, in float64.
 
-    The module's docstring has the equations.  The batch has one row where the input had none.
+    The docstring of :mod:`lstmcore.flow.jacobian` has the equations.  The batch has one row where the input had none.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class RNNJacobian(Scaled, Jacobian):
 @torch.no_grad()
 def cell_jacobian(
     module: nn.RNNBase,
-    input: Tensor,  # (T, B, I), (B, T, I) when batch_first, (T, I) unbatched
-    hx: tuple[Tensor, Tensor] | None = None,  # (L * D, B, P) and (L * D, B, H); without B when unbatched
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None = None,
     layer: int = 0,
     direction: int = 0,
 ) -> CellJacobian:
@@ -136,8 +136,10 @@ def cell_jacobian(
 
     Args:
         module: an ``lstmcore.LSTM`` or ``torch.nn.LSTM``; computed in float64, whatever its dtype.
-        input, hx: as the module takes them, of any floating dtype.
-        layer, direction: which; direction 1 walks from the last step to the first.
+        input: (T, B, I), (B, T, I) when batch_first, (T, I) unbatched; of any floating dtype.
+        hx: the initial states, (L * D, B, P) and (L * D, B, H), without B when unbatched; None for zeros.
+        layer: which layer, from 0 on.
+        direction: 1 walks from the last step to the first.
 
     Raises:
         TypeError: a module of another kind.
@@ -145,6 +147,13 @@ def cell_jacobian(
         ValueError: a ``PackedSequence``; input of a wrong rank or dtype; input, states or parameters that are not
             finite.
         RuntimeError: sizes that do not fit, T = 0.
+
+    Examples:
+        >>> jacobian = lstmcore.cell_jacobian(lstmcore.LSTM(8, 32), torch.randn(100, 4, 8))
+        >>> sorted(jacobian.norms())
+        ['A', 'B', 'C', 'E', 'sum']
+        >>> jacobian.product_norm(lag=50).shape
+        torch.Size([4])
     """
     if getattr(module, "mode", None) != "LSTM":
         raise TypeError(f"expected an lstmcore.LSTM or torch.nn.LSTM, got {_kind(module)}")
@@ -195,8 +204,8 @@ def cell_jacobian(
 @torch.no_grad()
 def rnn_jacobian(
     module: nn.RNNBase,
-    input: Tensor,  # (T, B, I), (B, T, I) when batch_first, (T, I) unbatched
-    hx: Tensor | None = None,  # (L, B, H); without B when unbatched
+    input: Tensor,
+    hx: Tensor | None = None,
     layer: int = 0,
 ) -> RNNJacobian:
     """The Jacobians ∂h_t / ∂h_{t-1} of one layer of a plain recurrent network, run on ``input`` without dropout.

@@ -71,7 +71,7 @@ class Operators(ABC):
         return torch.cat(found)
 
     def norm(self, ord: int | str = 2) -> Tensor:
-        """(T, B): ``spectral`` for 2, ``frobenius`` for "fro"; ValueError for another ``ord``."""
+        """(T, B): :meth:`spectral` for 2, :meth:`frobenius` for "fro"; ValueError for another ``ord``."""
         if ord == 2:
             return self.spectral()
         if ord == "fro":
@@ -156,8 +156,11 @@ class Jacobian(Operators):
     def norms(self, ord: int | str = 2) -> dict[str, Tensor]:
         """(T, B) norms of every term, and of their ``"sum"``, the Jacobian.
 
-        ``ord``: 2, the spectral norm (the largest singular value), or "fro", the Frobenius norm.
-        Raises ValueError for another ``ord``.
+        Args:
+            ord: 2, the spectral norm (the largest singular value), or "fro", the Frobenius norm.
+
+        Raises:
+            ValueError: another ``ord``.
         """
         return {"sum": self.norm(ord)}
 
@@ -168,7 +171,9 @@ class Jacobian(Operators):
     def product_norm(self, lag: int, end: int | None = None) -> Tensor:
         """(B,): the spectral norm of the product over ``lag`` steps; 1 for ``lag`` = 0.
 
-        Raises IndexError for an ``end`` that is not there, ValueError for a ``lag`` that goes beyond the first step.
+        Raises:
+            IndexError: an ``end`` that is not there.
+            ValueError: a ``lag`` that goes beyond the first step.
         """
         return self.log_product_norm(lag, end).exp()
 
@@ -205,7 +210,10 @@ class Jacobian(Operators):
         """(N + 1, B): natural logarithms of the norms of the products over 0, 1, ... N steps, N all up to ``end``.
 
         -inf where a product is zero.  The product is carried along, H×H for each row, as H vectors that go back
-        together: one pass for all lags, where iterating on vectors would take one for each.  IndexError as above.
+        together: one pass for all lags, where iterating on vectors would take one for each.
+
+        Raises:
+            IndexError: an ``end`` that is not there.
         """
         products = self._products(self._walk(end))
         return torch.stack([_largest_singular(matrices).log() + log_scale for matrices, log_scale in products])
@@ -216,7 +224,10 @@ class Jacobian(Operators):
         By the QR method (Benettin et al. 1980) over all T steps: of a sequence this long, the mean rates at which the
         longest axes of an ellipsoid grow.  The vectors start where a sweep of gradients from the end comes out, close
         to the axes that grow most, so that no steps are lost on turning there.  All H exponents add up to the mean of
-        ln |det J|.  Raises ValueError for ``k`` out of range.
+        ln |det J|.
+
+        Raises:
+            ValueError: ``k`` out of range.
         """
         T, B, H = self.shape
         k = H if k is None else k

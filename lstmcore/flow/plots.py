@@ -61,7 +61,8 @@ def norms_by_step(records: Sequence[Record]) -> Figure:
 def norms_by_lag(records: Sequence[Record], iteration: int | None = None) -> Figure:
     """Gradient norms over the steps back from the end, of ``iteration`` (None: the last recorded), a panel a layer.
 
-    Raises ValueError for an iteration that was not recorded.
+    Raises:
+        ValueError: an iteration that was not recorded.
     """
     if iteration is not None:
         present = sorted({record.iteration for record in records})
@@ -76,7 +77,9 @@ def heatmap(records: Sequence[Record], by: str = "lag") -> Figure:
     """log10 of the mean gradient norm over the training: iterations across, lags or steps (``by``) upwards.
 
     Cells where no row is alive are grey, what is not finite is orange, what is zero or below the scale black.
-    Raises ValueError for another ``by``.
+
+    Raises:
+        ValueError: another ``by``.
     """
     if by not in ("lag", "step"):
         raise ValueError(f'expected by="lag" or by="step", got {by!r}')
@@ -118,9 +121,13 @@ def heatmap(records: Sequence[Record], by: str = "lag") -> Figure:
 def terms(norms_by_term: Mapping[str, Tensor]) -> Figure:
     """The four terms of the cell's Jacobian dc_t/dc_{t-1}, stacked per step: their norms, and each one's share.
 
-    ``norms_by_term``: "A", "B", "C", "E" to (T,), or (T, B), of which the mean over the rows is drawn.  Norms of terms
-    do not add up to the norm of their sum; the height of the stack bounds it.
-    Raises ValueError for other names or shapes.
+    Norms of terms do not add up to the norm of their sum; the height of the stack bounds it.
+
+    Args:
+        norms_by_term: "A", "B", "C", "E" to (T,), or (T, B), of which the mean over the rows is drawn.
+
+    Raises:
+        ValueError: other names or shapes.
     """
     if not norms_by_term or not set(norms_by_term) <= set(TERMS):
         raise ValueError(
@@ -163,7 +170,8 @@ def terms(norms_by_term: Mapping[str, Tensor]) -> Figure:
 def gate_histograms(records: Sequence[Record]) -> Figure:
     """How the activations of the three gates are distributed: bars of the last recorded pass, a line for the first.
 
-    Raises ValueError where no record has gates.
+    Raises:
+        ValueError: no record has gates.
     """
     layers, left_out = _chosen(_with_gates(records), MAX_PANELS // 2)
     figure = Figure(figsize=(10.5, 1.1 + 2.5 * len(layers)), layout="constrained")
@@ -198,7 +206,8 @@ def gate_histograms(records: Sequence[Record]) -> Figure:
 def horizons(records: Sequence[Record]) -> Figure:
     """How long the units remember: steps until the product of a unit's forget gates is one half, in octaves.
 
-    Raises ValueError where no record has gates.
+    Raises:
+        ValueError: no record has gates.
     """
     layers, left_out = _chosen(_with_gates(records))
     figure, grid = _panels(len(layers), width=5.6, height=3.2)
@@ -227,8 +236,12 @@ def horizons(records: Sequence[Record]) -> Figure:
 def compare_by_lag(curves: Mapping[str, Tensor | Sequence[Record]]) -> Figure:
     """Several models in one picture: gradient norms by lag over each one's first, so that all start at 1.
 
-    Each value is a curve (T,), or records, of which the mean norms of the last pass are drawn: of the cell state, in a
-    plain RNN of the hidden state, one line a layer.  Raises ValueError where there is nothing to draw.
+    Args:
+        curves: by label, a curve (T,), or records, of which the mean norms of the last pass are drawn: of the cell
+            state, in a plain RNN of the hidden state, one line a layer.
+
+    Raises:
+        ValueError: there is nothing to draw.
     """
     lines: dict[str, np.ndarray] = {}
     for label, value in curves.items():
@@ -266,7 +279,9 @@ def compare_by_lag(curves: Mapping[str, Tensor | Sequence[Record]]) -> Figure:
 def save(figure: Figure, folder: str | Path, name: str, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Writes ``folder/name.png`` and so on, makes the folder where there is none; returns the paths.
 
-    Raises ValueError for a format that matplotlib does not write, OSError where it cannot be written.
+    Raises:
+        ValueError: a format that matplotlib does not write.
+        OSError: it cannot be written.
     """
     formats = (formats,) if isinstance(formats, str) else formats
     known = figure.canvas.get_supported_filetypes()

@@ -37,9 +37,13 @@ class Norms:
 
     @staticmethod
     def of(norms: Tensor, lengths: Tensor | None, direction: int, keep_rows: bool = False) -> list[Norms]:
-        """Of each of S states, from the norms (S, T, B) of every step and row.
+        """The norms of each of S states, from those of every step and row.
 
-        ``lengths`` (B,) int64: the rows' steps; None where all have T.
+        Args:
+            norms: (S, T, B).
+            lengths: (B,) int64, the rows' steps; None where all have T.
+            direction: 0 or 1.
+            keep_rows: whether to keep ``rows``.
         """
         values, by_lag = _both_ways(norms, lengths, direction)
         mean, quantiles = _over_rows(values)

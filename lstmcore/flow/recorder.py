@@ -39,8 +39,6 @@ class GradientFlow:
     """The recording that :func:`record_gradient_flow` makes; a context manager.
 
     Attributes:
-        records: a :class:`lstmcore.flow.record.Record` for every recorded backward pass, module, layer and direction,
-            in that order.
         passes: backward passes seen, recorded or not.
     """
 
@@ -157,6 +155,7 @@ class GradientFlow:
 
     @property
     def records(self) -> list[Record]:
+        """One for every recorded backward pass, module, layer and direction, in that order."""
         with self._lock:
             pending, self._pending, self._pending_bytes = self._pending, [], 0
         for _, of_pass in itertools.groupby(pending, key=lambda each: each[0]):
@@ -170,9 +169,16 @@ class GradientFlow:
         direction: int | None = None,
         iteration: int | None = None,
     ) -> list[Record]:
-        """The records of a module (by its name), layer, direction and backward pass (-1: the last recorded); None: all.
+        """Some of the records.
 
-        Raises ValueError, which names what there is, where there is no such record.
+        Args:
+            module: of the module of this name; None: of all.
+            layer: of this layer; None: of all.
+            direction: of this direction, 0 or 1; None: of both.
+            iteration: of this backward pass (-1: of the last recorded); None: of all.
+
+        Raises:
+            ValueError: there is no such record; it names those that there are.
         """
         records = self.records
         if iteration is not None and iteration < 0 and records:
@@ -196,25 +202,30 @@ class GradientFlow:
         return summarize(self.records)
 
     def plot(self, folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-        """Writes every picture that the records allow into ``folder``; returns their paths.  Needs matplotlib."""
+        """Writes every picture that the records allow into ``folder``; returns their paths.  Needs matplotlib.
+
+        Args:
+            folder: is made where there is none.
+            formats: of the files, those that matplotlib writes.
+        """
         from lstmcore.flow.plots import plot_all
 
         return plot_all(self.records, folder, formats)
 
     def to_csv(self, path: str | Path) -> Path:
-        """Writes a table, see :func:`lstmcore.flow.export.to_csv`."""
+        """Writes a table; see :func:`lstmcore.flow.export.to_csv`."""
         from lstmcore.flow.export import to_csv
 
         return to_csv(self.records, path)
 
     def to_json(self, path: str | Path) -> Path:
-        """Writes all of it, see :func:`lstmcore.flow.export.to_json`; ``from_json`` there reads it back."""
+        """Writes all of it; see :func:`lstmcore.flow.export.to_json`.  ``from_json`` there reads it back."""
         from lstmcore.flow.export import to_json
 
         return to_json(self.records, path)
 
     def log(self, to: Any) -> None:
-        """Hands the main numbers of each record to a TensorBoard writer or a callable, see ``export.log``."""
+        """Hands the main numbers of each record to a logger; see :func:`lstmcore.flow.export.log`."""
         self._hand_over(self.records, to)
 
     @staticmethod
@@ -286,10 +297,6 @@ def record_gradient_flow(
 ) -> GradientFlow:
     """Records what happens to the gradient on its way back through time, in every LSTM inside ``model``.
 
-        with lstmcore.record_gradient_flow(model) as flow:
-            loss(model(input)).backward()
-        print(flow.summary())
-
     The context may span one backward pass or a whole training.  For each layer, direction and step it takes the
     Euclidean norms of dL/dh_t and dL/dc_t of every row, as the backward kernel has them in hand, and statistics of the
     input, forget and output gates; nothing about the training changes, except that within the context
@@ -314,5 +321,13 @@ def record_gradient_flow(
     Raises:
         ValueError: nothing to record in ``model``; ``every`` or ``gate_rows`` out of range.
         RuntimeError: at the end of the context, when no backward pass came through the model inside it.
+
+    Examples:
+        >>> model = lstmcore.LSTM(8, 32)
+        >>> with lstmcore.record_gradient_flow(model) as flow:
+        ...     model(torch.randn(100, 4, 8))[0][-1].sum().backward()
+        >>> record = flow.records[0]
+        >>> record.name, record.steps, record.c.mean.shape
+        ('layer 0', 100, torch.Size([100]))
     """
     return GradientFlow(model, every, rows, gate_rows, scaler, error_if_nonfinite, log)

@@ -49,18 +49,28 @@ class Weights(NamedTuple):
 
 
 def rnn(
-    input: Tensor,  # (T, B, I)
-    hx: Tensor | None,  # (L, B, H); None for zeros
+    input: Tensor,
+    hx: Tensor | None,
     params: Sequence[Tensor],
     nonlinearity: str = "tanh",
     has_biases: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(output, h_n), (T, B, H) and (L, B, H), as a plain loop that autograd differentiates any number of times.
+    """A plain recurrent network as a loop that autograd differentiates any number of times.
 
-    ``params`` is the flat list of ``torch.nn.RNN``: layer by layer weight_ih (H, I or H), weight_hh (H, H), and with
-    ``has_biases`` bias_ih (H,), bias_hh (H,).
+    Args:
+        input: (T, B, I).
+        hx: the initial states, (L, B, H); None for zeros.
+        params: the flat list of ``torch.nn.RNN``: layer by layer weight_ih (H, I or H), weight_hh (H, H), and with
+            ``has_biases`` bias_ih (H,), bias_hh (H,).
+        nonlinearity: ``"sigmoid"``, ``"tanh"`` or ``"relu"``.
+        has_biases: whether ``params`` holds biases.
 
-    Raises ValueError for an unknown nonlinearity, RuntimeError for sizes that do not fit.
+    Returns:
+        ``output, h_n``, (T, B, H) and (L, B, H).
+
+    Raises:
+        ValueError: an unknown nonlinearity.
+        RuntimeError: sizes that do not fit.
     """
     _check_nonlinearity(nonlinearity)
     layers = _layers(params, has_biases)
@@ -87,7 +97,8 @@ class RNN(nn.RNNBase):
         nonlinearity: ``"sigmoid"``, ``"tanh"`` or ``"relu"``.
         bias: whether the layers have ``bias_ih`` and ``bias_hh``.
         batch_first: input and output are (B, T, ·) instead of (T, B, ·); the states are not affected.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         ValueError, TypeError: as ``torch.nn.RNN``; ValueError for an unknown nonlinearity.
@@ -113,15 +124,20 @@ class RNN(nn.RNNBase):
         self.mode = f"RNN_{nonlinearity.upper()}"  # RNNBase knows no sigmoid
         self.nonlinearity = nonlinearity
 
-    def forward(
-        self,
-        input: Tensor,  # (T, B, I), (B, T, I) when batch_first, (T, I) unbatched
-        hx: Tensor | None = None,  # (L, B, H); without B when unbatched
-    ) -> tuple[Tensor, Tensor]:
-        """``output, h_n`` as ``torch.nn.RNN`` returns them; zeros stand for ``hx=None``.
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The network over whole sequences.
 
-        Raises ValueError for a wrong rank or dtype of the input, RuntimeError for sizes, dtypes and devices that do not
-        fit and for T = 0, TypeError for a ``PackedSequence``.
+        Args:
+            input: (T, B, I), (B, T, I) when batch_first, (T, I) unbatched.
+            hx: the initial state, (L, B, H), without B when unbatched; None for zeros.
+
+        Returns:
+            ``output, h_n`` as ``torch.nn.RNN`` returns them: like ``input`` with H features, and like ``hx``.
+
+        Raises:
+            ValueError: a wrong rank or dtype of the input.
+            RuntimeError: sizes, dtypes and devices that do not fit; T = 0.
+            TypeError: a ``PackedSequence``.
         """
         if isinstance(input, Proxy):
             return scripting.leaf(self, input, hx)

@@ -32,15 +32,15 @@ class Finding:
     kind: str  # one of KINDS
     where: str  # the record's name
     numbers: dict[str, float]  # what the text says, unrounded
-    text: str
+    text: str  # the judgement, in sentences
     advice: str = ""  # what to try, one suggestion a line
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What ``summarize`` found; ``str`` of it is a text in lines of up to 96 characters."""
+    """What :func:`summarize` found; ``str`` of it is a text in lines of up to 96 characters."""
 
-    heading: str
+    heading: str  # what was recorded, and what is compared
     findings: list[Finding]  # layer by layer, of each the worst first
 
     def __str__(self) -> str:
@@ -58,7 +58,8 @@ class Summary:
 def summarize(records: Sequence[Record]) -> Summary:
     """Judges the last recorded pass of every layer and direction, and how it differs from the first one.
 
-    Raises ValueError for an empty recording.
+    Raises:
+        ValueError: an empty recording.
     """
     layers = by_layer(records)
     passes = sorted({record.iteration for record in records})

@@ -1,0 +1,105 @@
+"""Every command, snippet and example of a docstring that the pages show works; links into the tree lead somewhere.
+
+Anchors, and links that the API pages make, are checked where those are built: ``make docs``.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+import lstmcore
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *ROOT.glob("docs/**/*.md")]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in sorted(PAGES)}
+WALKS = "docs/extending.md"  # test_extending.py runs them
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+COMMANDS = {
+    line.split("#")[0].strip()
+    for text in TEXTS.values()
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+} | {command for text in TEXTS.values() for command in re.findall(r"(?<!`)`((?:make|python) [^`\n]+)`", text)}
+WITH_EXAMPLES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted(ROOT.glob("lstmcore/**/*.py"))
+    if ">>> " in path.read_text()
+]
+
+
+def harmless(command: str) -> list[str] | None:
+    """What to run instead: the command itself where it is quick and writes nothing, else one that checks its arguments.
+
+    None for a form that this test does not know, which fails: extend it with the pages.
+    """
+    words = shlex.split(command)
+    if words[:3] == ["python", "-m", "lstmcore"]:
+        # test_cli.py runs the check, the demonstration's tests the demonstration; prewarm wants to know what
+        return [sys.executable, *words[1:], *(["--help"] if {"check", "flow", "prewarm"} & {*words} else [])]
+    if words[:3] == ["python", "-m", "bench"]:
+        last = ["--help"] if {"report", "compare", "gpu", "kernels", "scaling"} & {*words} else ["--list"]
+        return [sys.executable, *words[1:], *([] if "--list" in words else last)]
+    if words[0] == "python" and words[1].startswith("examples/"):
+        return [sys.executable, *words[1:], *([] if "--help" in words else ["--help"])]
+    if words[0] == "pytest":
+        return [sys.executable, "-m", "pytest", "--collect-only", "-q", *words[1:]]
+    if words[0] == "make":
+        return ["make", "--dry-run", *words[1:]]
+    if words == ["pip", "install", "-e", "."]:  # the wheel's tests build it; here that the tree is installable at all
+        return [sys.executable, "-c", "import tomllib; tomllib.load(open('pyproject.toml', 'rb'))['project']['name']"]
+    return None
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_command(command):
+    instead = harmless(command)
+    assert instead is not None, f"a form of command that is not tested: {command}"
+    if instead[0] == "make" and shutil.which("make") is None:
+        pytest.skip("make is not installed on this machine")
+    if "tomllib" in instead[-1] and sys.version_info < (3, 11):
+        pytest.skip("tomllib came with Python 3.11")
+    done = subprocess.run(instead, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    assert done.returncode == 0, f"{shlex.join(instead)}\n{done.stdout}\n{done.stderr}"
+
+
+def test_there_is_something_to_test():
+    assert {"make bench", "make test"} <= COMMANDS
+    assert "lstmcore" in WITH_EXAMPLES
+
+
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if "```python" in text and page != WALKS])
+def test_snippets(page, tmp_path, monkeypatch):
+    """In order, in one namespace, as a reader would."""
+    monkeypatch.chdir(tmp_path)  # they write files
+    monkeypatch.syspath_prepend(tmp_path)  # and import them
+    examples = list(Sybil(parsers=[PythonCodeBlockParser()], path=str(ROOT)).parse(ROOT / page).examples())
+    assert len(examples) >= TEXTS[page].count("```python")
+    for example in examples:
+        example.evaluate()
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
+def test_examples_of_docstrings(module):
+    found = doctest.testmod(importlib.import_module(module), extraglobs={"torch": torch, "lstmcore": lstmcore})
+    assert found.attempted
+    assert not found.failed
+
+
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if LINK.search(text)])
+def test_links(page):
+    folder = (ROOT / page).parent
+    missing = [target for target in LINK.findall(TEXTS[page]) if not (folder / target).exists()]
+    assert not missing
