@@ -41,7 +41,7 @@ Resets.  ``reset`` (bool, shaped like input without its last dimension) zeroes h
 computes: the state that enters that step is zero, and no gradient passes through it.  Direction 1 resets before it
 computes step t too, that is, between step t + 1 and step t.
 
-Cells.  ``cells=True`` also returns every c_t, in the state dtype; ``grad_cells`` is its gradient.
+Cells.  ``cells=True`` also returns every c_t, in the state dtype; ``grads.cells`` is their gradient.
 
 Norms.  ``norms=True`` makes backward also return, per direction, step and row, the Euclidean norms of the gradients
 that arrive at h_t and at c_t (shape ``(2, D, T, B)``; first h, then c): as exact as the gradients themselves, however

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lstmcore import backends, checks, recording, transforms
+from lstmcore import backends, guards, recording, transforms
 from lstmcore.backends import REFERENCE, REGISTRY, reference
-from lstmcore.checks import Kept
+from lstmcore.guards import Kept
 from lstmcore.kernels.contract import Call, GradOutputs, Layer, Needs, Rows
 
 
@@ -42,8 +42,8 @@ def layer(
     if rows.lengths is not None and not entry.device_lengths:
         rows = rows.on_host()
     run = _Run(call.layer, rows, backend, cells, source)
-    tensors = checks.plain(call.tensors)
-    checks.in_memory(tensors)
+    tensors = guards.plain(call.tensors)
+    guards.in_memory(tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Layer.apply(run, *tensors)
     return backends.load(backend).forward(Call.with_tensors(call.layer, rows, tensors), save=False, cells=cells)[:4]
@@ -75,7 +75,7 @@ class _Layer(Function):
 def _backward(ctx: Any, grads: GradOutputs) -> tuple[Tensor | None, ...]:
     run: _Run = ctx.run
     # what a saved-tensors hook brings may be a view with a pending negation
-    kept = checks.plain(ctx.saved_tensors)
+    kept = guards.plain(ctx.saved_tensors)
     call, output, saved = (
         Call.with_tensors(run.layer, run.rows, kept[: ctx.given]),
         kept[ctx.given],
@@ -90,8 +90,8 @@ def _backward(ctx: Any, grads: GradOutputs) -> tuple[Tensor | None, ...]:
     # create_graph=True: the gradient itself has to be differentiable; is_grads_batched=True: grads lie nowhere
     plain = torch.is_grad_enabled() or not all(grad is None or torch._C._has_storage(grad) for grad in grads)
     if not plain:
-        grads = GradOutputs(*checks.plain(grads))
-    checks.layer(call, Kept(output, () if plain else grads, saved, ctx.sizes))
+        grads = GradOutputs(*guards.plain(grads))
+    guards.layer(call, Kept(output, () if plain else grads, saved, ctx.sizes))
     kernels = reference if plain else backends.load(run.backend)
     gate_rows = max((watcher.gate_rows for watcher in watching), default=0)
     result = kernels.backward(call, grads, output, tuple(saved), needs, norms=bool(watching), gate_rows=gate_rows)

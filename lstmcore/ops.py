@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lstmcore import backends, checks
+from lstmcore import backends, checks, guards
 from lstmcore.backends import REFERENCE
-from lstmcore.checks import Kept
+from lstmcore.guards import Kept
 from lstmcore.kernels.contract import Call, GradOutputs, Layer, Needs, Rows, Weights, state_dtype
 
 _previous: Any = vars(torch.ops.lstmcore).get("library")
@@ -94,7 +94,7 @@ class Arguments(NamedTuple):
 
     def call(self, rows: Rows) -> Call:
         """The call of a backend; RuntimeError where there are too many weights, or too few."""
-        weights = checks.weights(self.weights, self.directions, self.input)
+        weights = guards.weights(self.weights, self.directions, self.input)
         return Call.of(self.input, self.h_0, self.c_0, weights, rows, self.reset, self.save)
 
     @property
@@ -172,7 +172,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     rows = given.rows()
     checks.some_steps(rows.steps)
     call = given.call(rows)
-    checks.layer(call)
+    guards.layer(call)
     result = _kernels(given, call).forward(call, save=given.save, cells=given.cells)
     kept = [] if result.cells is None else [_laid_out(result.cells, rows)]
     if given.save:
@@ -200,7 +200,7 @@ def _backward(*args: Any) -> list[Tensor]:
         saves = _backend(given, call.layer).saves
         exact = [tuple(each.shape) for each in saved] == [size for size, _ in saves(call.layer, rows.total)]
         sizes = saves(call.layer, rows.total if exact else rows.room)
-    checks.layer(call, Kept(output, grads, saved, sizes))
+    guards.layer(call, Kept(output, grads, saved, sizes))
     kernels = _kernels(given, call)
     if not kept and kernels.saves(call.layer, 0):
         done = kernels.forward(call, save=True, cells=False)

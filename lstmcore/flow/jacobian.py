@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import functional
+from lstmcore import checks, functional
 from lstmcore.flow.operators import Diagonal, Jacobian, Operators, Scaled
 from lstmcore.flow.rnn import NONLINEARITIES, rnn
 
@@ -246,19 +246,12 @@ def _arguments(
             "a PackedSequence has rows of different lengths: pass one row, cut to its length and unbatched, "
             "input[:length, row]"
         )
-    if input.dim() not in (2, 3):
-        raise ValueError(f"{_kind(module)}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    x, batched = checks.time_first(_kind(module), input, module.batch_first)
     if not input.is_floating_point():
         raise ValueError(f"expected input of a floating-point dtype, got {input.dtype}")
-    if input.shape[-1] != module.input_size:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {module.input_size}, got {input.shape[-1]}"
-        )
-    batched = input.dim() == 3
-    x = input.to(torch.float64)
-    x = x.unsqueeze(1) if not batched else x.transpose(0, 1) if module.batch_first else x
-    if not len(x):
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    checks.features(x, module.input_size)
+    checks.some_steps(len(x))
+    x = x.to(torch.float64)
     _check_finite(x, "the input")
     count = module.num_layers * (2 if module.bidirectional else 1)
     states = []

@@ -19,7 +19,7 @@ from torch.fx import Proxy
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import recording, scripting
+from lstmcore import checks, recording, scripting
 from lstmcore.kernels.contract import Rows
 
 
@@ -147,29 +147,24 @@ class RNN(nn.RNNBase):
             )
         self._update_flat_weights()
         params: list[Tensor] = self._flat_weights  # type: ignore[assignment]
-        rank = input.dim()
-        if rank not in (2, 3):
-            raise ValueError(f"RNN: Expected input to be 2D or 3D, got {rank}D tensor instead")
-        if hx is not None and hx.dim() != rank:
-            kind = "batched 3" if rank == 3 else "unbatched 2"
-            raise RuntimeError(f"For {kind}-D input, hx should also be {rank}-D but got {hx.dim()}-D tensor")
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+        x, batched = checks.time_first("RNN", input, self.batch_first)  # (T, B, I)
+        if hx is not None and hx.dim() != input.dim():
+            kind = f"{'batched' if batched else 'unbatched'} {input.dim()}"
+            raise RuntimeError(f"For {kind}-D input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor")
+        if checks.is_autocast(input):
             dtype = params[0].dtype
             with torch.autocast(input.device.type, enabled=False):
                 return self.forward(input.to(dtype), None if hx is None else hx.to(dtype))
-        batch_first = self.batch_first and rank == 3  # it says nothing about a single sequence
-        x = input.transpose(0, 1) if batch_first else input if rank == 3 else input.unsqueeze(1)  # (T, B, I)
         self.check_input(x, None)
         if hx is not None:
-            hx = hx if rank == 3 else hx.unsqueeze(1)
+            hx = hx if batched else hx.unsqueeze(1)
             self.check_hidden_size(hx, (self.num_layers, x.shape[1], self.hidden_size))
             if hx.device != x.device or hx.dtype != x.dtype:
                 raise RuntimeError(
                     "Input and hidden tensors are not at the same device and of the same dtype, "
                     f"found input tensor at {x.device} in {x.dtype} and hidden tensor at {hx.device} in {hx.dtype}"
                 )
-        if not len(x):
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        checks.some_steps(len(x))
 
         module: weakref.ref[nn.Module] = weakref.ref(self)
         output, states = x, []
@@ -177,10 +172,8 @@ class RNN(nn.RNNBase):
             h_0 = None if hx is None else hx[layer]
             output, h = _layer(recording.Source(module, layer), self.nonlinearity, output, h_0, weights)
             states.append(h)
-        h_n = torch.stack(states)
-        if rank == 2:
-            return output.squeeze(1), h_n.squeeze(1)
-        return (output.transpose(0, 1) if batch_first else output), h_n
+        form = checks.Form(batched, batched and self.batch_first)
+        return form.of_input(output), form.of_state(torch.stack(states))  # type: ignore[return-value]
 
     def flatten_parameters(self) -> None:
         """Does nothing; callers of RNNs call it.  Parameters are read one by one, wherever they lie."""

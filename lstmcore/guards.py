@@ -1,0 +1,109 @@
+"""A layer's tensors before their addresses are taken: that they fit each other, and lie in memory.
+
+Types and wording are torch's where torch raises.
+
+T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), D directions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lstmcore.kernels.contract import Call, Layer, Weights, state_dtype
+
+
+def plain(tensors: Iterable[Tensor | None]) -> Any:
+    """The same, their values in memory as they are: no negation that is still to be done, no zeros by name only."""
+    result = list(tensors)
+    for index, tensor in enumerate(result):
+        if tensor is not None:
+            if tensor.is_neg():
+                result[index] = tensor.resolve_neg()
+            elif tensor._is_zerotensor():
+                result[index] = tensor.clone()
+    return result
+
+
+def in_memory(tensors: Iterable[Tensor | None]) -> None:
+    """Raises RuntimeError where a tensor's storage does not hold all that its shape and strides say.
+
+    Storages can be freed or resized under a tensor (sharded training does that), and nobody tells the tensor.
+    """
+    for tensor in tensors:
+        if tensor is not None and tensor.untyped_storage().nbytes() < _end(tensor):
+            raise RuntimeError(
+                f"the memory of a tensor of shape {tuple(tensor.shape)} is gone: its storage has "
+                f"{tensor.untyped_storage().nbytes()} bytes of {_end(tensor)}. Was it freed or resized too early?"
+            )
+
+
+def _end(tensor: Tensor) -> Any:
+    """How many bytes of its storage ``tensor`` needs."""
+    if tensor.is_contiguous():
+        return tensor.storage_offset() * tensor.itemsize + tensor.nbytes
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.storage_offset() + last + 1) * tensor.itemsize
+
+
+class Kept(NamedTuple):
+    """What a backward is given beside its call."""
+
+    output: Tensor | None = None
+    grads: Sequence[Tensor | None] = ()  # of output, h_n, c_n, cells
+    saved: Sequence[Tensor] = ()
+    sizes: Sequence[tuple[Sequence[int], torch.dtype]] = ()  # what ``saved`` should be
+
+
+def weights(params: Sequence[Tensor], directions: int, input: Tensor) -> tuple[Weights, ...]:
+    """The parameters of one layer by direction; RuntimeError where their number or a rank is wrong."""
+    if directions not in (1, 2) or len(params) // directions not in (2, 3, 4, 5) or len(params) % directions:
+        raise RuntimeError(f"Expected 2 to 5 weights in each of 1 or 2 directions, got {len(params)} in {directions}")
+    grouped = Weights.by_direction(params, directions)
+    hh, hr = grouped[0].weight_hh, grouped[0].weight_hr
+    if hh.dim() != 2 or not input.dim():
+        raise RuntimeError(f"Expected a tensor of shape (4H, P) as weight_hh, got {tuple(hh.shape)}")
+    if hr is not None and hr.dim() != 2:
+        raise RuntimeError(f"Expected a tensor of shape (P, H) as weight_hr, got {tuple(hr.shape)}")
+    return grouped
+
+
+def layer(call: Call, kept: Kept = Kept()) -> None:  # noqa: B008 (immutable)
+    """Raises RuntimeError unless all tensors of a call, and of its backward, fit its sizes and lie in memory.
+
+    Between forward and backward a parameter's ``.data`` may be swapped, a saved-tensors hook may bring something else.
+    """
+    if len(kept.saved) != len(kept.sizes):
+        raise RuntimeError(f"Expected {len(kept.sizes)} tensors that forward saved, got {len(kept.saved)}")
+    device = call.layer.device
+    expected = _expected(call.layer, call.rows.shape)
+    pairs = zip((*call.tensors, kept.output, *kept.grads), expected, strict=False)
+    for tensor, (shape, kind) in chain(pairs, zip(kept.saved, kept.sizes, strict=True)):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype is not kind or tensor.device != device:
+            raise RuntimeError(
+                f"Expected a tensor of shape {tuple(shape)}, {kind} and on {device}, got {tuple(tensor.shape)}, "
+                f"{tensor.dtype} and on {tensor.device}; between forward and backward it must stay what it was"
+            )
+        if tensor.untyped_storage().nbytes() < _end(tensor):
+            in_memory((tensor,))
+
+
+@functools.lru_cache(maxsize=1024)
+def _expected(layer: Layer, rows: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of ``Call.tensors``, then of the output and the gradients of output, h_n, c_n and cells."""
+    there = iter(layer.weight_shapes)
+    fields = [next(there) if name in layer.weight_names else () for name in Weights._fields]
+    output, cells = (*rows, layer.directions * layer.width), (*rows, layer.directions * layer.hidden_size)
+    before = [rows, (*rows, layer.input_size), layer.h_shape, layer.c_shape, *fields * layer.directions]
+    shapes = [*before, output, output, layer.h_shape, layer.c_shape, cells]
+    kinds = [torch.bool, *[layer.dtype] * (len(shapes) - 2), state_dtype(layer.dtype)]
+    return tuple(zip(shapes, kinds, strict=True))
