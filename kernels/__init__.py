@@ -21,8 +21,8 @@ Layer) -> str`` says how such a layer would run, for people to read.
 * ``prewarm(layer: Layer, *, training) -> None``:
   compiles what such a layer will need, so that the first call does not wait.
 
-Legend: T time, B batch, N = T * B dense rows or the sum of the packed lengths, I input, H hidden, P projection (H where
-there is none), D directions (1 or 2; direction 1 walks time backwards).
+Legend: T time, B batch, N tokens: (step, row) pairs, T * B if dense, else the sum of the lengths, I input, H hidden,
+P projection (H without one), D directions (1 or 2; direction 1 walks time backwards).
 
 What is computed, per direction, in PyTorch's gate order i, f, g, o:
 
@@ -32,10 +32,11 @@ What is computed, per direction, in PyTorch's gate order i, f, g, o:
     c_t = f c_{t-1} + i g
     h_t = o tanh(c_t)                   with a projection: h_t = W_hr (o tanh(c_t))
 
-Rows.  ``rows`` says which sequences are alive at each step, and how they lie in memory: padded ``(T, B, ·)`` tensors of
-any strides with any lengths, or packed ``(N, ·)`` data.  A backend does no work for padding.  Padded positions of the
-outputs read zero.  Results of a row do not depend on what the other rows of the batch hold, and not on the number of
-threads; on the CPU not on how many there are either (on a GPU the tiles, and so the order of sums, do).
+Rows.  A row is one sequence of the batch; it is active at the steps that it has.  ``rows`` says which rows are active
+at each step, and how tensors are laid out: padded ``(T, B, ·)`` of any strides with any lengths, or packed ``(N, ·)``.
+A backend does no work for padding.  Padded positions of the outputs are zero.  Results of a row depend neither on the
+values of the other rows of the batch nor on the number of threads; on the CPU not on the number of rows either (on a
+GPU that decides the tiles, and so the order of sums).
 
 Resets.  ``reset`` (bool, shaped like input without its last dimension) zeroes h and c of a row *before* step t
 computes: the state that enters that step is zero, and no gradient passes through it.  Direction 1 resets before it

@@ -1,6 +1,6 @@
 """The types that a caller and a backend exchange; see the package's docstring for what they mean together.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), D directions.
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), D directions.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class GateStatistics(NamedTuple):
     sums: Tensor  # (3, D, T) float64
     counts: Tensor  # (3, D, T, 10) int32: how many in [0, 0.1), [0.1, 0.2), ... [0.9, 1]
     log_forget: Tensor  # (D, H) float64: sum of ln f of each unit
-    rows: Tensor  # (T,) int64: sampled rows alive at each step
+    rows: Tensor  # (T,) int64: sampled rows active at each step
 
 
 class Gradients(NamedTuple):

@@ -21,14 +21,14 @@ def sampled_rows(starting: int, wanted: int) -> range:
     return range(stride // 2, starting, stride)[:count]
 
 
-def statistics(gates: Tensor, alive: Tensor | None = None) -> GateStatistics:
-    """Of the activations i, f, o in ``gates`` (3, D, T, R, H); ``alive`` (T, R): which of the rows to count."""
+def statistics(gates: Tensor, active: Tensor | None = None) -> GateStatistics:
+    """Of the activations i, f, o in ``gates`` (3, D, T, R, H); ``active`` (T, R): which of the rows to count."""
     _, _, steps, rows, _ = gates.shape
-    if alive is None:
-        alive = gates.new_ones((steps, rows), dtype=torch.bool)
-    dead = ~alive[..., None]
+    if active is None:
+        active = gates.new_ones((steps, rows), dtype=torch.bool)
+    dead = ~active[..., None]
     sums = gates.masked_fill(dead, 0).sum((-2, -1), dtype=torch.float64)
     bins = torch.where(gates * BINS < BINS - 0.5, gates * BINS, BINS - 0.5).long().masked_fill(dead, BINS)
     counts = torch.stack([(bins == b).sum((-2, -1), dtype=torch.int32) for b in range(BINS)], -1)
     log_forget = gates[1].clamp(min=LEAST).log().masked_fill(dead, 0).sum((1, 2), dtype=torch.float64)
-    return GateStatistics(sums, counts, log_forget, alive.sum(1))
+    return GateStatistics(sums, counts, log_forget, active.sum(1))

@@ -1,6 +1,6 @@
-"""Which rows of a batch are alive at each step, how the tensors of a call lie in memory, and the ways between the two.
+"""Which rows of a batch are active at each step, how the tensors of a call lie in memory, and the ways between the two.
 
-T time, B batch, N alive rows over all steps, n alive rows of one step, R some rows.
+T time, B batch, N tokens: (step, row) pairs, n active rows of one step, R some rows.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows are alive at each step, and how the tensors of a call lie.
+    """Which rows are active at each step, and how the tensors of a call lie.
 
-    Row r of the sorted batch is alive at step t where ``r < batch_sizes[t]`` (None: every row at every step).
+    Row r of the sorted batch is active at step t where ``r < batch_sizes[t]`` (None: every row at every step).
 
     * packed: tensors are ``(N, ·)``; step t holds its ``batch_sizes[t]`` rows after those of the steps before it.
       ``h_0``, ``c_0``, ``h_n``, ``c_n`` are in the sorted order.
@@ -105,7 +105,7 @@ class Rows:
             return make((self.batch, self.steps, width), dtype=dtype).transpose(0, 1)
         return make((*self.shape, width), dtype=dtype)
 
-    # Between the caller's order and the flat one: (N, ·), step by step, the alive rows of each sorted
+    # Between the caller's order and the flat one: (N, ·), step by step, the active rows of each sorted
 
     @functools.cached_property
     def _places(self) -> tuple[Tensor, Tensor] | None:
@@ -116,7 +116,7 @@ class Rows:
         return steps, rows if self.order is None else self.order[rows]
 
     def flat(self, tensor: Tensor) -> Tensor:
-        """(N, ·): the alive rows of a tensor of these rows."""
+        """(N, ·): the active rows of a tensor of these rows."""
         if self._places is not None:
             return tensor[self._places]
         return tensor.reshape(self.total, *tensor.shape[len(self.shape) :])
@@ -129,7 +129,7 @@ class Rows:
             target.copy_(flat.view(*self.shape, *flat.shape[1:]))
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """T tensors (n, ·): the alive rows of each step, sorted; autograd differentiates it."""
+        """T tensors (n, ·): the active rows of each step, sorted; autograd differentiates it."""
         if self.packed:
             assert self.batch_sizes is not None
             return list(tensor.split(self.batch_sizes.tolist()))
@@ -154,7 +154,7 @@ class Rows:
         return slice(rows.start, rows.stop, rows.step) if self.order is None else self.order[list(rows)].to(device)
 
     def of_some(self, tensor: Tensor, rows: range) -> Tensor:
-        """(T, R, ·): what these rows of the sorted batch have at each step; anything where they are not alive."""
+        """(T, R, ·): what these rows of the sorted batch have at each step; anything where they are not active."""
         if not self.packed:
             return tensor[:, self.users(rows, tensor.device)]
         assert self.batch_sizes is not None

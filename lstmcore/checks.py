@@ -2,7 +2,7 @@
 
 Types and wording are torch's where torch raises.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), L layers,
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), L layers,
 D directions.
 """
 

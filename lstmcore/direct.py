@@ -6,7 +6,7 @@ operation of torch's, when what Python needs has left the caches, a call of one 
 
 What such calls have in common is in a key; what may change behind its back is asked every time.
 
-T time, B batch, I input, H hidden, P projection (H where there is none), L layers, D directions.
+T time, B batch, I input, H hidden, P projection (H without one), L layers, D directions.
 """
 
 from __future__ import annotations

@@ -46,4 +46,4 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended
     call = checks.call(given)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (given.data, *params))
     layer = call.layer._replace(training=training, ragged=call.form.packed)
-    return backends.plan(backend, layer, call.options.num_layers, Situation.now(extended)).with_threads()
+    return backends.chosen(backend, layer, call.options.num_layers, Situation.now(extended)).with_threads()

@@ -1,6 +1,6 @@
 """The LSTM as a function: what comes in is checked, a backend chosen, then layer after layer is run.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), L layers,
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), L layers,
 D directions.
 """
 
@@ -108,14 +108,14 @@ def _lstm(given: Given, backend: str, module: torch.nn.Module | None) -> tuple[A
             return _lstm(_autocast(given), backend, module)
 
     call = checks.call(given)
-    plan = _plan(call, given.extended, backend, module)
-    if plan.rows is not None and _whole(plan.backend):
-        output, h_n, c_n = _at_once(call, plan)
+    route = _route(call, given.extended, backend, module)
+    if route.rows is not None and _whole(route.backend):
+        output, h_n, c_n = _at_once(call, route)
         cells: list[Tensor] = []
-        if plan.way is Way.EAGER and not given.extended:
-            direct.remember(given, backend, plan.layer)
+        if route.way is Way.EAGER and not given.extended:
+            direct.remember(given, backend, route.layer)
     else:
-        output, h_n, c_n, cells = _layer_by_layer(call, plan, module)
+        output, h_n, c_n, cells = _layer_by_layer(call, route, module)
 
     form = call.form
     results = form.of_input(output), form.of_state(h_n), form.of_state(c_n)
@@ -133,7 +133,7 @@ def _whole(backend: str) -> bool:
     return backend in REGISTRY and REGISTRY[backend].whole
 
 
-class Plan(NamedTuple):
+class Route(NamedTuple):
     """How a call is run."""
 
     way: Way
@@ -142,7 +142,7 @@ class Plan(NamedTuple):
     layer: Layer  # the first
 
 
-def _plan(call: Checked, extended: bool, backend: str, module: torch.nn.Module | None) -> Plan:
+def _route(call: Checked, extended: bool, backend: str, module: torch.nn.Module | None) -> Route:
     """The way, and the backend; RuntimeError where a named one cannot run the call."""
     tensors = (call.data, call.h_0, call.c_0, *call.params)
     fused = backend not in REGISTRY or REGISTRY[backend].fused
@@ -150,12 +150,12 @@ def _plan(call: Checked, extended: bool, backend: str, module: torch.nn.Module |
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     layer = call.layer._replace(training=training)
     if way in (Way.GRAPH, Way.TRANSFORMED):
-        return Plan(way, backend, None, layer)
+        return Route(way, backend, None, layer)
     rows = _rows(call)
     layer = layer._replace(ragged=rows.ragged)
     wanted = REFERENCE if way is Way.FORWARD_MODE and fused else backend
     situation = backends.Situation.now(extended or recording.watched(module), opaque=way is Way.OPERATIONS)
-    name = backends.plan(wanted, layer, call.options.num_layers, situation).name
+    name = backends.chosen(wanted, layer, call.options.num_layers, situation).name
     if not _whole(name) and (call.form.packed or call.lengths is not None) and torch._C._get_tracing_state():
         raise RuntimeError(
             f"backend {name!r} runs this call as a loop, in which torch.jit.trace would record the lengths as "
@@ -164,7 +164,7 @@ def _plan(call: Checked, extended: bool, backend: str, module: torch.nn.Module |
         )
     if REGISTRY[name].fused and torch._C._len_torch_dispatch_stack():
         way = Way.GRAPH  # who looks at operators finds one
-    return Plan(way, name, rows, layer)
+    return Route(way, name, rows, layer)
 
 
 def _rows(call: Checked) -> Rows:
@@ -178,41 +178,41 @@ def _rows(call: Checked) -> Rows:
     return Rows.from_lengths(call.lengths, steps, batch_first)
 
 
-def _at_once(call: Checked, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _at_once(call: Checked, route: Route) -> tuple[Tensor, Tensor, Tensor]:
     """output, h_n, c_n of all layers, by a backend that runs them together."""
-    h_0, c_0, layer = call.h_0, call.c_0, plan.layer
+    h_0, c_0, layer = call.h_0, call.c_0, route.layer
     if h_0 is None or c_0 is None:
         stack = call.options.num_layers * layer.directions, layer.batch
         h_0 = call.data.new_zeros(*stack, layer.width)
         c_0 = h_0 if layer.width == layer.hidden_size else call.data.new_zeros(*stack, layer.hidden_size)
-    run = backends.load(plan.backend).run
+    run = backends.load(route.backend).run
     return run(call.data, call.form.batch_sizes, (h_0, c_0), call.params, call.options)
 
 
 def _layer_by_layer(
-    call: Checked, plan: Plan, module: torch.nn.Module | None
+    call: Checked, route: Route, module: torch.nn.Module | None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """output, h_n, c_n, and the cells of the layers that are asked for them."""
-    output, layer, options, form = call.data, plan.layer, call.options, call.form
+    output, layer, options, form = call.data, route.layer, call.options, call.form
     h_ns, c_ns, cells = [], [], []
     for index in range(options.num_layers):
         last = index == options.num_layers - 1
         wanted = call.cells == "all" or (last and bool(call.cells))
         by_row = form.batch_first and last  # time-major between layers, as torch: dropout masks depend on it
         params, (h_0, c_0) = call.of_layer(call.params, index), call.states(index)
-        if plan.rows is None or plan.way is Way.GRAPH:
+        if route.rows is None or route.way is Way.GRAPH:
             given = Arguments(
                 output, h_0, c_0, call.reset, form.batch_sizes, call.lengths, params, layer.batch, layer.directions,
-                by_row, wanted, layer.training, plan.backend,
+                by_row, wanted, layer.training, route.backend,
             )  # fmt: skip
-            run = transforms.transformed if plan.way is Way.TRANSFORMED else transforms.in_graph
+            run = transforms.transformed if route.way is Way.TRANSFORMED else transforms.in_graph
             output, h, c, c_all = run(given)
         else:
-            rows = plan.rows if by_row == plan.rows.batch_first else replace(plan.rows, batch_first=by_row)
+            rows = route.rows if by_row == route.rows.batch_first else replace(route.rows, batch_first=by_row)
             weights = Weights.by_direction(params, layer.directions)
             source = recording.source(module, index, form.unsorted_indices)
             one = Call(layer, rows, output, h_0, c_0, weights, call.reset)
-            output, h, c, c_all = autograd.layer(plan.backend, one, wanted, source)
+            output, h, c, c_all = autograd.layer(route.backend, one, wanted, source)
         if options.dropout and options.train and not last:
             output = torch.dropout(output, options.dropout, True)
         h_ns.append(h)

@@ -39,7 +39,7 @@ def forget_bias_(module: nn.RNNBase, value: float = 1.0) -> nn.RNNBase:
         >>> lstm.bias_ih_l0[32:64].unique().item()
         1.0
     """
-    check(value, None)
+    check_options(value, None)
     with torch.no_grad():
         for ih, hh in biases(module):
             _set(ih, {1: float(value)})
@@ -66,7 +66,7 @@ def chrono_(module: nn.RNNBase, max_lag: int, generator: torch.Generator | None 
         ValueError: a module without the biases of an LSTM or with computed ones; ``max_lag`` below 3.
         TypeError: a ``max_lag`` that is no integer.
     """
-    check(None, max_lag)
+    check_options(None, max_lag)
     device = "cpu" if generator is None else generator.device  # whatever the default device is
     with torch.no_grad():
         for ih, hh in biases(module):
@@ -79,7 +79,7 @@ def chrono_(module: nn.RNNBase, max_lag: int, generator: torch.Generator | None 
     return module
 
 
-def check(forget_bias: float | None, chrono: int | None, bias: bool = True) -> None:
+def check_options(forget_bias: float | None, chrono: int | None, bias: bool = True) -> None:
     """Raises ValueError or TypeError for what ``lstmcore.LSTM`` cannot take as its arguments of these names."""
     if bias is False and not (forget_bias is None and chrono is None):
         raise ValueError(_NO_BIASES)

@@ -1,6 +1,6 @@
 """LSTM and LSTMCell: the parameters, names and state_dict of torch.nn's, over :func:`lstmcore.lstm`.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), L layers,
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), L layers,
 D directions.
 """
 
@@ -77,7 +77,7 @@ class LSTM(nn.RNNBase):
         chrono: int | None = None,
     ) -> None:
         backends.check_name(backend)
-        init.check(forget_bias, chrono, bias)
+        init.check_options(forget_bias, chrono, bias)
         # before RNNBase.__init__, which calls reset_parameters()
         if forget_bias is not None:
             self.forget_bias = float(forget_bias)
@@ -169,7 +169,7 @@ class LSTM(nn.RNNBase):
             ValueError: they are given and the biases cannot be set; nothing is drawn then.
         """
         if self.forget_bias is not None or self.chrono is not None:
-            init.check(self.forget_bias, self.chrono)
+            init.check_options(self.forget_bias, self.chrono)
             init.biases(self)
         nn.RNNBase.reset_parameters(self)
         if self.forget_bias is not None:

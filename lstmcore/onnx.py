@@ -11,7 +11,7 @@ file, too: ``onnxscript.optimizer.optimize(program.model, input_size_limit=2**40
 What stands for the node while torch looks computes nothing, so ``torch.onnx.export(verify=True)``, which runs it, finds
 a difference: compare with the model itself.
 
-T time, B batch, I input, H hidden, P projection (H where there is none), D directions.
+T time, B batch, I input, H hidden, P projection (H without one), D directions.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Function, which costs less.
 What the schema calls ``kept`` is, behind the cells where they are asked for, what forward saves for backward; without
 ``save`` (inference, exported graphs, transforms) nothing, and backward then computes forward anew.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), D directions.
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), D directions.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ vmap over inputs, states, lengths or resets folds the mapped dimension into the 
 weights (ensembles), and where the gradients of the weights are wanted one by one (per-sample gradients), it calls the
 kernels once a member.  The derivative of the backward is that of the reference's, to any order.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), D directions,
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), D directions,
 V members of a vmap.
 """
 

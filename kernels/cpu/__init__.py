@@ -16,7 +16,7 @@ The rooms, each knowing only those above it::
 What decided this form, and what was tried, is in ``docs/notes/cpu-tuning.md``.
 
 Launches.  One launch is one direction of one layer, in backward one part of its batch (``tiling.parts``); launches run
-side by side where threads allow.  T steps, B rows sorted so that row r is alive where r < batch_sizes[t], I input, H
+side by side where threads allow.  T steps, B rows sorted so that row r is active where r < batch_sizes[t], I input, H
 hidden, P what the recurrence carries (the projection, or H), U panels of ``lanes`` hidden units, padded sizes H' = U *
 lanes and P' likewise.  N counts (step, row) pairs; n = row_starts[t] + r.  All addresses, strides and offsets are in
 bytes.

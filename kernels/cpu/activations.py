@@ -55,9 +55,9 @@ def _estimate(builder, vector):
     return llvm_call(builder, name, vector.type, [vector, ir.Constant(vector.type, None), everywhere])
 
 
-def _exponents(kind: Vector) -> SimpleNamespace:
+def _exponents(vector: Vector) -> SimpleNamespace:
     """What puts a power of two together, and bounds what goes into one."""
-    scalar, lanes, vector, llvm = kind.scalar, kind.lanes, kind, kind.llvm
+    scalar, lanes, llvm = vector.scalar, vector.lanes, vector.llvm
     integer = ir.VectorType(I32 if scalar == "float32" else I64, lanes)
     int_element, mantissa = integer.element, 23 if scalar == "float32" else 52
     real = getattr(types, scalar)
@@ -114,9 +114,9 @@ def _exponents(kind: Vector) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def _polynomial(kind: Vector, fast_reciprocal: bool) -> tuple[Any, Any]:
+def _polynomial(vector: Vector, fast_reciprocal: bool) -> tuple[Any, Any]:
     """``series(f)`` and ``reciprocal(v)``."""
-    scalar, lanes, vector, llvm, size = kind.scalar, kind.lanes, kind, kind.llvm, SIZE[kind.scalar]
+    scalar, lanes, llvm, size = vector.scalar, vector.lanes, vector.llvm, SIZE[vector.scalar]
     constants = EXP2[scalar]
 
     @intrinsic
@@ -161,12 +161,12 @@ def _make_fraction(scalar: str) -> Any:
     return fraction
 
 
-def _make_tanh(kind: Vector, fast_reciprocal: bool) -> Any:
+def _make_tanh(vector: Vector, fast_reciprocal: bool) -> Any:
     """``tanh(v)``."""
-    constants, exponents, fraction = EXP2[kind.scalar], _exponents(kind), _make_fraction(kind.scalar)
+    constants, exponents, fraction = EXP2[vector.scalar], _exponents(vector), _make_fraction(vector.scalar)
     magic, inverse_ln2, tanh_limit = constants.magic, constants.inverse_ln2, constants.tanh_limit
     power_of_two, at_least, at_most = exponents.power_of_two, exponents.at_least, exponents.at_most
-    series, reciprocal = _polynomial(kind, fast_reciprocal)
+    series, reciprocal = _polynomial(vector, fast_reciprocal)
 
     @inline
     def tanh(x):
@@ -180,15 +180,15 @@ def _make_tanh(kind: Vector, fast_reciprocal: bool) -> Any:
     return tanh
 
 
-def _make_gates(kind: Vector, fast_reciprocal: bool) -> Any:
+def _make_gates(vector: Vector, fast_reciprocal: bool) -> Any:
     """``gates(z_i, z_f, z_g, z_o)``: the activations of all four, side by side, which keeps their chains in flight."""
-    constants, exponents, fraction = EXP2[kind.scalar], _exponents(kind), _make_fraction(kind.scalar)
+    constants, exponents, fraction = EXP2[vector.scalar], _exponents(vector), _make_fraction(vector.scalar)
     magic, inverse_ln2 = constants.magic, constants.inverse_ln2
     sigmoid_limit, tanh_limit = constants.sigmoid_limit, constants.tanh_limit
     power_of_two, times_power, zero_below = exponents.power_of_two, exponents.times_power, exponents.zero_below
     at_least, at_most = exponents.at_least, exponents.at_most
-    join_four, split_four = joining(kind, 4)
-    wide_series, wide_reciprocal = _polynomial(Vector(kind.scalar, 4 * kind.lanes), fast_reciprocal)
+    join_four, split_four = joining(vector, 4)
+    wide_series, wide_reciprocal = _polynomial(Vector(vector.scalar, 4 * vector.lanes), fast_reciprocal)
 
     @inline
     def gates(z_i, z_f, z_g, z_o):
@@ -212,6 +212,6 @@ def _make_gates(kind: Vector, fast_reciprocal: bool) -> Any:
     return gates
 
 
-def activations(kind: Vector, fast_reciprocal: bool) -> dict[str, Callable]:
+def activations(vector: Vector, fast_reciprocal: bool) -> dict[str, Callable]:
     """``tanh`` and ``gates``; ``fast_reciprocal`` needs AVX-512 and whole registers of it."""
-    return {"tanh": _make_tanh(kind, fast_reciprocal), "gates": _make_gates(kind, fast_reciprocal)}
+    return {"tanh": _make_tanh(vector, fast_reciprocal), "gates": _make_gates(vector, fast_reciprocal)}

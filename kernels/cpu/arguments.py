@@ -38,7 +38,7 @@ class ForwardArgs(NamedTuple):
     hidden: int
     width: int  # P
     chunk: int
-    chunk_rows: int
+    chunk_tokens: int
     fused: int
     reverse: int
     batch_sizes: int  # (T,) int64; 0: B
@@ -77,7 +77,7 @@ class BackwardArgs(NamedTuple):
     dw_h: int
     dw_r: int  # (column panels of P, H, panel); 0 without projection
     db: int  # (U, 4, lanes)
-    norms: int  # (2, T, B, blocks of NORM_PANELS panels) float64 sums of squares, zero where not alive; 0: not wanted
+    norms: int  # (2, T, B, blocks of NORM_PANELS panels) float64 sums of squares, zero where not active; 0: not wanted
     # state and scratch
     dh: int  # (B, P'): in: dL/dh_n, out: dL/dh_0
     dc: int  # (B, H'): in: dL/dc_n, out: dL/dc_0
@@ -110,7 +110,7 @@ class BackwardArgs(NamedTuple):
     hidden: int
     width: int
     chunk: int  # steps
-    chunk_rows: int
+    chunk_tokens: int
     chunk_borders: int  # of ragged rows: int64 of where each chunk begins, in steps of the direction's order; else 0
     chunks: int
     reverse: int
@@ -152,7 +152,7 @@ class Head(NamedTuple):
     """What the members of a launch on torch's team share (see ``team.py``)."""
 
     function: int  # the kernel's address
-    records: int  # the members' records, one behind another
+    arguments: int  # the members' argument structs, one after another
     stride: int  # bytes
     members: int
     thread_num: int  # addresses of the runtime's functions

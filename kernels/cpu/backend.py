@@ -4,7 +4,8 @@ Tensors are allocated and read here; what the kernels are told of them is laid o
 (``layout.py``), which then works off three launches: jobs that pack the weights and read the states (``jobs.py``), one
 launch a direction and part of the batch, side by side where threads allow, and jobs that write what is left.
 
-T time, B batch, N alive rows, I input, H hidden, P projection (or H), D directions, H' and P' padded to whole vectors.
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (or H), D directions, H' and P' padded to
+whole vectors.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..contract import (
 from ..integers import ceil_div
 from . import buffers, process, threads, tiling
 from .backward import NORM_PANELS
-from .layout import BackwardGiven, ForwardGiven, Strides, lay_backward, lay_forward, layout_of
+from .prepare import BackwardForm, ForwardForm, Strides, prepare_backward, prepare_forward, prepared_for
 from .problem import DTYPES, kernels_of, threads_for
 from .statistics import statistics
 
@@ -99,14 +100,14 @@ def forward(call: Call, *, save: bool = False, cells: bool = False) -> Forward:
     padded = kernels.block.padded(layer.hidden_size)
     kept = [buffers.take(rows.room * padded, kernels.compute) for _ in range(layer.directions * (save or cells))]
     gates = [buffers.take(rows.room * GATES * padded, x.dtype) for _ in range(layer.directions * save)]
-    given = ForwardGiven(_strides(x), _strides(output), _strides(flags), _strides(h_0), _strides(c_0), save, bool(kept))
-    layout = layout_of(lay_forward, call, threads.available(threads_for(layer, rows.total)), given)
+    form = ForwardForm(_strides(x), _strides(output), _strides(flags), _strides(h_0), _strides(c_0), save, bool(kept))
+    prepared = prepared_for(prepare_forward, call, threads.available(threads_for(layer, rows.total)), form)
     tensors: dict[object, Any] = {
         "x": x, "y": output, "reset": flags, "h_0": h_0, "c_0": c_0, "h_n": h_n, "c_n": c_n,
         **_parameters(call.weights, kernels.compute, forward=True),
         **_by_direction("gates", gates), **_by_direction("cells", kept),
     }  # fmt: skip
-    layout.run(kernels.forward(), tensors)
+    prepared.run(kernels.forward(), tensors)
     return Forward(output, h_n, c_n, _cells_out(call, kept, output) if cells else None, (*gates, *kept) if save else ())
 
 
@@ -156,11 +157,11 @@ def backward(
     grad_c = x.new_empty(layer.c_shape) if needs.c_0 else None
     squares = [_no_squares(layer, kernels.block) for _ in range(count * norms)]
     dcells = [] if grads.cells is None else _cells_in(call, padded, grads.cells, kernels.compute)
-    given = BackwardGiven(
+    form = BackwardForm(
         _strides(x), _strides(y), _strides(flags), _strides(h_0), _strides(c_0), _strides(dx[0] if dx else None),
         _strides(dy), _strides(dh_n), _strides(dc_n), bool(dcells), needs, norms,
     )  # fmt: skip
-    layout = layout_of(lay_backward, call, threads.available(threads_for(layer, rows.total)), given)
+    prepared = prepared_for(prepare_backward, call, threads.available(threads_for(layer, rows.total)), form)
     gradients = [_new_gradients(parameters, kernels.compute, needs) for parameters in call.weights]
     tensors: dict[object, Any] = {
         "x": x, "y": y, "dy": dy, "reset": flags, "h_0": h_0, "c_0": c_0, "dh_n": dh_n, "dc_n": dc_n,
@@ -169,7 +170,7 @@ def backward(
         **_by_direction("dx", dx), **_by_direction("norms", squares), **_by_direction("dcells", dcells),
         **{(f"grad of {name}", d): g for d, each in enumerate(gradients) for name, g in each._asdict().items()},
     }  # fmt: skip
-    layout.run(kernels.backward(), tensors)
+    prepared.run(kernels.backward(), tensors)
     if len(dx) == 2:
         dx[0] += dx[1]
     return Gradients(

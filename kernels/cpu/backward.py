@@ -17,7 +17,7 @@ from .matmul import Left, Right, make_matrix_product
 from .memory import fetch, load_int, make_read, store_double, store_int
 from .microkernel import make_block
 from .mode import flush_denormals, set_mode
-from .steps import alive_rows, resets, row_start, user_index, walk
+from .steps import active_rows, resets, row_start, user_index, walk
 from .sync import meet, opened
 from .variant import Variant
 
@@ -61,13 +61,13 @@ class Step(NamedTuple):
     """A step, as a member sees it."""
 
     t: int
-    end: int  # of the member's rows that are alive
+    end: int  # of the member's rows that are active
     n: int  # of row 0
     k: int  # of row 0 in the chunk
     position: int  # in the user's tensors
     n_prev: int  # at the step before, in the direction's order
     position_prev: int
-    continued: int  # rows that were alive at it
+    continued: int  # rows that were active at it
     back: int  # W is walked from its end
 
 
@@ -83,7 +83,7 @@ def _make_walk(variant: Variant) -> Any:
         norm_row = 8 * -(-max(panels, h_vectors) // NORM_PANELS)
         return Widths(
             panels, a.part_end - a.part_begin, panels * vector_bytes, h_vectors * vector_bytes,
-            panels * panel * stored, a.chunk_rows * gate_bytes, first, min(4 * a.column_end, h_vectors) - first,
+            panels * panel * stored, a.chunk_tokens * gate_bytes, first, min(4 * a.column_end, h_vectors) - first,
             norm_row, a.norms + a.steps * a.batch * norm_row,
         )  # fmt: skip
 
@@ -100,14 +100,14 @@ def _make_walk(variant: Variant) -> Any:
     @inline
     def step_of(a, w, chunk, s):
         t, t_prev = walk(a.reverse, a.steps, s), walk(a.reverse, a.steps, s - 1)
-        alive = alive_rows(a.batch_sizes, a.batch, t)
+        active = active_rows(a.batch_sizes, a.batch, t)
         return Step(
-            t, min(a.row_end, alive), row_start(a.row_starts, a.batch, t),
+            t, min(a.row_end, active), row_start(a.row_starts, a.batch, t),
             row_start(a.part_starts, w.part, t) - chunk.k_base - a.part_begin,
             user_index(a.packed, a.row_starts, a.batch, t),
             row_start(a.row_starts, a.batch, t_prev) if s > 0 else 0,
             user_index(a.packed, a.row_starts, a.batch, t_prev) if s > 0 else 0,
-            min(alive, alive_rows(a.batch_sizes, a.batch, t_prev)) if s > 0 else 0, s & 1,
+            min(active, active_rows(a.batch_sizes, a.batch, t_prev)) if s > 0 else 0, s & 1,
         )  # fmt: skip
 
     return widths_of, chunk_of, step_of
@@ -139,7 +139,7 @@ def _make_project_back(variant: Variant) -> Any:
                         squares = 0.0
                 store(at, value)
                 if a.dw_r != 0:
-                    row = a.dh_chunk + (v // 4 * a.chunk_rows + step.k + r) * gate_bytes
+                    row = a.dh_chunk + (v // 4 * a.chunk_tokens + step.k + r) * gate_bytes
                     store(row + v % 4 * vector_bytes, value)
 
     @inline
@@ -157,7 +157,7 @@ def _make_project_back(variant: Variant) -> Any:
     def keep_hidden(a, w, step):
         """m_t, which the cell has left in dm, for dW_hr."""
         for r in range(a.row_begin, step.end):
-            copy_strips(a.m_strips, a.dm + r * w.c_row, a.hidden, step.k + r, a.chunk_rows, False)
+            copy_strips(a.m_strips, a.dm + r * w.c_row, a.hidden, step.k + r, a.chunk_tokens, False)
 
     return complete_dh, project_back, keep_hidden
 
@@ -262,7 +262,7 @@ def _make_copy_operands(variant: Variant) -> Any:
     copy_strips, clear_stored = rows.copy_strips, rows.clear_stored
 
     @inline
-    def copy_row(a, w, step, r, alive_before):
+    def copy_row(a, w, step, r, active_before):
         k = step.k + r
         if a.dx_stage != 0:
             store_int(a.table + 8 * k, a.dx_stage + k * a.inputs * size)
@@ -270,23 +270,23 @@ def _make_copy_operands(variant: Variant) -> Any:
             store_int(a.table + 8 * k, a.dx + step.position * a.dx_step + load_int(a.dx_rows + 8 * r))
         if a.dw_x != 0:
             x_row = a.x + step.position * a.x_step + load_int(a.x_rows + 8 * r)
-            copy_strips(a.x_strips, x_row, a.inputs, k, a.chunk_rows, True)
+            copy_strips(a.x_strips, x_row, a.inputs, k, a.chunk_tokens, True)
             if resets(a, step.position, r):
-                copy_strips(a.h_strips, a.zero, a.width, k, a.chunk_rows, False)
-            elif alive_before:
+                copy_strips(a.h_strips, a.zero, a.width, k, a.chunk_tokens, False)
+            elif active_before:
                 y_prev = a.y + step.position_prev * a.y_step + load_int(a.y_rows + 8 * r)
-                copy_strips(a.h_strips, y_prev, a.width, k, a.chunk_rows, True)
+                copy_strips(a.h_strips, y_prev, a.width, k, a.chunk_tokens, True)
             else:
-                copy_strips(a.h_strips, a.h_0 + r * w.h_row, a.width, k, a.chunk_rows, False)
+                copy_strips(a.h_strips, a.h_0 + r * w.h_row, a.width, k, a.chunk_tokens, False)
 
     @inline
     def copy_operands(a, w, step):
         """Those of a step, of all rows of the part."""
-        alive = alive_rows(a.batch_sizes, a.batch, step.t)
-        for r in range(a.part_begin, min(a.part_end, alive)):
+        active = active_rows(a.batch_sizes, a.batch, step.t)
+        for r in range(a.part_begin, min(a.part_end, active)):
             copy_row(a, w, step, r, r < step.continued)
         if a.dx != 0 and a.packed == 0:
-            for r in range(max(a.part_begin, alive), a.part_end):  # padding
+            for r in range(max(a.part_begin, active), a.part_end):  # padding
                 clear_stored(a.dx + step.position * a.dx_step + load_int(a.dx_rows + 8 * r), a.inputs)
 
     return copy_operands
@@ -316,7 +316,7 @@ def _make_weight_gradients(variant: Variant) -> Any:
     def weight_tile(a, chunk, job, jobs, depth, columns, weight, strips):
         """Tile ``job`` of ``jobs`` of a (depth, panel) gradient: a strip against a panel of dz (or dh)."""
         begin, end = depth * job // jobs, depth * (job + 1) // jobs
-        strip = strips + begin * a.chunk_rows * size
+        strip = strips + begin * a.chunk_tokens * size
         segment = (strip, 0, 1, 0, chunk.rows, columns, columns)
         tile_block(end - begin, segment, TileEnd(weight + begin * gate_bytes, chunk.add))
 

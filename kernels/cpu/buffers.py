@@ -3,7 +3,7 @@
 Fresh pages cost more than the arithmetic that fills them (the kernel zeroes each before it hands it out), and a
 training step asks for the same large buffers every time.  ``take`` gives a tensor whose memory is free again when the
 last reference to it dies, by whatever path.  No caller has to give anything back, and no code runs then that a signal's
-exception could strike: a block is lent for as long as somebody holds the view of it that was lent.  All blocks
+exception could strike: a buffer is lent for as long as somebody holds the view of it that was lent.  All buffers
 together, lent and free, are at most ``LIMIT`` bytes; what goes beyond is memory like any other.
 """
 
@@ -21,10 +21,10 @@ from . import process
 LIMIT = 512 << 20  # bytes
 SMALL = 128 << 10  # bytes: less is left to malloc, which does not ask the system for each
 ALIGN = 64  # a cache line, and a vector register of AVX-512
-SLACK = 64 << 10  # a free block may be larger than what is asked for by this and an eighth
+SLACK = 64 << 10  # a free buffer may be larger than what is asked for by this and an eighth
 
 
-class _Block:
+class _Buffer:
     """Memory, where it is, and the view of it that was lent last."""
 
     def __init__(self, memory: np.ndarray) -> None:
@@ -35,7 +35,7 @@ class _Block:
         return size <= self.memory.nbytes <= size + size // 8 + SLACK and self.lent() is None
 
 
-_blocks: list[_Block] = []  # those lent last come last
+_buffers: list[_Buffer] = []  # those lent last come last
 _lock = process.RLock()
 
 
@@ -59,34 +59,34 @@ def take(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _lends(size: int) -> bool:
-    """Whether ``size`` bytes come from a block (a garbage collection inside of ``_lend`` may run code that takes)."""
+    """Whether ``size`` bytes come from a buffer (a garbage collection inside of ``_lend`` may run code that takes)."""
     return size >= SMALL and not _lock._is_owned()
 
 
 def _lend(size: int) -> tuple[np.ndarray, int]:
-    """``size`` bytes of a block that nobody uses, and their address."""
+    """``size`` bytes of a buffer that nobody uses, and their address."""
     with _lock:
-        fitting = [block for block in _blocks if block.fits(size)]
-        block = min(fitting, key=lambda each: each.memory.nbytes, default=None)
-        if block is None:
-            block = _Block(_allocate(size))
+        fitting = [buffer for buffer in _buffers if buffer.fits(size)]
+        buffer = min(fitting, key=lambda each: each.memory.nbytes, default=None)
+        if buffer is None:
+            buffer = _Buffer(_allocate(size))
             _make_room(size)
         else:
-            _blocks.remove(block)
-        lent = block.memory[:size]
-        block.lent = weakref.ref(lent)
-        if sum(each.memory.nbytes for each in _blocks) + block.memory.nbytes <= LIMIT:
-            _blocks.append(block)
-    return lent, block.address
+            _buffers.remove(buffer)
+        lent = buffer.memory[:size]
+        buffer.lent = weakref.ref(lent)
+        if sum(each.memory.nbytes for each in _buffers) + buffer.memory.nbytes <= LIMIT:
+            _buffers.append(buffer)
+    return lent, buffer.address
 
 
 def _make_room(size: int) -> None:
-    """Lets free blocks go, the oldest first, until a new one of ``size`` bytes is within the limit."""
-    excess = sum(block.memory.nbytes for block in _blocks) + size - LIMIT
-    for block in list(_blocks):
-        if excess > 0 and block.lent() is None:
-            _blocks.remove(block)
-            excess -= block.memory.nbytes
+    """Lets free buffers go, the oldest first, until a new one of ``size`` bytes is within the limit."""
+    excess = sum(buffer.memory.nbytes for buffer in _buffers) + size - LIMIT
+    for buffer in list(_buffers):
+        if excess > 0 and buffer.lent() is None:
+            _buffers.remove(buffer)
+            excess -= buffer.memory.nbytes
 
 
 def _allocate(size: int) -> np.ndarray:
@@ -102,10 +102,10 @@ def _allocate(size: int) -> np.ndarray:
 def clear() -> None:
     """Gives all unused memory back to the system."""
     with _lock:
-        _blocks[:] = [block for block in _blocks if block.lent() is not None]
+        _buffers[:] = [buffer for buffer in _buffers if buffer.lent() is not None]
 
 
-def room(size: int) -> tuple[object, int]:
+def scratch(size: int) -> tuple[object, int]:
     """``size`` bytes for scratch: what owns them, and their aligned address."""
     if _lends(size):
         return _lend(size)

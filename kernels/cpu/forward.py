@@ -14,7 +14,7 @@ from .memory import load_int, make_read, store_int
 from .microkernel import make_block
 from .mode import flush_denormals, set_mode
 from .simd import simd
-from .steps import alive_rows, block_size, resets, row_start, user_index, walk
+from .steps import active_rows, block_size, resets, row_start, user_index, walk
 from .sync import meet
 from .variant import Variant
 from .vector import joining
@@ -61,7 +61,7 @@ class Step(NamedTuple):
     """A step, as a member sees it."""
 
     s: int  # in the direction's order
-    end: int  # of the member's rows that are alive
+    end: int  # of the member's rows that are active
     n: int  # of row 0
     position: int  # in the user's tensors
     h_in: int
@@ -143,14 +143,14 @@ def _make_project_chunk(variant: Variant) -> Any:
     @inline
     def list_rows(a, w, s, x_table, z_table):
         """Writes where the member's rows of x and z of the chunk from step ``s`` on lie; how many there are."""
-        stage = a.x_stage + a.member * a.chunk_rows * a.inputs * size
+        stage = a.x_stage + a.member * a.chunk_tokens * a.inputs * size
         count = 0
         for later in range(s, min(s + a.chunk, a.steps)):
             t = walk(a.reverse, a.steps, later)
             x_here = a.x + user_index(a.packed, a.row_starts, a.batch, t) * a.x_step
-            # Members may be in different chunks: in scratch, a row keeps its place from step to step, alive or not.
+            # Members may be in different chunks: in scratch, a row keeps its place from step to step, active or not.
             slot = (later - s) * a.batch if a.z != 0 else row_start(a.row_starts, a.batch, t)
-            for r in range(a.row_begin, min(a.row_end, alive_rows(a.batch_sizes, a.batch, t))):
+            for r in range(a.row_begin, min(a.row_end, active_rows(a.batch_sizes, a.batch, t))):
                 source = x_here + load_int(a.x_rows + 8 * r)
                 if a.x_stage != 0:
                     widen_row(stage + count * a.inputs * size, source, a.inputs)
@@ -162,8 +162,8 @@ def _make_project_chunk(variant: Variant) -> Any:
 
     @inline
     def project_chunk(a, w, s):
-        x_table = a.table + 16 * a.chunk_rows * a.member
-        z_table = x_table + 8 * a.chunk_rows
+        x_table = a.table + 16 * a.chunk_tokens * a.member
+        z_table = x_table + 8 * a.chunk_tokens
         count = list_rows(a, w, s, x_table, z_table)
         for p in range(a.panel_begin, a.panel_end):
             done = 0
@@ -270,7 +270,7 @@ def _make_finish_step(variant: Variant) -> Any:
         t = walk(a.reverse, a.steps, s)
         index = user_index(a.packed, a.row_starts, a.batch, t)
         h = a.h + (s & 1) * a.h_half
-        for r in range(a.row_begin, min(a.row_end, alive_rows(a.batch_sizes, a.batch, t))):
+        for r in range(a.row_begin, min(a.row_end, active_rows(a.batch_sizes, a.batch, t))):
             if resets(a, index, r):
                 clear(h + r * w.h_row + w.h_first * vector_bytes, w.h_count)
                 clear(a.c + r * w.c_row + a.panel_begin * vector_bytes, a.panel_end - a.panel_begin)
@@ -302,7 +302,7 @@ def forward_kernel(variant: Variant) -> Any:
     def step_of(a, s):
         t = walk(a.reverse, a.steps, s)
         return Step(
-            s, min(a.row_end, alive_rows(a.batch_sizes, a.batch, t)), row_start(a.row_starts, a.batch, t),
+            s, min(a.row_end, active_rows(a.batch_sizes, a.batch, t)), row_start(a.row_starts, a.batch, t),
             user_index(a.packed, a.row_starts, a.batch, t), a.h + (s & 1) * a.h_half, a.h + (1 - (s & 1)) * a.h_half,
         )  # fmt: skip
 

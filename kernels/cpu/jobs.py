@@ -43,8 +43,8 @@ class Job(NamedTuple):
       the other way.
     """
 
-    kind: int
-    share: int  # panels, or rows: what members share out
+    op: int  # PACK_GATES, ...
+    items: int  # panels, or rows: what is divided among members
     target: int
     source: int  # 0: zeros
     depth: int = 0  # K
@@ -238,18 +238,18 @@ def jobs_kernel(variant: Variant) -> Any:
         a = read(address)
         for index in range(a.length):
             job = read_job(a.jobs + index * job_bytes)
-            begin, end = job.share * a.member // a.members, job.share * (a.member + 1) // a.members
-            if job.kind == PACK_GATES:
+            begin, end = job.items * a.member // a.members, job.items * (a.member + 1) // a.members
+            if job.op == PACK_GATES:
                 pack_gates(job, begin, end)
-            elif job.kind == PACK_BIAS:
+            elif job.op == PACK_BIAS:
                 pack_bias(job, begin, end)
-            elif job.kind == PACK_COLUMNS:
+            elif job.op == PACK_COLUMNS:
                 pack_columns(job, begin, end)
-            elif job.kind == UNPACK_GATES:
+            elif job.op == UNPACK_GATES:
                 unpack_gates(job, begin, end)
-            elif job.kind == UNPACK_COLUMNS:
+            elif job.op == UNPACK_COLUMNS:
                 unpack_columns(job, begin, end)
-            elif job.kind == ROWS_IN:
+            elif job.op == ROWS_IN:
                 rows_in(job, begin, end)
             else:
                 rows_out(job, begin, end)

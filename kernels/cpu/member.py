@@ -16,7 +16,7 @@ from .vector import I32, I64
 
 
 @intrinsic
-def _ask(typingctx, function):
+def _call_int(typingctx, function):
     """What the C function at address ``function``, of no arguments and int, returns."""
 
     def codegen(context, builder, sig, args):
@@ -27,7 +27,7 @@ def _ask(typingctx, function):
 
 
 @intrinsic
-def _call(typingctx, function, argument):
+def _call_address(typingctx, function, argument):
     """Calls the C function at address ``function``, of one int64 and nothing."""
 
     def codegen(context, builder, sig, args):
@@ -46,10 +46,10 @@ def member_kernel() -> Any:
     @kernel("")
     def lstm_member_kernel(address):
         head = read(address)
-        number, size = _ask(head.thread_num), _ask(head.num_threads)
+        number, size = _call_int(head.thread_num), _call_int(head.num_threads)
         if number == 0:
             store_int(address + size_at, size)
         if size >= head.members and number < head.members:
-            _call(head.function, head.records + number * head.stride)
+            _call_address(head.function, head.arguments + number * head.stride)
 
     return lstm_member_kernel

@@ -57,14 +57,14 @@ def _operations(scalar: str, lanes: int):
         def codegen(context, builder, sig, args):
             totals, fields = (builder.inttoptr(address, PTR) for address in args[:2])
             value, count = args[2:]
-            kind = value.type
+            llvm = value.type
             iota = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
             some = builder.icmp_signed("<", iota, splat(builder, builder.trunc(count, I32), lanes))
-            value = builder.select(some, value, ir.Constant(kind, None))
-            before = builder.load(totals, typ=kind, align=8)
+            value = builder.select(some, value, ir.Constant(llvm, None))
+            before = builder.load(totals, typ=llvm, align=8)
             builder.store(builder.fadd(before, value), totals, align=8)
-            place = builder.fmul(value, splat(builder, ir.Constant(kind.element, float(BINS)), lanes))
-            last = splat(builder, ir.Constant(kind.element, BINS - 0.5), lanes)
+            place = builder.fmul(value, splat(builder, ir.Constant(llvm.element, float(BINS)), lanes))
+            last = splat(builder, ir.Constant(llvm.element, BINS - 0.5), lanes)
             place = builder.select(builder.fcmp_ordered("<", place, last), place, last)  # 1, and NaN: the last bin
             place = builder.fptosi(place, words if scalar == "float64" else ir.VectorType(I32, lanes))
             place = place if scalar == "float64" else builder.zext(place, words)
@@ -82,11 +82,11 @@ def _operations(scalar: str, lanes: int):
 
         def codegen(context, builder, sig, args):
             totals, fields, result = (builder.inttoptr(address, PTR) for address in args[:3])
-            kind = vector.llvm
-            total = sum_lanes(builder, widen_to_double(builder, builder.load(totals, typ=kind, align=8)))
+            llvm = vector.llvm
+            total = sum_lanes(builder, widen_to_double(builder, builder.load(totals, typ=llvm, align=8)))
             before = builder.load(result, typ=ir.DoubleType(), align=8)
             builder.store(builder.fadd(before, total), result, align=8)
-            builder.store(ir.Constant(kind, None), totals, align=8)
+            builder.store(ir.Constant(llvm, None), totals, align=8)
             counted = builder.load(fields, typ=words, align=8)
             builder.store(constant(0), fields, align=8)
             # Every other field, so that the lanes' sum has room for twice the bits: two sums over lanes, not ten.
@@ -233,10 +233,10 @@ def statistics(kernel: Callable, lanes: int, call: Call, gates: Sequence[Tensor]
         )  # fmt: skip
     del row_starts  # until here
     sizes = rows.batch_sizes
-    alive = np.full(steps, len(sample)) if sizes is None else (sample < sizes.numpy()[:, None]).sum(1)
+    active = np.full(steps, len(sample)) if sizes is None else (sample < sizes.numpy()[:, None]).sum(1)
     return GateStatistics(
         torch.from_numpy(sums).permute(2, 0, 1),
         torch.from_numpy(counts).permute(2, 0, 1, 3),
         torch.from_numpy(log_forget),
-        torch.from_numpy(alive),
+        torch.from_numpy(active),
     )

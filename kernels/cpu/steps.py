@@ -1,6 +1,6 @@
 """Device functions for walking over steps, rows and blocks.
 
-Row r of the sorted batch is alive at step t where ``r < batch_sizes[t]``; n counts (step, row) pairs.
+Row r of the sorted batch is active at step t where ``r < batch_sizes[t]``; n counts (step, row) pairs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from .memory import load_byte, load_int
 
 
 @inline
-def alive_rows(batch_sizes, batch, t):
-    """Rows alive at step t."""
+def active_rows(batch_sizes, batch, t):
+    """Rows active at step t."""
     return load_int(batch_sizes + 8 * t) if batch_sizes != 0 else batch
 
 

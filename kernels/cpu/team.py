@@ -110,10 +110,10 @@ def prewarm() -> None:
 class Launch:
     """A launch of the kernel at ``function`` on records, one a member; ``run`` is one call of C code."""
 
-    def __init__(self, function: int, records: int, members: int, stride: int) -> None:
+    def __init__(self, function: int, arguments: int, members: int, stride: int) -> None:
         entry = _load()
         assert isinstance(entry, Entry)
-        head = Head(function, records, stride, members, entry.thread_num, entry.num_threads, 0)
+        head = Head(function, arguments, stride, members, entry.thread_num, entry.num_threads, 0)
         self._head, self._members = np.array(head, np.int64), members
         self._asked = process.torch_threads()
         self.run = partial(entry.parallel, _member(), self._head.ctypes.data, self._asked, 0)

@@ -46,7 +46,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _deeper(function: Callable, record: int) -> None:
+def _deeper(function: Callable, arguments: int) -> None:
     """Calls ``function``, from one frame of the interpreter further down the stack of a thread of the pool.
 
     Called directly, one member of two took 1.6 times as long as the other (T = 500, B = 32, H = 128, alone, on an AMD
@@ -54,22 +54,22 @@ def _deeper(function: Callable, record: int) -> None:
     page, and where the kernels' own variables lie in it as the rows that they load do, but for a multiple of 4096
     bytes, the processor takes loads for dependent on stores that are not.
     """
-    function(record)
+    function(arguments)
 
 
 class _Worker:
     """A thread of the pool: the launches and members handed to it, and what the caller sleeps at until each is over."""
 
-    __slots__ = ("calls", "gate")
+    __slots__ = ("gate", "inbox")
 
     def __init__(self) -> None:
-        self.calls: process.SimpleQueue = process.SimpleQueue()
+        self.inbox: process.SimpleQueue = process.SimpleQueue()
         self.gate = process.Gate()
         process.start_thread(self._serve)
 
     def _serve(self) -> None:
         while True:
-            launch, member = self.calls.get()
+            launch, member = self.inbox.get()
             launch.run(member)
             del launch
 
@@ -89,11 +89,11 @@ class _Launch:
 
     def run(self, member: int) -> None:
         """What a thread of the pool does; it opens its gate if the member was still to be run."""
-        record = self.waiting.pop(member, None)
-        if record is None:
+        arguments = self.waiting.pop(member, None)
+        if arguments is None:
             return
         try:
-            _deeper(self.function, record)
+            _deeper(self.function, arguments)
         except BaseException as error:  # kernels raise none: there was no memory to call one; raised by the caller
             self.errors.append(error)
             self.open_barriers()
@@ -200,11 +200,11 @@ def run(kernel: Any, launch: Launch, counters: np.ndarray | None = None) -> None
 def _run_on_pool(function: Callable, addresses: Sequence[int], counters: np.ndarray | None) -> None:
     launch = _Launch(function, addresses, counters)
     own = partial(function, launch.waiting.pop(0))
-    hand_out = [partial(worker.calls.put, (launch, member)) for member, worker in launch.workers.items()]
+    hand_out = [partial(worker.inbox.put, (launch, member)) for member, worker in launch.workers.items()]
     waits = [
-        part
+        call
         for member, worker in launch.workers.items()
-        for part in (worker.gate.wait, partial(launch.waited.append, member))
+        for call in (worker.gate.wait, partial(launch.waited.append, member))
     ]
     _in_one(*hand_out, own, *waits, abandon=launch.abandon)
     if launch.errors:
@@ -215,11 +215,11 @@ def _nothing() -> None:
     pass
 
 
-def _in_one(*parts: Callable, abandon: Callable[[], object]) -> None:
+def _in_one(*calls: Callable, abandon: Callable[[], object]) -> None:
     """Calls ``parts``, which are C code, while nobody else does; ``abandon`` where one of them fails."""
     lock, begun = _lock, list[bool]()
     try:
-        deque(map(_call, (lock.acquire, partial(begun.append, True), *parts, begun.clear, lock.release)), maxlen=0)
+        deque(map(_call, (lock.acquire, partial(begun.append, True), *calls, begun.clear, lock.release)), maxlen=0)
     except BaseException:
         if begun:  # there was no memory for a part
             abandon()

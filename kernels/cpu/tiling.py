@@ -191,10 +191,10 @@ def plan(
     _, members, unit_groups = best
     row_bytes = 4 * panels * block.lanes * size
     if backward:  # weight gradients are read and written once a chunk; more rows where that traffic counts
-        chunk_rows = 256 if 4 * panels * block.lanes * (depth + inputs) * size <= GRADIENTS else 512
+        chunk_tokens = 256 if 4 * panels * block.lanes * (depth + inputs) * size <= GRADIENTS else 512
     else:
-        chunk_rows = min(max(MEMORY // row_bytes, 96), 4096)
-    chunk = max(1, min(steps, chunk_rows // batch))
+        chunk_tokens = min(max(MEMORY // row_bytes, 96), 4096)
+    chunk = max(1, min(steps, chunk_tokens // batch))
     row_groups = members // unit_groups
     fused = inputs <= (FUSED_ONE_ROW if row_groups == batch else FUSED)
     return Plan(row_groups, unit_groups, chunk, fused)
@@ -235,14 +235,14 @@ def threads_worth(multiply_adds: int) -> int:
     return 1 + multiply_adds // WORTH_A_THREAD
 
 
-def ragged_chunks(alive: np.ndarray, room: int) -> np.ndarray:
-    """Borders of chunks of steps with as many rows together as ``room`` has place for; ``alive``: (T,) rows of a step.
+def ragged_chunks(active: np.ndarray, room: int) -> np.ndarray:
+    """Borders of chunks of steps with as many rows together as ``room`` has place for; ``active``: (T,) rows of a step.
 
     ``room`` is no less than the rows of a step.
     """
-    before = np.concatenate(([0], np.cumsum(alive)))
+    before = np.concatenate(([0], np.cumsum(active)))
     borders = [0]
-    while borders[-1] < len(alive):
+    while borders[-1] < len(active):
         borders.append(int(np.searchsorted(before, before[borders[-1]] + room, side="right")) - 1)
     return np.array(borders, np.int64)
 

@@ -80,17 +80,17 @@ def _operator(op, emit):
     infer_global(op)(VectorOperator)
 
     def lower(context, builder, sig, args):
-        def vector(value, kind):
-            if isinstance(kind, Vector):
+        def vector(value, given):
+            if isinstance(given, Vector):
                 return value
-            scalar = context.cast(builder, value, kind, getattr(types, sig.return_type.scalar))
+            scalar = context.cast(builder, value, given, getattr(types, sig.return_type.scalar))
             return splat(builder, scalar, sig.return_type.lanes)
 
         a, b = (vector(v, k) for v, k in zip(args, sig.args, strict=True))
         return emit(builder)(a, b, flags=CONTRACT)
 
-    for kinds in ((Vector, Vector), (Vector, types.Float), (types.Float, Vector)):
-        lower_builtin(op, *kinds)(lower)
+    for operands in ((Vector, Vector), (Vector, types.Float), (types.Float, Vector)):
+        lower_builtin(op, *operands)(lower)
 
 
 _operator(operator.add, lambda builder: builder.fadd)
@@ -156,9 +156,9 @@ def split(builder, vector, parts):
     ]
 
 
-def joining(kind: Vector, number: int) -> tuple[Callable, Callable]:
+def joining(vector: Vector, number: int) -> tuple[Callable, Callable]:
     """For kernels: a tuple of ``number`` vectors as one, and the other way."""
-    tuple_type, wide = types.UniTuple(kind, number), Vector(kind.scalar, number * kind.lanes)
+    tuple_type, wide = types.UniTuple(vector, number), Vector(vector.scalar, number * vector.lanes)
 
     @intrinsic
     def join_vectors(typingctx, vectors):

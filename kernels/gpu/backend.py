@@ -1,7 +1,7 @@
 """The Triton backend of the contract: host code, from tensors to launches and back.
 
 A layer is three parts.  Before the recurrence, one large product: z = W_ih x + b_ih + b_hh for all steps.  The
-recurrence, one launch for both directions, of the design that ``tiling.plan`` chooses.  After it, in backward,
+recurrence, one launch for both directions, of the design that ``tiling.choose_design`` chooses.  After it, in backward,
 large products again: dx, dW_ih, dW_hh, and the sums for the biases.  The large ones are cuBLAS's (``torch.addmm``).
 
 The kernels know neither h_0 nor projections:
@@ -14,8 +14,8 @@ Rows are kept flat (``flat_rows.py``).  A dense call can be captured into a CUDA
 the host knows the lengths it copies a table from there.  The host waits for nothing, whoever knows them: what goes
 wrong on the device is told by a later call (``status.py``).
 
-T time, B batch, N alive rows over all steps (with lengths on the device: T * B, of which the last are no rows, see
-``flat_rows.py``), I input, H hidden, P projection (H where there is none), D directions.
+T time, B batch, N tokens: (step, row) pairs (with lengths on the device: T * B, of which the last are no rows, see
+``flat_rows.py``), I input, H hidden, P projection (H without one), D directions.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _channel(recurrence: Recurrence, rows: FlatRows, *shape: int, dim: int) -> T
 
 def forward(call: Call, *, save: bool = False, cells: bool = False) -> Forward:
     """See the contract."""
-    word = status.check(call.layer.device)
+    word = status.raise_pending(call.layer.device)
     flat = FlatRows(call.rows, call.layer.device, call.reset)
     recurrence = launch.recurrence_of(call.layer, flat, False, ("SAVE",) if save or cells else ())
     gates = _entering_gates(call, flat)
@@ -240,7 +240,7 @@ def backward(
     gate_rows: int = 0,
 ) -> Gradients:
     """See the contract."""
-    word, layer = status.check(call.layer.device), call.layer
+    word, layer = status.raise_pending(call.layer.device), call.layer
     flat = FlatRows(call.rows, layer.device, call.reset)
     gates, cells, *projected = (each.contiguous() for each in saved)  # a saved-tensors hook may have brought them
     dy = None if grads.output is None else flat.flat(grads.output)
@@ -391,6 +391,6 @@ def _magnitudes(flat: FlatRows, squares: Tensor, arrived: list[Tensor]) -> Tenso
 
 def _gate_statistics(flat: FlatRows, gates: Tensor, hidden: int, wanted: int) -> GateStatistics:
     rows = torch.tensor(list(sampled_rows(flat.begun(), wanted)), dtype=torch.int64, device=flat.device)
-    index, alive = flat.places(rows)
+    index, active = flat.places(rows)
     sample = gates[:, index].float().unflatten(-1, (GATES, hidden))  # (D, T, R, 4, H)
-    return statistics(sample[..., [0, 1, 3], :].movedim(-2, 0), alive)
+    return statistics(sample[..., [0, 1, 3], :].movedim(-2, 0), active)

@@ -1,6 +1,6 @@
 """Device functions that the Triton kernels of both designs share.
 
-Legend of every kernel: T time, B batch, N alive rows over all steps, H hidden, D directions; in one program (CTA)
+Legend of every kernel: T time, B batch, N tokens: (step, row) pairs, H hidden, D directions; in one program (CTA)
 U units of H, BT rows of B, K terms of a sum, KW parts of it (one a warp), KS terms of a part.  The weights are the
 left operand of the tensor cores, (gates or units, terms), and h or dz the right one, (terms, rows): the 16 rows of an
 instruction suit gates, its 8 columns a batch, so that eight rows of a batch are a full tile.  All else is
@@ -207,7 +207,7 @@ def position(t, row, offsets, step, stride, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def alive(t, row, offsets, B, exists, RAGGED: tl.constexpr):
+def active(t, row, offsets, B, exists, RAGGED: tl.constexpr):
     """Whether ``row`` has a step t, which must be one of 0 ... T - 1; no row has where ``exists`` is false."""
     rows = B
     if RAGGED:

@@ -1,20 +1,20 @@
-"""How the rows of a call lie in the GPU kernels' memory: flat, (N, ·), and the ways there and back.
+"""Memory layout of a call's rows in the GPU kernels: flat (N, ·), and the conversions from and to the caller's layout.
 
-The order is the one that suits the caller: step by step, row by row where the batch is first in memory, packed where
-rows are ragged.  Padded ragged tensors are gathered first and scattered last.  All of it is torch operations on the
-device, none of which the host waits for; only a call whose lengths the host knows copies a small table there.
+The order follows the caller's: step by step, row by row if the batch is first in memory, packed if rows are ragged.
+Padded ragged tensors are gathered first and scattered last.  All of this is torch operations on the device, and the
+host waits for none of them; only a call whose lengths the host knows copies a small table to the device.
 
-**Lengths on the device.**  The host does not know N then, and does not wait for it: flat tensors have room for all
-T * B.  The alive rows come first, packed as ever; the *tail* behind them holds the padded positions, in any order, so
-that gathering and scattering permute whole tensors.  The recurrence spends nothing on the tail, whose rows are alive at
-no step, but the large products do run over it, since their size would have to be known to the host.  With lengths on
-the host nothing at all is spent on padding, and the copy of the table is the price.
+**Lengths on the device.**  The host then does not know the number of tokens and does not wait for it: flat tensors
+have room for T * B.  The tokens come first, packed as usual; the *tail* after them holds the padded positions, in any
+order, so that gathering and scattering permute whole tensors.  The recurrence does no work for the tail, but the large
+products run over it, since the host would have to know their size.  With lengths on the host no work at all is done for
+padding, at the cost of copying the table.
 
-The tail takes part in products, so what enters one has to read zero there, and not something that zero times it is NaN:
-what ``flat`` gathers does, ``new`` and ``clear`` see to the rest.  A row without a step has a place in the tail where
+The tail takes part in products, so their operands have to be zero there (zero times NaN or infinity is NaN): ``flat``
+gathers zeros, and ``new`` and ``clear`` write them elsewhere.  A row without a step has a position in the tail where
 others have their first and last step.
 
-T time, B batch, B' rows with at least one step (B where lengths are on the device), N alive rows over all steps (T * B
+T time, B batch, B' rows with at least one step (B where lengths are on the device), N tokens: (step, row) pairs (T * B
 where lengths are on the device), P features, D directions.
 """
 
@@ -90,12 +90,12 @@ class FlatRows:
         """From (B,) lengths in the caller's order, on the device, from 0 to T."""
         lengths, self.order = torch.sort(lengths, descending=True, stable=True)
         cells = torch.arange(self.total, device=self.device)  # of a table (T, B)
-        alive = (lengths > torch.arange(self.steps, device=self.device)[:, None]).flatten()
-        count = alive.cumsum(0)
+        active = (lengths > torch.arange(self.steps, device=self.device)[:, None]).flatten()
+        count = active.cumsum(0)
         self.offsets = torch.nn.functional.pad(count[self.batch - 1 :: self.batch], (1, 0))
         total = count[-1:]
-        # what is alive takes the places from 0 on, what is not those after them
-        place = torch.where(alive, count - 1, total + cells - count)
+        # what is active takes the places from 0 on, what is not those after them
+        place = torch.where(active, count - 1, total + cells - count)
         cell_of = torch.empty_like(cells).scatter_(0, place, cells)
         self._step_of = cell_of // self.batch
         self._row_of = cell_of - self._step_of * self.batch
@@ -135,7 +135,7 @@ class FlatRows:
         return flat if self.tail is None else flat.masked_fill_(self.tail, 0)
 
     def new(self, like: Tensor, *shape: int) -> Tensor:
-        """A tensor of which the recurrence writes all that is alive; zero in the tail."""
+        """A tensor of which the recurrence writes all that is active; zero in the tail."""
         return like.new_empty(shape) if self.tail is None else like.new_zeros(shape)
 
     def sorted(self, state: Tensor) -> Tensor:
@@ -243,13 +243,13 @@ class FlatRows:
         return state.masked_fill(self.take(self.reset[:, None], direction, True) != 0, 0)
 
     def places(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(T, R): where ``rows`` (R,) lie at every step, and whether they are alive there (None: all are)."""
+        """(T, R): where ``rows`` (R,) lie at every step, and whether they are active there (None: all are)."""
         steps = torch.arange(self.steps, device=self.device)[:, None]
         if self.offsets is None:
             return steps * self.step + rows * self.stride, None
         at = self.offsets[:-1, None] + rows
-        alive = at < self.offsets[1:, None]
-        return at.clamp(max=self.total - 1), alive
+        active = at < self.offsets[1:, None]
+        return at.clamp(max=self.total - 1), active
 
     def begun(self) -> int:
         """How many rows have a step; the host waits for it where lengths are on the device."""

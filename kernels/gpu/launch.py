@@ -53,7 +53,7 @@ def design_of(layer: Layer, backward: bool) -> Design:
     """The design of a layer's recurrence on its device; ValueError where none fits."""
     precision = tiling.precision_of(layer.dtype, tf32())
     sizes = layer.hidden_size, layer.batch, layer.directions
-    return tiling.plan(*sizes, precision, sms(layer.device), backward, shared=shared(layer.device))
+    return tiling.choose_design(*sizes, precision, sms(layer.device), backward, shared=shared(layer.device))
 
 
 @dataclass(frozen=True)

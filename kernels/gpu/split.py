@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from .device import (
-    alive,
+    active,
     backward_step,
     collect,
     forward_step,
@@ -221,7 +221,7 @@ def lstm_fwd_kernel(
         i_tile = 0
         while i_tile < tiles:
             row = (i_group * tiles + i_tile) * rows + i_row
-            m_row = (i_row < rows) & alive(t, row, offsets, B, True, RAGGED)
+            m_row = (i_row < rows) & active(t, row, offsets, B, True, RAGGED)
             o_t = position(t, row, offsets, step, stride, RAGGED)
             m = m_row[:, None] & (o_u < H)
             # all that does not depend on h_{t-1}, while that is on its way
@@ -233,7 +233,7 @@ def lstm_fwd_kernel(
                 keep = tl.load(reset + o_t, mask=m_row, other=1) == 0
                 c_before = tl.where(keep[:, None], c_before, 0.0)
 
-            m_before = m_row & alive(t_before, row, offsets, B, i > 0, RAGGED)
+            m_before = m_row & active(t_before, row, offsets, B, i > 0, RAGGED)
             o_before = position(t_before, row, offsets, step, stride, RAGGED)
             o_before = o_before * (D * H_ROW // PACK) + d * (H_ROW // PACK)
             acc = tl.zeros((KW, 4 * U, BT), tl.float32)
@@ -359,13 +359,13 @@ def lstm_bwd_kernel(
         i_tile = 0
         while i_tile < tiles:
             row = (i_group * tiles + i_tile) * rows + i_row
-            m_row = (i_row < rows) & alive(t, row, offsets, B, True, RAGGED)
+            m_row = (i_row < rows) & active(t, row, offsets, B, True, RAGGED)
             o_t = position(t, row, offsets, step, stride, RAGGED)
             m = m_row[:, None] & (o_u < H)
             # all that does not depend on dz of the step after, while that is on its way
             i_t, f_t, g_t, o_gate = load_gates(gates, o_t[:, None], o_u, m, H)
             c_t = tl.load(cells + o_t[:, None] * H + o_u, mask=m, other=0.0)
-            m_before = m_row & alive(t_before, row, offsets, B, i < T - 1, RAGGED)
+            m_before = m_row & active(t_before, row, offsets, B, i < T - 1, RAGGED)
             o_before = position(t_before, row, offsets, step, stride, RAGGED)
             c_before = tl.load(cells + o_before[:, None] * H + o_u, mask=m & m_before[:, None], other=0.0)
             o_state = (d * B + row[:, None]) * H + o_u
@@ -382,7 +382,7 @@ def lstm_bwd_kernel(
             dh = tl.zeros((BT, U), tl.float32)
             if HAS_DY:
                 dh += tl.load(dy + (o_t * (D * H) + d * H)[:, None] + o_u, mask=m, other=0.0).to(tl.float32)
-            m_after = m_row & alive(t_after, row, offsets, B, i > 0, RAGGED)
+            m_after = m_row & active(t_after, row, offsets, B, i > 0, RAGGED)
             if HAS_DH_N:
                 ends = m & (m_after == 0)[:, None]
                 dh += tl.load(dh_n + o_state, mask=ends, other=0.0).to(tl.float32)

@@ -9,7 +9,7 @@ _words: dict[torch.device, Tensor] = {}  # kernels set them, when a wait gave up
 # Copies of a count on the device, of rows whose lengths were out of range: added to, never set, so that a call in which
 # all is well does not undo what one before it said.
 _wrong_lengths: dict[torch.device, tuple[Tensor, Tensor]] = {}  # (there, and its copy)
-_told: dict[torch.device, int] = {}  # of those, how many have been told
+_reported: dict[torch.device, int] = {}  # of those, how many have been told
 
 
 def _readable(device: torch.device) -> Tensor:
@@ -37,7 +37,7 @@ def note(device: torch.device, wrong: Tensor) -> None:
     copy.copy_(count, non_blocking=True)
 
 
-def check(device: torch.device) -> Tensor:
+def raise_pending(device: torch.device) -> Tensor:
     """The word for kernels.  RuntimeError if an earlier call on ``device`` gave up, ValueError for its lengths."""
     here = word(device)
     if here.item():
@@ -49,10 +49,10 @@ def check(device: torch.device) -> Tensor:
         )
     if device in _wrong_lengths:
         _, copy = _wrong_lengths[device]
-        if copy.item() > _told.get(device, 0):
+        if copy.item() > _reported.get(device, 0):
             if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
                 torch.cuda.synchronize(device)  # other layers of that call may still be at it: told once
-            _told[device] = int(copy.item())
+            _reported[device] = int(copy.item())
             raise ValueError(
                 f"lengths should be from 0 to T, the steps of input; those of an earlier call on {device}, or of "
                 f"an earlier layer of this one, were not, and its results are NaN in the rows in question. Nothing "

@@ -138,7 +138,7 @@ def split_time(
     return LATENCY + HANDOFF * math.log2(slices) + tiles * one + (tiles - 1) * PASS
 
 
-def _share(terms: int, m: int, tile: int, precision: str, shared: int, narrower: bool) -> tuple[int, int, bool] | None:
+def _tiles(terms: int, m: int, tile: int, precision: str, shared: int, narrower: bool) -> tuple[int, int, bool] | None:
     """(K, NK, whether weights are streamed) of a program that multiplies ``m`` rows of weights by ``tile`` columns.
 
     None where it would spill; ``narrower``: the device has SMs enough for slices of fewer units.
@@ -159,8 +159,8 @@ def _share(terms: int, m: int, tile: int, precision: str, shared: int, narrower:
     sums = m * tile // 32 * (2 if precision == "float32" else 1)
     if tile > 8 and sums > SUM_REGISTERS - WEIGHT_REGISTERS:
         return None
-    share = 4 if precision == "16" else 8 if tile == 8 else 16
-    longest = min(longest, WEIGHT_REGISTERS * 4 * 32 * WARPS // (share * m * WEIGHT[precision]))
+    held = 4 if precision == "16" else 8 if tile == 8 else 16
+    longest = min(longest, WEIGHT_REGISTERS * 4 * 32 * WARPS // (held * m * WEIGHT[precision]))
     chunk = max(DEPTH[precision] * WARPS, min(longest, power_of_two(terms)))
     return chunk, ceil_div(terms, chunk), True
 
@@ -174,7 +174,7 @@ def split_designs(
     for units, tile in product((16, 32) if backward else (8, 16, 32), TILE_REGISTERS):
         slices = ceil_div(hidden, units)
         m = units if backward else 4 * units
-        if (share := _share(terms, m, tile, precision, shared, narrower)) is None:
+        if (k_tiles := _tiles(terms, m, tile, precision, shared, narrower)) is None:
             continue
         for groups in range(1, min(sms // (directions * slices), ceil_div(batch, 8)) + 1):
             rows = ceil_div(batch, groups)
@@ -182,14 +182,14 @@ def split_designs(
             rows = ceil_div(rows, tiles)
             if tile > 8 and rows <= tile // 2:
                 continue
-            chunk, chunks, stream = share
+            chunk, chunks, stream = k_tiles
             time = split_time(terms, tile, rows, tiles, m, slices, chunks, stream, precision)
             sizes = (units, tile, rows, groups, tiles, slices, directions, WARPS)
             yield Design("split", *sizes, chunk, chunks, stream, time)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(
+def choose_design(
     hidden: int,
     batch: int,
     directions: int,
@@ -222,4 +222,4 @@ def plan(
 
 def predict(hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool) -> float:
     """Predicted microseconds of a step of the recurrence."""
-    return plan(hidden, batch, directions, precision, sms, backward).step_time
+    return choose_design(hidden, batch, directions, precision, sms, backward).step_time

@@ -6,7 +6,7 @@ its own.
 A graph that is compiled or exported has a node a layer, and what ATen keeps for its backward cannot be told beforehand:
 so :func:`forward` keeps nothing, and :func:`backward` computes it anew.
 
-B batch, N alive rows over all steps, T time, I input, H hidden, P projection, L layers, D directions.
+B batch, N tokens: (step, row) pairs, T time, I input, H hidden, P projection, L layers, D directions.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def choose(name: str, layers: tuple[Layer, ...], situation: Situation = Situatio
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(name: str, layer: Layer, num_layers: int, situation: Situation) -> Choice:
+def chosen(name: str, layer: Layer, num_layers: int, situation: Situation) -> Choice:
     """:func:`choose` for a stack that begins with ``layer``; cached, because it runs once a call."""
     return choose(name, (layer,) if num_layers == 1 else (layer, layer.after()), situation)
 
@@ -138,7 +138,7 @@ def in_graph(name: str, layer: Layer, extended: bool) -> str:
     fixed = layer._replace(
         steps=LONG, batch=SOME, input_size=SOME, hidden_size=int(layer.hidden_size), proj_size=int(layer.proj_size)
     )
-    return plan(name, fixed, 1, Situation(extended, orphan=process.torch_would_hang())).name
+    return chosen(name, fixed, 1, Situation(extended, orphan=process.torch_would_hang())).name
 
 
 def own_cell(name: str, device: torch.device) -> str | None:

@@ -4,7 +4,7 @@
 differentiates it any number of times.  It is the twin of the kernels, not their judge: both take their arithmetic from
 ``kernels/cell.py``, and the tests compare them with float64 ``torch.nn.LSTM``.
 
-T time, B batch, N alive rows over all steps, n alive rows of one step, I input, H hidden, P projection, D directions.
+T time, B batch, N tokens: (step, row) pairs, n active rows of one step, I input, H hidden, P projection, D directions.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ class Trace:
         """Of the sampled rows; None where none were wanted."""
         if not len(self._sample):
             return None
-        sizes, alive = self._rows.batch_sizes, None
+        sizes, active = self._rows.batch_sizes, None
         if sizes is not None:
-            alive = (self._sample < sizes[:, None]).to(self._gates.device)
-        return statistics(self._gates, alive)
+            active = (self._sample < sizes[:, None]).to(self._gates.device)
+        return statistics(self._gates, active)
 
 
 def forward(call: Call, *, save: bool = False, cells: bool = False, trace: Trace | None = None) -> Forward:
@@ -209,7 +209,7 @@ def _direction(
     c = c.to(state)
     hs, cs = list(inputs), list(inputs)  # every entry is overwritten
     for t in range(len(inputs) - 1, -1, -1) if d == 1 else range(len(inputs)):
-        n = inputs[t].shape[0]  # rows are sorted: the first n are alive, the others keep their state
+        n = inputs[t].shape[0]  # rows are sorted: the first n are active, the others keep their state
         h_prev, c_prev = h[:n], c[:n]
         restart = resets[t]
         if restart is not None:

@@ -19,7 +19,7 @@ which goes from h to h through the output gate, past the cell.
 The plain network's h_t = σ(z_t), z_t = W_ih x_t + W_hh h_{t-1} + b, has one term, diag(σ'(z_t)) W_hh, and a product of
 those is all of dh_t / dh_{t-k}.  Its norm is at most (γ ‖W_hh‖₂)^k, γ the largest σ' (Pascanu et al. 2013).
 
-T time, B batch, I input, H hidden, P projection (H where there is none), L layers, D directions.
+T time, B batch, I input, H hidden, P projection (H without one), L layers, D directions.
 """
 
 from __future__ import annotations

@@ -73,13 +73,13 @@ def measure(record: Record) -> Flow:
     norms = record.h if record.c is None else record.c
     curve = norms.mean_by_lag
     lags = torch.arange(len(curve), device=curve.device)
-    alive = ~curve.isnan()
-    far = int(lags[alive].max()) if alive.any() else 0
-    infinite = alive & ~(curve.isfinite() & record.h.mean_by_lag.isfinite())
+    active = ~curve.isnan()
+    far = int(lags[active].max()) if active.any() else 0
+    infinite = active & ~(curve.isfinite() & record.h.mean_by_lag.isfinite())
     broken = int(lags[infinite].min()) if infinite.any() else None
     entering = record.entering_by_lag
     reach = _reach(record, far)
-    usable = alive & curve.isfinite() & (lags < (far + 1 if broken is None else broken))
+    usable = active & curve.isfinite() & (lags < (far + 1 if broken is None else broken))
     present = usable & (curve > 0)
     if not present.any():
         return Flow(curve, None, far, 0, reach, None, broken, math.nan, math.nan)

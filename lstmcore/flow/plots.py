@@ -76,7 +76,7 @@ def norms_by_lag(records: Sequence[Record], iteration: int | None = None) -> Fig
 def heatmap(records: Sequence[Record], by: str = "lag") -> Figure:
     """log10 of the mean gradient norm over the training: iterations across, lags or steps (``by``) upwards.
 
-    Cells where no row is alive are grey, what is not finite is orange, what is zero or below the scale black.
+    Cells where no row is active are grey, what is not finite is orange, what is zero or below the scale black.
 
     Raises:
         ValueError: another ``by``.

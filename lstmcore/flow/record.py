@@ -26,7 +26,7 @@ class Norms:
 
     By step, t = 0 is the first of the input.  By lag, k = 0 is the last step that a row computes in this direction
     (t = length - 1 for direction 0, t = 0 for direction 1), and k counts back from there along the row's own walk: the
-    axis on which a gradient vanishes.  NaN where no row of the batch is alive, infinite where a gradient is not finite.
+    axis on which a gradient vanishes.  NaN where no row is active, infinite where a gradient is not finite.
     """
 
     mean: Tensor  # (T,) float64
@@ -94,13 +94,13 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 
 def _over_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (S, T) and quantiles (S, Q, T) of (S, T, B), of the rows that are alive at each step: not NaN."""
+    """Mean (S, T) and quantiles (S, Q, T) of (S, T, B), of the rows that are active at each step: not NaN."""
     ordered = np.sort(values, axis=2)  # NaN comes last
     if np.isnan(ordered[:, :, -1]).any():
-        alive = ~np.isnan(values)
-        count = alive.sum(2)
-        with np.errstate(invalid="ignore"):  # 0 / 0 where no row is alive
-            mean = np.where(alive, values, 0).sum(2, dtype=np.float64) / count
+        active = ~np.isnan(values)
+        count = active.sum(2)
+        with np.errstate(invalid="ignore"):  # 0 / 0 where no row is active
+            mean = np.where(active, values, 0).sum(2, dtype=np.float64) / count
         at = np.array(QUANTILES) * np.maximum(count - 1, 0)[..., None]  # (S, T, Q)
         low, high = np.floor(at).astype(np.int64), np.ceil(at).astype(np.int64)
         below, above = np.take_along_axis(ordered, low, 2), np.take_along_axis(ordered, high, 2)
@@ -118,7 +118,7 @@ def _over_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Gates:
     """The activations of the input, forget and output gate over a sample of rows, and over all units."""
 
-    mean: Tensor  # (3, T) float64; NaN where no sampled row is alive
+    mean: Tensor  # (3, T) float64; NaN where no sampled row is active
     histogram: Tensor  # (3, T, 10) float64: the share of activations in [0, 0.1), ... [0.9, 1]
     horizon: Tensor  # (H,) float64: steps until the product of a unit's forget gates, at its mean rate, is one half
 

@@ -39,7 +39,7 @@ NONLINEARITIES = {
 }
 
 
-class Weights(NamedTuple):
+class Parameters(NamedTuple):
     """The parameters of one layer."""
 
     weight_ih: Tensor  # (H, I)
@@ -78,8 +78,8 @@ def rnn(
     if hx is not None and hx.shape != shape:
         raise RuntimeError(f"Expected hidden size {shape}, got {list(hx.shape)}")
     output, h_n = input, []
-    for layer, weights in enumerate(layers):
-        output, h = _reference(output, None if hx is None else hx[layer], weights, nonlinearity)
+    for layer, parameters in enumerate(layers):
+        output, h = _reference(output, None if hx is None else hx[layer], parameters, nonlinearity)
         h_n.append(h)
     return output, torch.stack(h_n)
 
@@ -168,9 +168,9 @@ class RNN(nn.RNNBase):
 
         module: weakref.ref[nn.Module] = weakref.ref(self)
         output, states = x, []
-        for layer, weights in enumerate(_layers(params, self.bias)):
+        for layer, parameters in enumerate(_layers(params, self.bias)):
             h_0 = None if hx is None else hx[layer]
-            output, h = _layer(recording.Source(module, layer), self.nonlinearity, output, h_0, weights)
+            output, h = _layer(recording.Source(module, layer), self.nonlinearity, output, h_0, parameters)
             states.append(h)
         form = checks.Form(batched, batched and self.batch_first)
         return form.of_input(output), form.of_state(torch.stack(states))  # type: ignore[return-value]
@@ -193,43 +193,43 @@ def _check_nonlinearity(name: str) -> None:
         raise ValueError(f"Unknown nonlinearity '{name}'. Select from 'sigmoid', 'tanh' or 'relu'.")
 
 
-def _layers(params: Sequence[Tensor], has_biases: bool) -> list[Weights]:
+def _layers(params: Sequence[Tensor], has_biases: bool) -> list[Parameters]:
     """The flat list of parameters, layer by layer."""
     fields = 4 if has_biases else 2
     if not params or len(params) % fields:
         raise RuntimeError(
             f"got an incorrect number of RNN parameters: each layer has {fields}, got {len(params)} in all"
         )
-    return [Weights(*params[at : at + fields]) for at in range(0, len(params), fields)]
+    return [Parameters(*params[at : at + fields]) for at in range(0, len(params), fields)]
 
 
-def _reference(input: Tensor, h_0: Tensor | None, weights: Weights, nonlinearity: str) -> tuple[Tensor, Tensor]:
+def _reference(input: Tensor, h_0: Tensor | None, parameters: Parameters, nonlinearity: str) -> tuple[Tensor, Tensor]:
     """(output, h_n), (T, B, H) and (B, H), of one layer: the formula, differentiable any number of times."""
     apply = NONLINEARITIES[nonlinearity].apply
-    h = input.new_zeros(input.shape[1], len(weights.weight_hh)) if h_0 is None else h_0
+    h = input.new_zeros(input.shape[1], len(parameters.weight_hh)) if h_0 is None else h_0
     output = []
-    for x in linear(input, weights.weight_ih, weights.bias_ih).unbind(0):
-        h = apply(x + linear(h, weights.weight_hh, weights.bias_hh))
+    for x in linear(input, parameters.weight_ih, parameters.bias_ih).unbind(0):
+        h = apply(x + linear(h, parameters.weight_hh, parameters.bias_hh))
         output.append(h)
     return torch.stack(output), h
 
 
 def _layer(
-    source: recording.Source, nonlinearity: str, input: Tensor, h_0: Tensor | None, weights: Weights
+    source: recording.Source, nonlinearity: str, input: Tensor, h_0: Tensor | None, parameters: Parameters
 ) -> tuple[Tensor, Tensor]:
     """What :func:`_reference` returns, faster; with a graph only when autograd will want one."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, h_0, *weights)):
-        return _Layer.apply(source, nonlinearity, input, h_0, *weights)
-    output = _forward(nonlinearity, input, h_0, weights)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, h_0, *parameters)):
+        return _Layer.apply(source, nonlinearity, input, h_0, *parameters)
+    output = _forward(nonlinearity, input, h_0, parameters)
     return output, output[-1].clone()
 
 
-def _forward(nonlinearity: str, input: Tensor, h_0: Tensor | None, weights: Weights) -> Tensor:
+def _forward(nonlinearity: str, input: Tensor, h_0: Tensor | None, parameters: Parameters) -> Tensor:
     """Every h_t (T, B, H), over the projections of the inputs, which are computed in its place."""
     apply_ = NONLINEARITIES[nonlinearity].apply_
-    bias = None if weights.bias_ih is None or weights.bias_hh is None else weights.bias_ih + weights.bias_hh
-    output = linear(input, weights.weight_ih, bias).contiguous()  # (T, B, H), now z without the recurrent part
-    recurrent = weights.weight_hh.t().contiguous()
+    bias = None if parameters.bias_ih is None or parameters.bias_hh is None else parameters.bias_ih + parameters.bias_hh
+    output = linear(input, parameters.weight_ih, bias).contiguous()  # (T, B, H), now z without the recurrent part
+    recurrent = parameters.weight_hh.t().contiguous()
     h = h_0
     for step in output.unbind(0):
         if h is not None:
@@ -268,7 +268,7 @@ class _Layer(Function):
     def forward(
         ctx: Any, source: recording.Source, nonlinearity: str, input: Tensor, h_0: Tensor | None, *flat: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        output = _forward(nonlinearity, input, h_0, Weights(*flat))  # type: ignore[arg-type]
+        output = _forward(nonlinearity, input, h_0, Parameters(*flat))  # type: ignore[arg-type]
         ctx.source, ctx.nonlinearity = source, nonlinearity
         ctx.save_for_backward(input, h_0, *flat, output)
         ctx.set_materialize_grads(False)  # an output nobody used has no gradient, and costs nothing
@@ -335,7 +335,7 @@ def _through_reference(
     """
     aliases: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     input, h_0, *flat = aliases
-    results = _reference(input, h_0, Weights(*flat), nonlinearity)
+    results = _reference(input, h_0, Parameters(*flat), nonlinearity)
     used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     found = iter(
         torch.autograd.grad(
