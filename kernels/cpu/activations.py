@@ -1,6 +1,6 @@
 """tanh and sigmoid on vectors.
 
-Both rest on 2^t of t = x / ln 2 (sigmoid: -x, tanh: 2x)::
+Both use 2^t of t = x / ln 2 (sigmoid: -x, tanh: 2x)::
 
     2^t = 2^n 2^f,  n = round(t),  f = t - n,  2^f = 1 + f q(f)
     sigmoid(x) = 1 / (1 + 2^t);   tanh(x) = m / (m + 2),  m = 2^t - 1 = 2^n f q(f) + (2^n - 1)
@@ -9,8 +9,8 @@ The second form of m keeps tanh accurate near zero, where 1 - 2 / (2^t + 1) woul
 (2^f - 1) / f on |f| <= 1/2: degree 5 (error 1.2e-8) for float32, degree 10 (1e-17) for float64; ``mpmath.chebyfit``
 reproduces the coefficients.  Both are within 2 units in the last place where the result is not denormal and |x| < 10.
 With AVX-512 the reciprocal is the 14-bit estimate and one Newton step (float64: two): a 512-bit division takes 16
-cycles on Intel's cores, five of them would double the cell.  16 instructions a sigmoid, 19 a tanh; forms on base e
-took 22 and 24.
+cycles on Intel's cores, and five of them would double the time of the cell.  Sigmoid takes 16 instructions, tanh 19;
+with base e they took 22 and 24.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from numba.core.extending import intrinsic
 from .jit import inline
 from .vector import I32, I64, SIZE, Vector, fma, join, joining, llvm_call, splat, split
 
-# magic: 1.5 * 2^mantissa bits, which rounds what is added to it to an integer.  1 / ln 2 in two parts (float32 does
-# without the second).  Beyond its limit sigmoid is 0 (a denormal, exactly) and tanh is 1 to the last bit.
+# magic: 1.5 * 2^mantissa bits; adding it to a value rounds that to an integer.  1 / ln 2 as a sum of two numbers
+# (float32 needs only the first).  Beyond its limit sigmoid is 0 (exactly: a denormal) and tanh is 1 to the last bit.
 EXP2 = {
     "float32": SimpleNamespace(
         magic=12582912.0, inverse_ln2=1.4426950408889634, inverse_ln2_low=0.0, sigmoid_limit=87.0, tanh_limit=9.1,
@@ -56,7 +56,7 @@ def _estimate(builder, vector):
 
 
 def _exponents(vector: Vector) -> SimpleNamespace:
-    """What puts a power of two together, and bounds what goes into one."""
+    """Powers of two, and bounds on their exponents."""
     scalar, lanes, llvm = vector.scalar, vector.lanes, vector.llvm
     integer = ir.VectorType(I32 if scalar == "float32" else I64, lanes)
     int_element, mantissa = integer.element, 23 if scalar == "float32" else 52
@@ -181,7 +181,7 @@ def _make_tanh(vector: Vector, fast_reciprocal: bool) -> Any:
 
 
 def _make_gates(vector: Vector, fast_reciprocal: bool) -> Any:
-    """``gates(z_i, z_f, z_g, z_o)``: the activations of all four, side by side, which keeps their chains in flight."""
+    """``gates(z_i, z_f, z_g, z_o)``: all four activations interleaved, which overlaps their dependency chains."""
     constants, exponents, fraction = EXP2[vector.scalar], _exponents(vector), _make_fraction(vector.scalar)
     magic, inverse_ln2 = constants.magic, constants.inverse_ln2
     sigmoid_limit, tanh_limit = constants.sigmoid_limit, constants.tanh_limit

@@ -1,4 +1,4 @@
-"""The compiled function that hands a member's record to the kernel; see ``team.py``."""
+"""The compiled function that calls the kernel with a member's arguments; see ``team.py``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .vector import I32, I64
 
 @intrinsic
 def _call_int(typingctx, function):
-    """What the C function at address ``function``, of no arguments and int, returns."""
+    """The result of the C function ``int f(void)`` at address ``function``."""
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], ir.FunctionType(I32, []).as_pointer())
@@ -28,7 +28,7 @@ def _call_int(typingctx, function):
 
 @intrinsic
 def _call_address(typingctx, function, argument):
-    """Calls the C function at address ``function``, of one int64 and nothing."""
+    """Calls the C function ``void f(int64_t)`` at address ``function``."""
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [I64]).as_pointer())

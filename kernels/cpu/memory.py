@@ -1,4 +1,4 @@
-"""Loads and stores: of integers, of records, and of vectors, whole and in part.
+"""Loads and stores: of integers, of argument structs, and of vectors, whole and in part.
 
 Addresses are int64 bytes, as ``Tensor.data_ptr()`` gives them; no alignment beyond the scalar's is assumed.
 """
@@ -38,7 +38,7 @@ def load_byte(typingctx, address):
 
 @intrinsic
 def fetch(typingctx, address):
-    """Asks for the cache line at ``address``, which need not be mapped."""
+    """Prefetches the cache line at ``address``, which need not be mapped."""
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], PTR)
@@ -91,8 +91,7 @@ def make_read(struct: type) -> Callable:
 def whole_vectors(vector: Vector) -> dict[str, Callable]:
     """``load(address)``, ``store(address, v)``, ``zeros()``, ``square_sum(v)``; ``make_zeros(number)``; ``load_four``.
 
-    ``square_sum`` runs over lanes, in float64 whatever the scalar: the squares of a vanishing gradient would underflow
-    in float32.
+    ``square_sum`` sums over lanes, always in float64: the squares of a vanishing gradient would underflow in float32.
     """
     lanes, size, llvm = vector.lanes, SIZE[vector.scalar], vector.llvm
 
@@ -161,7 +160,7 @@ def _mask(builder, count, lanes):
 
 
 def _in_memory(vector: Vector, storage: str) -> tuple[ir.Type, str]:
-    """LLVM's type of a vector's values in ``storage``, and its name in the names of intrinsics."""
+    """LLVM's type of a vector's values in ``storage``, and its suffix in the names of intrinsics."""
     if storage == vector.scalar:
         return vector.llvm, f"v{vector.lanes}f{SIZE[storage] * 8}"
     return ir.VectorType(I16, vector.lanes), f"v{vector.lanes}i16"
@@ -284,14 +283,14 @@ def adjacent_vectors(vector: Vector) -> dict[str, Callable]:
 
 
 def tiles(vector: Vector) -> dict[str, Callable]:
-    """``transpose_tile`` and ``copy_one``: what packing does."""
+    """``transpose_tile`` and ``copy_one``, for packing."""
     lanes, size, llvm = vector.lanes, SIZE[vector.scalar], vector.llvm
 
     @intrinsic
     def transpose_tile(typingctx, target, target_row, source, source_row):
         """Writes the transpose of a (lanes, lanes) tile; rows are ``source_row`` and ``target_row`` bytes apart.
 
-        Blocks off the diagonal change places, of one lane, then of two, four and so on: two shuffles a pair.
+        Swaps off-diagonal squares of one lane, then of two, four and so on: two shuffles per pair of rows.
         """
 
         def codegen(context, builder, sig, args):

@@ -182,7 +182,7 @@ class Prepared:
         threads.run(kernel, self._launches.at(here), counters)
         if self._after is not None:
             threads.run(jobs, self._after.at(here))
-        del scratch  # until here
+        del scratch  # in use until here
 
 
 def _address(tensor: Any) -> int:

@@ -1,8 +1,7 @@
-"""A vector type for Numba: LLVM vectors, and what emits code for them.
+"""A vector type for Numba: LLVM vectors, and code generation for them.
 
-What the source says is what the machine runs: nothing is left to the loop vectoriser (which made the cell eight times
-slower when it was asked to).  Lanes need not match the machine: LLVM splits a wide vector, at the price of registers;
-``tiling.py`` chooses.
+The machine runs what the source says: nothing is left to the loop vectoriser, which made the cell eight times slower.
+Lanes need not match the machine: LLVM splits a wide vector, at the cost of registers; ``tiling.py`` chooses.
 
 Arithmetic carries LLVM's ``contract`` flag: ``a * b + c`` may become one fused multiply-add.  Nothing else is
 relaxed, so NaN and Inf behave as in the formula.
@@ -137,7 +136,7 @@ def narrow(builder, value, storage, lanes):
 
 
 def join(builder, vectors):
-    """One vector of all the lanes of ``vectors``, a power of two of them."""
+    """One vector of all the lanes of ``vectors``, whose number is a power of two."""
     while len(vectors) > 1:
         lanes = ir.Constant(ir.VectorType(I32, 2 * vectors[0].type.count), list(range(2 * vectors[0].type.count)))
         vectors = [builder.shuffle_vector(a, b, lanes) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
@@ -157,7 +156,7 @@ def split(builder, vector, parts):
 
 
 def joining(vector: Vector, number: int) -> tuple[Callable, Callable]:
-    """For kernels: a tuple of ``number`` vectors as one, and the other way."""
+    """For kernels: (a tuple of ``number`` vectors to one, the inverse)."""
     tuple_type, wide = types.UniTuple(vector, number), Vector(vector.scalar, number * vector.lanes)
 
     @intrinsic
