@@ -53,9 +53,9 @@ FEATURES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for a failed check, 2 for what cannot be done."""
+    """Runs one command; returns the exit status: 0, 1 for a failed check, 2 for an error."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    end = 1 if argv[:1] == ["flow"] else len(argv)  # what follows is for the demonstration to read
+    end = 1 if argv[:1] == ["flow"] else len(argv)  # the demonstration parses the rest
     arguments = _parser().parse_args(argv[:end], argparse.Namespace(rest=argv[end:]))
     try:
         return arguments.command(arguments)
@@ -121,7 +121,7 @@ def info(arguments: argparse.Namespace) -> int:
 
 
 def _designs(hidden: int, batch: int) -> tuple[str, str, str, str]:
-    """What the GPU half of the tiling chooses, which needs no GPU."""
+    """The designs that the GPU's tiling chooses; needs no GPU."""
     from lstmcore.kernels.gpu import tiling
 
     forward, backward = (tiling.choose_design(hidden, batch, 1, "16", GPU_SMS, backward) for backward in (False, True))
@@ -159,7 +159,7 @@ def prewarm(arguments: argparse.Namespace) -> int:
                 )
                 for input_size in inputs
             )
-            backends.choose(backend, layers)  # says why, where it cannot
+            backends.choose(backend, layers)  # raises an error that says why, if it cannot
             start = time.perf_counter()
             for layer in layers:
                 backends.load(backend).prewarm(layer, training=training)
@@ -220,7 +220,7 @@ def check(arguments: argparse.Namespace) -> int:
         ]
         for module in modules[1:]:
             module.load_state_dict(oracle.state_dict())
-        with torch.no_grad():  # all of them start from what the dtype can hold
+        with torch.no_grad():  # all of them start from values that the dtype can represent
             oracle.load_state_dict({name: value.double().cpu() for name, value in modules[1].state_dict().items()})
         tensors = [tensor.to(dtype).double() for tensor in tensors]
         roundings = 1 if torch.finfo(dtype).bits == 16 else 8  # 16-bit types round what they return, and little else
@@ -270,13 +270,13 @@ def _run(case: Comparison, module: nn.Module, tensors: Sequence[Tensor]) -> list
 
 
 def _error(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest error of any tensor, relative to the largest value of its true tensor; NaN if there is one."""
+    """The largest error of any tensor, relative to the largest value of the true one; NaN if any value is."""
     errors = [(a - b).abs().max() / b.abs().max().clamp_min(1e-12) for a, b in zip(ours, truth, strict=True)]
     return float(torch.stack(errors).max())
 
 
 def flow(arguments: argparse.Namespace) -> int:
-    """Runs the demonstration of the gradient flow, which a checkout has beside the package, with options of its own."""
+    """Runs the demonstration of the gradient flow, which is in a checkout only and has options of its own."""
     examples = Path(lstmcore.__file__).parents[1] / "examples"
     if not (examples / "gradient_flow").is_dir():
         raise RuntimeError(

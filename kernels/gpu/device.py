@@ -10,8 +10,8 @@ instruction suit gates, its 8 columns a batch, so that eight rows of a batch are
 the accumulator of an m16n8 instruction a thread then holds all four gates of the same units, so taking the gates
 apart (``collect``) moves nothing between threads.
 
-**Rows.**  (t, row) lies at ``position``: ``t * step + row * stride`` where the batch is dense, ``offsets[t] + row``
-where rows are packed; every tensor of a call has this order, times its width.  All of it in 64 bits.
+**Tokens.**  (t, row) is at ``position``: ``t * step + row * stride`` if the batch is dense, ``offsets[t] + row`` if
+rows are packed; every tensor of a call has this order, times its width.  Positions have 64 bits.
 """
 
 from __future__ import annotations

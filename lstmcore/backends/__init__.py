@@ -1,6 +1,6 @@
-"""Which backend runs a call: ``registry`` has an entry for each, ``rules`` what was measured, ``choice`` decides.
+"""Which backend runs a call: ``registry`` has an entry for each, ``rules`` the measured rules, ``choice`` decides.
 
-``triton`` and ``numba`` are the fused kernels of :mod:`lstmcore.kernels`; ``torch`` hands the whole call to ATen's
+``triton`` and ``numba`` are the fused kernels of :mod:`lstmcore.kernels`; ``torch`` passes the whole call to ATen's
 LSTM (``aten``), exactly as ``torch.nn.LSTM`` does; ``reference`` is the plain step loop.
 """
 

@@ -1,6 +1,6 @@
 """A plain recurrent network, to compare the LSTM with: h_t = σ(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
 
-Elman 1990, in torch.nn.RNN's parameters.  It has no kernels, only a loop of in-place torch operations between one
+Elman 1990, with torch.nn.RNN's parameters.  It has no kernels, only a loop of in-place torch operations between one
 product for all inputs and one for all weight gradients; its backward passes can be recorded like those of the LSTM.
 
 T time, B batch, I input, H hidden, L layers.
@@ -24,7 +24,7 @@ from lstmcore.kernels.contract import Rows
 
 
 class Nonlinearity(NamedTuple):
-    """What σ may be."""
+    """A nonlinearity σ."""
 
     apply: Callable[[Tensor], Tensor]
     apply_: Callable[[Tensor], Tensor]  # in place
@@ -176,10 +176,10 @@ class RNN(nn.RNNBase):
         return form.of_input(output), form.of_state(torch.stack(states))  # type: ignore[return-value]
 
     def flatten_parameters(self) -> None:
-        """Does nothing; callers of RNNs call it.  Parameters are read one by one, wherever they lie."""
+        """Does nothing: parameters need not be contiguous.  It exists for code written for ``torch.nn.RNN``."""
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in the place of this module: torch's, which knows no sigmoid."""
+        """The module that ``torch.jit.script`` compiles instead: torch's, unless σ is sigmoid, which that lacks."""
         return self if self.nonlinearity == "sigmoid" else scripting.stand_in(self, RNN, nn.RNN)
 
     def extra_repr(self) -> str:
@@ -217,7 +217,7 @@ def _reference(input: Tensor, h_0: Tensor | None, parameters: Parameters, nonlin
 def _layer(
     source: recording.Source, nonlinearity: str, input: Tensor, h_0: Tensor | None, parameters: Parameters
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`_reference` returns, faster; with a graph only when autograd will want one."""
+    """The results of :func:`_reference`, faster; with a graph only if autograd needs one."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, h_0, *parameters)):
         return _Layer.apply(source, nonlinearity, input, h_0, *parameters)
     output = _forward(nonlinearity, input, h_0, parameters)
@@ -225,7 +225,7 @@ def _layer(
 
 
 def _forward(nonlinearity: str, input: Tensor, h_0: Tensor | None, parameters: Parameters) -> Tensor:
-    """Every h_t (T, B, H), over the projections of the inputs, which are computed in its place."""
+    """Every h_t (T, B, H), computed in place of the projections of the inputs."""
     apply_ = NONLINEARITIES[nonlinearity].apply_
     bias = None if parameters.bias_ih is None or parameters.bias_hh is None else parameters.bias_ih + parameters.bias_hh
     output = linear(input, parameters.weight_ih, bias).contiguous()  # (T, B, H), now z without the recurrent part
@@ -271,7 +271,7 @@ class _Layer(Function):
         output = _forward(nonlinearity, input, h_0, Parameters(*flat))  # type: ignore[arg-type]
         ctx.source, ctx.nonlinearity = source, nonlinearity
         ctx.save_for_backward(input, h_0, *flat, output)
-        ctx.set_materialize_grads(False)  # an output nobody used has no gradient, and costs nothing
+        ctx.set_materialize_grads(False)  # an unused output has no gradient, and costs nothing
         return output, output[-1].clone()
 
     @staticmethod
@@ -321,17 +321,17 @@ def _gradients(
         if h_0 is not None:
             d_weight_hh.addmm_(dz[0].t(), h_0)
     d_bias = flat.sum(0) if any(needs[4:]) else None
-    # two tensors, for what is accumulated in place into one .grad must not show up in the other
+    # two tensors, because accumulating in place into one .grad must not change the other
     return d_input, d_h_0, d_weight_ih, d_weight_hh, d_bias, d_bias.clone() if d_bias is not None else None
 
 
 def _through_reference(
     nonlinearity: str, tensors: Sequence[Tensor | None], needs: Sequence[bool], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The same gradients, by differentiating the reference, and so differentiable in turn.
+    """The same gradients, by differentiating the reference, and so differentiable themselves.
 
     Every tensor enters through an alias of its own, which stops the walk back at this layer: without it the gradient
-    with respect to ``input`` would take in the paths that lead from ``input`` to ``h_0`` outside of the layer.
+    with respect to ``input`` would include the paths that lead from ``input`` to ``h_0`` outside the layer.
     """
     aliases: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     input, h_0, *flat = aliases
