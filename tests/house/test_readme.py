@@ -33,7 +33,8 @@ def harmless(command: str) -> list[str] | None:
         # test_cli.py runs the check, flow/test_demo.py the demonstration
         return [sys.executable, *words[1:], *(["--help"] if {"check", "flow"} & {*words} else [])]
     if words[:2] == ["python", "-m"] and words[2] == "bench":
-        last = [] if "--list" in words else ["--help"] if {"report", "compare", "gpu", "kernels"} & {*words} else ["--list"]
+        other = {"report", "compare", "gpu", "kernels"} & {*words}
+        last = [] if "--list" in words else ["--help"] if other else ["--list"]
         return [sys.executable, *words[1:], *last]
     if words[0] == "python" and words[1].startswith("examples/"):
         return [sys.executable, *words[1:], *([] if "--help" in words else ["--help"])]
