@@ -45,8 +45,8 @@ build/triton-$(OLD_TRITON)/.ready:
 lint: $(VENV)/.ready  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/types/lstmcore
-	ln -sfn $(CURDIR)/lstmcore/*.py $(CURDIR)/lstmcore/py.typed $(CURDIR)/lstmcore/flow $(CURDIR)/kernels build/types/lstmcore/
+	rm -rf build/types && mkdir -p build/types/lstmcore
+	ln -sfn $(CURDIR)/lstmcore/*.py $(CURDIR)/lstmcore/py.typed $(CURDIR)/lstmcore/backends $(CURDIR)/lstmcore/flow $(CURDIR)/kernels build/types/lstmcore/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lstmcore
 
 check: $(VENV)/.ready  ## parity with torch.nn.LSTM on this machine

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lstmcore
-from lstmcore.flow.interrupt import Interrupt
+from common import Interrupt, positive
 
 OURS, PEER = "lstmcore.LSTM", "torch.nn.LSTM"
 COLOURS = {OURS: "#0b6e99", PEER: "#d1782a"}
@@ -345,13 +345,6 @@ def draw(trainees: Sequence[Trainee], characters: int, path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
-    return value
 
 
 def parser() -> argparse.ArgumentParser:

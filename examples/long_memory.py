@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from char_lm import CharModel, Corpus, TextError, positive, read_text
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -33,11 +32,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import lstmcore
+from char_lm import CharModel, Corpus, TextError, read_text
+from common import Interrupt, fast_arithmetic, positive
+from gradient_flow.tasks import Model, Recall
 from lstmcore.flow import plots
-from lstmcore.flow.demo import fast_arithmetic
-from lstmcore.flow.interrupt import Interrupt
 from lstmcore.flow.recorder import GradientFlow
-from lstmcore.flow.tasks import Model, Recall
 
 SOLVED = 0.99  # of the answers are right, over the last MEAN iterations: no need to go on
 MEAN = 20
@@ -66,7 +65,7 @@ def learn(
     options: argparse.Namespace,
     console: Console,
     interrupt: Interrupt,
-    initialise: Callable[[lstmcore.LSTM], object] = lambda lstm: None,
+    initialise: Callable[[nn.RNNBase], object] = lambda lstm: None,
 ) -> Outcome:
     """Trains an LSTM on ``task``, all of it recorded now and then; ``initialise`` is all that may differ."""
     torch.manual_seed(options.seed)
@@ -220,7 +219,7 @@ def show(options: argparse.Namespace) -> int:
     console, start = Console(), time.monotonic()
     task = Recall(options.steps, options.symbols)
 
-    def cure(lstm: lstmcore.LSTM) -> None:
+    def cure(lstm: nn.RNNBase) -> None:
         lstmcore.init.chrono_(lstm, max_lag=task.steps)
 
     with Interrupt() as interrupt, fast_arithmetic():

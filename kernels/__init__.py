@@ -3,19 +3,18 @@
 The contract
 ------------
 A backend computes one layer of an LSTM, in one direction or both, over a batch of ragged rows.  It is a module with
-five functions; the types they exchange are in :mod:`lstmcore.kernels.contract`.
+five functions; the types they exchange are in :mod:`lstmcore.kernels.contract`.  It may have more: ``describe(layer:
+Layer) -> str`` says how such a layer would run, for people to read.
 
 ``supports(layer: Layer) -> str | None``
     None when the backend runs such a layer on this machine; otherwise one sentence saying what is missing and what
     would help.  Cheap: it compiles nothing.
-``forward(input, h_0, c_0, weights, rows, *, reset, save, cells) -> Forward``
-    The whole layer, input projection included (so that a backend may fuse it).  ``h_0`` and ``c_0`` may each be None,
-    for zeros.  With ``save=False`` (inference)
+``forward(call: Call, *, save, cells) -> Forward``
+    The whole layer, input projection included (so that a backend may fuse it).  With ``save=False`` (inference)
     nothing is kept for a backward; with ``save=True`` the result carries whatever ``backward`` will want.
-``backward(grad_output, grad_h_n, grad_c_n, grad_cells, *, input, h_0, c_0, weights, rows, reset, output, saved, needs,
-norms, gate_rows) -> Gradients``
+``backward(call: Call, grads: GradOutputs, output, saved, needs: Needs, *, norms, gate_rows) -> Gradients``
     The gradients of everything that ``needs`` asks for, from the gradients of what forward returned (None: of a result
-    that nobody used), forward's own arguments, its ``output`` and what it ``saved``.
+    that nobody used), the call that forward had, its ``output`` and what it ``saved``.
 ``saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]``
     Shape and dtype of each of the tensors that ``forward`` saves of such a layer, with room for ``room`` rows, which
     may be symbolic.

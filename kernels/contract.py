@@ -5,14 +5,20 @@ T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from .rows import Rows
+
+GATES = 4  # i, f, g, o
+__all__ = [
+    "GATES", "Call", "Forward", "GateStatistics", "GradOutputs", "Gradients", "Layer", "Needs", "Rows",
+    "WeightGradients", "Weights", "state_dtype",
+]  # fmt: skip
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,19 +35,19 @@ class Weights(NamedTuple):
     bias_hh: Tensor | None = None  # (4H,)
     weight_hr: Tensor | None = None  # (P, H)
 
+    @staticmethod
+    def by_direction(params: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
+        """The parameters of one layer, in the order of the fields without those that are not there, by direction.
 
-def directions_of(params: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
-    """The parameters of one layer, in the order of :class:`Weights` without those that are not there, by direction.
-
-    How many there are says which: two, with ``weight_hr`` three, with the biases four, with both five.
-    """
-    fields = len(params) // directions
-    result = []
-    for at in range(0, len(params), fields):
-        weight_ih, weight_hh, *rest = params[at : at + fields]
-        no_biases = (None, None) if fields == 3 else ()
-        result.append(Weights(weight_ih, weight_hh, *no_biases, *rest))
-    return tuple(result)
+        How many there are says which: two, with ``weight_hr`` three, with the biases four, with both five.
+        """
+        fields = len(params) // directions
+        result = []
+        for at in range(0, len(params), fields):
+            weight_ih, weight_hh, *rest = params[at : at + fields]
+            no_biases = (None, None) if fields == 3 else ()
+            result.append(Weights(weight_ih, weight_hh, *no_biases, *rest))
+        return tuple(result)
 
 
 class WeightGradients(NamedTuple):
@@ -54,100 +60,8 @@ class WeightGradients(NamedTuple):
     weight_hr: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Which rows are alive at each step, and how the tensors of a call lie.
-
-    Row r of the sorted batch is alive at step t where ``r < batch_sizes[t]`` (None: every row at every step).
-
-    * packed: tensors are ``(N, ·)``; step t holds its ``batch_sizes[t]`` rows after those of the steps before it.
-      ``h_0``, ``c_0``, ``h_n``, ``c_n`` are in the sorted order.
-    * padded: tensors are ``(T, B, ·)``, of any strides, in the user's order: sorted row r is row ``order[r]`` there
-      (None: row r), also in ``h_0``, ``c_0``, ``h_n``, ``c_n``.  New tensors are laid out batch-first in memory when
-      ``batch_first`` is set (their shape is ``(T, B, ·)`` all the same).
-    * padded, with ``lengths`` on the device instead of ``batch_sizes`` and ``order``: the host does not know them, and
-      need not wait for them.  Only a backend of that device takes such rows; :meth:`on_host` is for the others.  All
-      that it returns of a row whose length is out of range is NaN, and a later call raises ValueError.
-    """
-
-    steps: int  # T
-    batch: int  # B
-    batch_sizes: Tensor | None = None  # (T,) int64 on the CPU, never increasing
-    order: Tensor | None = None  # (B,) int64 on the CPU
-    packed: bool = False
-    batch_first: bool = False
-    lengths: Tensor | None = None  # (B,) integers on the device, not checked
-    roomy: bool = False  # what forward saves has room for padded steps too: its sizes depend on no values
-
-    @staticmethod
-    def from_packed(batch_sizes: Tensor) -> Rows:
-        """The rows of a ``PackedSequence`` with these ``batch_sizes``."""
-        return Rows(len(batch_sizes), int(batch_sizes[0]), batch_sizes, packed=True)
-
-    @staticmethod
-    def from_lengths(lengths: Tensor, steps: int, batch_first: bool = False, roomy: bool = False) -> Rows:
-        """The rows of a padded batch with these ``lengths`` (B,): integers from 0 to ``steps`` in any order.
-
-        Dense ones where none ends early.  Raises ValueError for others.
-        """
-        # NumPy's operations take a tenth of torch's time on a few numbers; through a list, because a transform of
-        # torch.func may have wrapped the tensor
-        each = np.array(lengths.tolist(), np.int64)
-        least, most = (int(each.min()), int(each.max())) if len(each) else (steps, steps)
-        if not 0 <= least <= most <= steps:
-            raise ValueError(f"lengths should be from 0 to {steps} (the steps of input), got {each.tolist()}")
-        if least == steps:
-            return Rows(steps, len(each), batch_first=batch_first)
-        order = torch.from_numpy(np.argsort(-each, kind="stable"))
-        sizes = torch.from_numpy(len(each) - np.cumsum(np.bincount(each, minlength=steps + 1))[:steps])
-        return Rows(steps, len(each), sizes, order, batch_first=batch_first, roomy=roomy)
-
-    def on_host(self) -> Rows:
-        """These rows with their lengths known to the host, which waits for them where they are on a device."""
-        if self.lengths is None:
-            return self
-        return Rows.from_lengths(self.lengths, self.steps, self.batch_first, self.roomy)
-
-    def row_lengths(self) -> Tensor:
-        """(B,) int64: how many steps each row has, in the order of ``h_0``; on the CPU, or where ``lengths`` are."""
-        if self.lengths is not None:
-            return self.lengths
-        if self.batch_sizes is None:
-            return torch.full((self.batch,), self.steps, device="cpu")
-        lengths = (self.batch_sizes[:, None] > torch.arange(self.batch, device="cpu")).sum(0)
-        return lengths if self.order is None else torch.empty_like(lengths).index_copy_(0, self.order, lengths)
-
-    @property
-    def ragged(self) -> bool:
-        """Whether rows may end at different steps."""
-        return self.batch_sizes is not None or self.lengths is not None
-
-    @functools.cached_property
-    def total(self) -> int:
-        """N, the number of (step, row) pairs that are computed; T * B where the host does not know it."""
-        return self.steps * self.batch if self.batch_sizes is None else int(self.batch_sizes.sum())
-
-    @property
-    def room(self) -> int:
-        """How many rows what forward saves has room for."""
-        return self.steps * self.batch if self.roomy and not self.packed else self.total
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of a tensor of these rows, without its last dimension: ``(N,)`` packed, ``(T, B)`` padded."""
-        return (self.total,) if self.packed else (self.steps, self.batch)
-
-    def new(self, like: Tensor, width: int, dtype: torch.dtype | None = None, *, zero: bool = True) -> Tensor:
-        """An uninitialised tensor of these rows, where padded zero (or to be cleared); (N, width) or (T, B, width)."""
-        make = like.new_zeros if zero and self.ragged and not self.packed else like.new_empty
-        if self.batch_first and not self.packed:
-            return make((self.batch, self.steps, width), dtype=dtype).transpose(0, 1)
-        return make((*self.shape, width), dtype=dtype)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What has to be known to choose a backend and its kernels: no tensor, no pointer."""
+class Layer(NamedTuple):
+    """The sizes of a call of one layer: all that chooses a backend and its kernels; no tensor, no pointer."""
 
     device: torch.device
     dtype: torch.dtype
@@ -160,6 +74,98 @@ class Layer:
     bias: bool = True
     ragged: bool = False
     training: bool = False  # something will ask for gradients
+
+    @staticmethod
+    def of(
+        input: Tensor, weights: Sequence[Weights], steps: int, batch: int, ragged: bool = False, training: bool = False
+    ) -> Layer:
+        """The sizes of these tensors, which fit each other."""
+        first = weights[0]
+        return Layer(
+            input.device, input.dtype, steps, batch, input.shape[-1], first.weight_hh.shape[0] // GATES,
+            0 if first.weight_hr is None else first.weight_hr.shape[0], len(weights), first.bias_ih is not None,
+            ragged, training,
+        )  # fmt: skip
+
+    @property
+    def projected(self) -> bool:
+        return self.proj_size > 0
+
+    @property
+    def width(self) -> int:
+        """P: features of h_t in one direction."""
+        return self.proj_size or self.hidden_size
+
+    @property
+    def gates(self) -> int:
+        """4H: the gates of all units."""
+        return GATES * self.hidden_size
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """The fields of :class:`Weights` that there are."""
+        every = Weights._fields
+        return (*every[:2], *every[2:4] * self.bias, *every[4:] * self.projected)
+
+    @property
+    def weight_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the weights that there are, in one direction."""
+        biases = ((self.gates,),) * 2 if self.bias else ()
+        projection = ((self.width, self.hidden_size),) if self.projected else ()
+        return ((self.gates, self.input_size), (self.gates, self.width), *biases, *projection)
+
+    @property
+    def h_shape(self) -> tuple[int, int, int]:
+        """(D, B, P), of h_0 and h_n."""
+        return self.directions, self.batch, self.width
+
+    @property
+    def c_shape(self) -> tuple[int, int, int]:
+        """(D, B, H), of c_0 and c_n."""
+        return self.directions, self.batch, self.hidden_size
+
+    def after(self) -> Layer:
+        """The next layer of a stack, whose input is the output of this one."""
+        return self._replace(input_size=self.directions * self.width)
+
+
+class Call(NamedTuple):
+    """One layer over a batch: all that forward is given, and backward once more."""
+
+    layer: Layer
+    rows: Rows
+    input: Tensor  # rows.shape + (I,)
+    h_0: Tensor | None  # (D, B, P); None for zeros
+    c_0: Tensor | None  # (D, B, H); None for zeros
+    weights: tuple[Weights, ...]  # of D directions
+    reset: Tensor | None = None  # rows.shape, bool
+
+    @staticmethod
+    def of(
+        input: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        weights: tuple[Weights, ...],
+        rows: Rows,
+        reset: Tensor | None = None,
+        training: bool = False,
+    ) -> Call:
+        """A call of these tensors, which fit each other."""
+        layer = Layer.of(input, weights, rows.steps, rows.batch, rows.ragged, training)
+        return Call(layer, rows, input, h_0, c_0, weights, reset)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """reset, input, h_0, c_0, then the weights field by field; None where there is none."""
+        return (self.reset, self.input, self.h_0, self.c_0, *chain.from_iterable(self.weights))
+
+    @staticmethod
+    def with_tensors(layer: Layer, rows: Rows, tensors: Sequence[Tensor | None]) -> Call:
+        """The inverse of :attr:`tensors`."""
+        reset, input, h_0, c_0, *fields = tensors
+        width = len(Weights._fields)
+        weights = tuple(Weights(*fields[at : at + width]) for at in range(0, len(fields), width))  # type: ignore[arg-type]
+        return Call(layer, rows, input, h_0, c_0, weights, reset)  # type: ignore[arg-type]
 
 
 class Needs(NamedTuple):
@@ -181,6 +187,15 @@ class Forward(NamedTuple):
     saved: tuple[Tensor, ...]  # for backward; empty without save
 
 
+class GradOutputs(NamedTuple):
+    """The gradients of what forward returned, of the same shapes; None of a result that nobody used."""
+
+    output: Tensor | None
+    h_n: Tensor | None
+    c_n: Tensor | None
+    cells: Tensor | None = None
+
+
 class GateStatistics(NamedTuple):
     """The activations of the gates i, f, o over a sample of rows and all units."""
 
@@ -197,10 +212,10 @@ class Gradients(NamedTuple):
     h_0: Tensor | None  # (D, B, P)
     c_0: Tensor | None  # (D, B, H)
     weights: tuple[WeightGradients, ...]  # one a direction
-    norms: Tensor | None  # (2, D, T, B), state dtype
+    norms: Tensor | None = None  # (2, D, T, B), state dtype
     gates: GateStatistics | None = None
 
     def of(self, weights: Sequence[Weights]) -> list[Tensor | None]:
-        """The gradients of ``weights``, one for each that is there, as :func:`directions_of` takes them."""
-        pairs = zip(self.weights, weights, strict=True)
-        return [grad for grads, each in pairs for grad, weight in zip(grads, each, strict=True) if weight is not None]
+        """The gradients of ``weights``, one for each that is there, in the order of ``Weights.by_direction``."""
+        pairs = zip(chain.from_iterable(self.weights), chain.from_iterable(weights), strict=True)
+        return [grad for grad, weight in pairs if weight is not None]

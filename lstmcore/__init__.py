@@ -12,12 +12,12 @@ Importing it loads no kernel and no compiler; the first call that needs them doe
 
 from lstmcore import init
 from lstmcore._version import __version__
-from lstmcore.backends import explain
+from lstmcore.explaining import explain
 from lstmcore.flow.jacobian import cell_jacobian, rnn_jacobian
 from lstmcore.flow.recorder import record_gradient_flow
+from lstmcore.flow.rnn import RNN
 from lstmcore.functional import lstm
 from lstmcore.module import LSTM, LSTMCell
-from lstmcore.rnn import RNN
 
 __all__ = [
     "LSTM",

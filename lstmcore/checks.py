@@ -11,15 +11,207 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore.kernels.contract import Rows, state_dtype
+from lstmcore import routing
+from lstmcore.kernels.contract import Call, Layer, Weights, state_dtype
 
 # A call
+
+
+class Options(NamedTuple):
+    """What ``torch.lstm`` takes behind the parameters, in its order."""
+
+    has_biases: bool = True
+    num_layers: int = 1  # L
+    dropout: float = 0.0
+    train: bool = False
+    bidirectional: bool = False
+    batch_first: bool = False
+
+    @property
+    def directions(self) -> int:
+        """D."""
+        return 2 if self.bidirectional else 1
+
+
+class Given(NamedTuple):
+    """The arguments of :func:`lstmcore.lstm`, as they came."""
+
+    input: Any
+    hx: Any
+    params: Sequence[Tensor]
+    options: Options
+    lengths: Any = None
+    reset: Any = None
+    return_cells: Any = False
+
+    @property
+    def data(self) -> Tensor:
+        """(T, B, I), (B, T, I), (T, I) or packed (N, I)."""
+        return self.input.data if isinstance(self.input, PackedSequence) else self.input
+
+    @property
+    def extended(self) -> bool:
+        """Whether there is something that torch's LSTM does not have."""
+        return self.lengths is not None or self.reset is not None or bool(self.return_cells)
+
+
+class Form(NamedTuple):
+    """How the tensors of a call lie, so that results can be given back as they came."""
+
+    batched: bool
+    batch_first: bool  # never of packed or unbatched input
+    batch_sizes: Tensor | None = None  # of a PackedSequence: the caller's
+    sorted_indices: Tensor | None = None
+    unsorted_indices: Tensor | None = None
+
+    @property
+    def packed(self) -> bool:
+        return self.batch_sizes is not None
+
+    def of_input(self, tensor: Tensor) -> Tensor | PackedSequence:
+        """A result (T, B, ·) or (N, ·) as the input came."""
+        if self.packed:
+            return PackedSequence(tensor, self.batch_sizes, self.sorted_indices, self.unsorted_indices)
+        if not self.batched:
+            return tensor.squeeze(1)
+        return tensor.transpose(0, 1) if self.batch_first else tensor
+
+    def of_state(self, tensor: Tensor) -> Tensor:
+        """A state (L * D, B, ·) as ``hx`` comes."""
+        if self.unsorted_indices is not None:
+            tensor = tensor.index_select(1, self.unsorted_indices)
+        return tensor if self.batched else tensor.squeeze(1)
+
+
+class Checked(NamedTuple):
+    """A call whose arguments fit each other: its tensors with time first, and sorted where they are packed."""
+
+    layer: Layer  # the first, as if all rows lived for all steps and nothing were trained
+    form: Form
+    options: Options
+    data: Tensor  # (T, B, I) or (N, I)
+    h_0: Tensor | None  # (L * D, B, P)
+    c_0: Tensor | None  # (L * D, B, H)
+    params: list[Tensor]
+    sizes: Tensor | None  # (T,) of packed rows: a copy that nobody else can change, where values can be read
+    lengths: Tensor | None  # (B,)
+    reset: Tensor | None  # (T, B) or (N,)
+    cells: bool | str
+
+    def of_layer(self, params: Sequence[Any], index: int) -> Sequence[Any]:
+        """What belongs to one layer in a list like that of the parameters."""
+        each = len(params) // self.options.num_layers
+        return params[index * each : (index + 1) * each]
+
+    def states(self, index: int) -> tuple[Tensor | None, Tensor | None]:
+        """(h_0, c_0) of one layer, (D, B, ·)."""
+        if self.h_0 is None or self.c_0 is None or self.options.num_layers == 1:
+            return self.h_0, self.c_0
+        part = slice(index * self.layer.directions, (index + 1) * self.layer.directions)
+        return self.h_0[part], self.c_0[part]
+
+
+def call(given: Given) -> Checked:
+    """The call that ``given`` asks for; the errors are those of :func:`lstmcore.lstm`, but for unknown backends."""
+    if given.return_cells and given.return_cells not in (True, "all"):
+        raise ValueError(f"return_cells should be False, True or 'all', got: {given.return_cells!r}")
+    options, params = given.options, list(given.params)
+    form, data, (steps, batch), sizes = _form(given)
+    h_0, c_0 = (None, None) if given.hx is None else states(given.hx, form.packed, form.batched)
+    if data.dtype != params[0].dtype and not is_autocast(data):
+        raise (RuntimeError if form.packed else ValueError)(
+            f"RNN input dtype ({data.dtype}) does not match weight dtype ({params[0].dtype}). "
+            f"Convert input: input.to({params[0].dtype}), or convert model: model.to({data.dtype})"
+        )
+    layer = _first_layer(data, params, options, steps, batch)
+    features(data, layer.input_size)
+    # a compiler looks through no cache
+    of_params = shapes if torch.compiler.is_compiling() else known_shapes
+    check_params(params, of_params(layer, options.num_layers), params[0].dtype, data.device)
+    if h_0 is not None and c_0 is not None:
+        stack = options.num_layers * layer.directions, batch
+        state(0, h_0, (*stack, layer.width), params[0].dtype, data.device)
+        state(1, c_0, (*stack, layer.hidden_size), params[0].dtype, data.device)
+        if form.sorted_indices is not None:
+            h_0, c_0 = h_0.index_select(1, form.sorted_indices), c_0.index_select(1, form.sorted_indices)
+    some_steps(steps)
+    lengths = None if given.lengths is None else check_lengths(given.lengths, form.packed, batch, data.device)
+    reset = None if given.reset is None else _reset(given, form, data, steps, batch)
+    return Checked(layer, form, options, data, h_0, c_0, params, sizes, lengths, reset, given.return_cells)
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of ``tensor``."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)
+
+
+def _form(given: Given) -> tuple[Form, Tensor, tuple[Any, Any], Tensor | None]:
+    """How the input lies, its data with time first, (T, B), and a copy of batch sizes."""
+    if not isinstance(given.input, PackedSequence):
+        data, batched = time_first("LSTM", given.input, given.options.batch_first)
+        return Form(batched, batched and given.options.batch_first), data, (data.shape[0], data.shape[1]), None
+    data, batch_sizes, *indices = given.input
+    if data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+    form = Form(True, False, batch_sizes, *indices)
+    if routing.has_values(batch_sizes):
+        data, sizes = packed(data, batch_sizes, form.sorted_indices)
+        return form, data, (len(sizes), int(sizes[0])), torch.from_numpy(sizes)
+    first: Any = batch_sizes[0]  # torch.jit's tracer records what becomes of it
+    batch = first if torch._C._get_tracing_state() else int(first)
+    return form, data, (batch_sizes.shape[0], batch), batch_sizes
+
+
+def time_first(kind: str, input: Tensor, batch_first: bool) -> tuple[Tensor, bool]:
+    """The input (T, B, I) of a module of this kind, and whether it was batched.  Raises ValueError for a wrong rank."""
+    if input.dim() == 3:
+        return (input.transpose(0, 1) if batch_first else input), True
+    if input.dim() != 2:
+        raise ValueError(f"{kind}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    return input.unsqueeze(1), False
+
+
+def features(data: Tensor, input_size: int) -> None:
+    """RuntimeError unless the input has I features."""
+    if data.shape[-1] != input_size:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {data.shape[-1]}")
+
+
+def some_steps(steps: int) -> None:
+    """RuntimeError for T = 0."""
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+
+def _first_layer(data: Tensor, params: Sequence[Tensor], options: Options, steps: int, batch: int) -> Layer:
+    """As the parameters have it; RuntimeError where there are more or fewer than an LSTM has."""
+    directions, fields = options.directions, 4 if options.has_biases else 2
+    each, rest = divmod(len(params), options.num_layers * directions)
+    if rest or each not in (fields, fields + 1):
+        raise RuntimeError(
+            f"got an incorrect number of RNN parameters: {options.num_layers} layers in {directions} directions have "
+            f"{fields} each ({fields + 1} with a projection), got {len(params)} in all"
+        )
+    weights = Weights.by_direction(params[: each * directions], directions)
+    layer = Layer.of(data, weights, steps, batch)
+    return layer._replace(input_size=weights[0].weight_ih.shape[1])
+
+
+def _reset(given: Given, form: Form, data: Tensor, steps: int, batch: int) -> Tensor:
+    """``reset``, checked: (T, B) or (N,)."""
+    reset: Tensor = given.reset
+    expected = (batch, steps) if form.batch_first else (steps, batch) if form.batched else (steps,)
+    check_reset(reset, (len(given.data),) if form.packed else expected, data.device)
+    if form.packed:
+        return reset[: len(data)]
+    return reset.T if form.batch_first else reset if form.batched else reset[:, None]
 
 
 def packed(
@@ -92,7 +284,7 @@ def state(which: int, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         raise RuntimeError(f"Expected hidden[{which}] dtype {dtype}, got {state.dtype}; convert it: state.to({dtype})")
 
 
-def params(
+def check_params(
     params: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Raises RuntimeError unless the flat list of parameters is as expected."""
@@ -109,29 +301,22 @@ def params(
             )
 
 
-def shapes(
-    input_size: int, hidden_size: int, proj_size: int, num_layers: int, directions: int, has_biases: bool
-) -> tuple[tuple[int, ...], ...]:
-    """The shapes of the flat list of parameters."""
-    width = proj_size or hidden_size
-    shapes: list[tuple[int, ...]] = []
-    for layer in range(num_layers):
-        one: list[tuple[int, ...]] = [
-            (4 * hidden_size, directions * width if layer else input_size),
-            (4 * hidden_size, width),
-        ]
-        if has_biases:
-            one += [(4 * hidden_size,)] * 2
-        if proj_size:
-            one += [(proj_size, hidden_size)]
-        shapes += one * directions
-    return tuple(shapes)
+def shapes(layer: Layer, num_layers: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the flat list of parameters of a stack that begins with ``layer``."""
+    return layer.weight_shapes * layer.directions + layer.after().weight_shapes * layer.directions * (num_layers - 1)
 
 
-known_shapes = functools.lru_cache(maxsize=1024)(shapes)
+@functools.lru_cache(maxsize=1024)
+def _known_shapes(sizes: tuple[Any, ...], num_layers: int) -> tuple[tuple[int, ...], ...]:
+    return shapes(Layer(torch.device("cpu"), torch.float32, 1, 1, *sizes), num_layers)
 
 
-def lengths(lengths: Tensor | Sequence[int], packed: bool, batch: int, device: torch.device) -> Tensor:
+def known_shapes(layer: Layer, num_layers: int) -> tuple[tuple[int, ...], ...]:
+    """The same, remembered."""
+    return _known_shapes(layer[4:9], num_layers)  # I, H, P, D, bias
+
+
+def check_lengths(lengths: Tensor | Sequence[int], packed: bool, batch: int, device: torch.device) -> Tensor:
     """``lengths`` (B,), checked but for their values."""
     if packed:
         raise ValueError("lengths go with padded input; a PackedSequence carries its own")
@@ -147,7 +332,7 @@ def lengths(lengths: Tensor | Sequence[int], packed: bool, batch: int, device: t
     return lengths
 
 
-def reset(reset: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def check_reset(reset: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Raises TypeError or RuntimeError unless ``reset`` is as expected."""
     if not isinstance(reset, Tensor):
         raise TypeError(f"reset should be a tensor of dtype torch.bool, got: {type(reset).__name__}")
@@ -223,35 +408,39 @@ def _end(tensor: Tensor) -> Any:
     return (tensor.storage_offset() + last + 1) * tensor.itemsize
 
 
-def layer(
-    rows: Rows,
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Tensor],  # as directions_of takes them
-    directions: int,
-    reset: Tensor | None,
-    output: Tensor | None = None,
-    grads: Sequence[Tensor | None] = (),  # of output, h_n, c_n, cells
-    saved: tuple[Sequence[Tensor], Sequence[tuple[Sequence[int], torch.dtype]]] = ((), ()),  # and what they should be
-) -> None:
-    """Raises RuntimeError unless all tensors of one layer fit each other, and lie in memory.
+class Kept(NamedTuple):
+    """What a backward is given beside its call."""
+
+    output: Tensor | None = None
+    grads: Sequence[Tensor | None] = ()  # of output, h_n, c_n, cells
+    saved: Sequence[Tensor] = ()
+    sizes: Sequence[tuple[Sequence[int], torch.dtype]] = ()  # what ``saved`` should be
+
+
+def weights(params: Sequence[Tensor], directions: int, input: Tensor) -> tuple[Weights, ...]:
+    """The parameters of one layer by direction; RuntimeError where their number or a rank is wrong."""
+    if directions not in (1, 2) or len(params) // directions not in (2, 3, 4, 5) or len(params) % directions:
+        raise RuntimeError(f"Expected 2 to 5 weights in each of 1 or 2 directions, got {len(params)} in {directions}")
+    grouped = Weights.by_direction(params, directions)
+    hh, hr = grouped[0].weight_hh, grouped[0].weight_hr
+    if hh.dim() != 2 or not input.dim():
+        raise RuntimeError(f"Expected a tensor of shape (4H, P) as weight_hh, got {tuple(hh.shape)}")
+    if hr is not None and hr.dim() != 2:
+        raise RuntimeError(f"Expected a tensor of shape (P, H) as weight_hr, got {tuple(hr.shape)}")
+    return grouped
+
+
+def layer(call: Call, kept: Kept = Kept()) -> None:  # noqa: B008 (immutable)
+    """Raises RuntimeError unless all tensors of a call, and of its backward, fit its sizes and lie in memory.
 
     Between forward and backward a parameter's ``.data`` may be swapped, a saved-tensors hook may bring something else.
     """
-    if directions not in (1, 2) or len(weights) // directions not in (2, 3, 4, 5) or len(weights) % directions:
-        raise RuntimeError(f"Expected 2 to 5 weights in each of 1 or 2 directions, got {len(weights)} in {directions}")
-    if weights[1].dim() != 2 or not input.dim():
-        raise RuntimeError(f"Expected a tensor of shape (4H, P) as weight_hh, got {tuple(weights[1].shape)}")
-    gates, width = weights[1].shape  # (4H, P)
-    dtype, device, fields = input.dtype, input.device, len(weights) // directions
-    if fields in (2, 4):  # no projection
-        width = gates // 4
-    expected = _layer(rows.shape, rows.batch, input.shape[-1], gates // 4, width, directions, fields, dtype)
-    if len(saved[0]) != len(saved[1]):
-        raise RuntimeError(f"Expected {len(saved[1])} tensors that forward saved, got {len(saved[0])}")
-    pairs = zip((input, h_0, c_0, *weights, reset, output, *grads), expected, strict=False)
-    for tensor, (shape, kind) in chain(pairs, zip(*saved, strict=True)):
+    if len(kept.saved) != len(kept.sizes):
+        raise RuntimeError(f"Expected {len(kept.sizes)} tensors that forward saved, got {len(kept.saved)}")
+    device = call.layer.device
+    expected = _expected(call.layer, call.rows.shape)
+    pairs = zip((*call.tensors, kept.output, *kept.grads), expected, strict=False)
+    for tensor, (shape, kind) in chain(pairs, zip(kept.saved, kept.sizes, strict=True)):
         if tensor is None:
             continue
         if tensor.shape != shape or tensor.dtype is not kind or tensor.device != device:
@@ -264,21 +453,12 @@ def layer(
 
 
 @functools.lru_cache(maxsize=1024)
-def _layer(
-    rows: tuple[int, ...],
-    batch: int,
-    inputs: int,
-    hidden: int,
-    width: int,
-    directions: int,
-    fields: int,
-    dtype: torch.dtype,
-) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """Shapes and dtypes of input, h_0, c_0, weights, reset, output, and the gradients of output, h_n, c_n and cells."""
-    biases, projection = fields > 3, fields in (3, 5)
-    each = [(4 * hidden, inputs), (4 * hidden, width), *[(4 * hidden,)] * 2 * biases, *[(width, hidden)] * projection]
-    output, h, c = (*rows, directions * width), (directions, batch, width), (directions, batch, hidden)
-    shapes = [(*rows, inputs), h, c, *each * directions, rows, output, output, h, c, (*rows, directions * hidden)]
-    kinds = [dtype] * len(shapes)
-    kinds[-6], kinds[-1] = torch.bool, state_dtype(dtype)  # reset, the gradient of the cells
+def _expected(layer: Layer, rows: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of ``Call.tensors``, then of the output and the gradients of output, h_n, c_n and cells."""
+    there = iter(layer.weight_shapes)
+    fields = [next(there) if name in layer.weight_names else () for name in Weights._fields]
+    output, cells = (*rows, layer.directions * layer.width), (*rows, layer.directions * layer.hidden_size)
+    before = [rows, (*rows, layer.input_size), layer.h_shape, layer.c_shape, *fields * layer.directions]
+    shapes = [*before, output, output, layer.h_shape, layer.c_shape, cells]
+    kinds = [torch.bool, *[layer.dtype] * (len(shapes) - 2), state_dtype(layer.dtype)]
     return tuple(zip(shapes, kinds, strict=True))

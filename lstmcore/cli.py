@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +12,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +54,9 @@ FEATURES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 for a failed check, 2 for what cannot be done."""
-    arguments = _parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    end = 1 if argv[:1] == ["flow"] else len(argv)  # what follows is for the demonstration to read
+    arguments = _parser().parse_args(argv[:end], argparse.Namespace(rest=argv[end:]))
     try:
         return arguments.command(arguments)
     except (RuntimeError, ValueError, ImportError) as error:
@@ -270,13 +274,15 @@ def _error(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 
 def flow(arguments: argparse.Namespace) -> int:
-    """Shows what becomes of gradients over long sequences, and what plain RNNs and LSTMs learn of them."""
-    from lstmcore.flow.demo import demo  # needs rich and matplotlib
-
-    try:
-        return demo(arguments)
-    except OSError as error:  # a folder that cannot be written to
-        raise RuntimeError(str(error)) from error
+    """Runs the demonstration of the gradient flow, which a checkout has beside the package, with options of its own."""
+    examples = Path(lstmcore.__file__).parents[1] / "examples"
+    if not (examples / "gradient_flow").is_dir():
+        raise RuntimeError(
+            "the demonstration is not installed with the package: it is in lstmcore's source, where "
+            "`python examples/gradient_flow` runs it"
+        )
+    sys.path.insert(0, str(examples))
+    return importlib.import_module("gradient_flow.command").main(arguments.rest, prog="python -m lstmcore flow")
 
 
 def _version(package: str) -> str:
@@ -327,22 +333,8 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--device", type=device, default="cpu", help="where the module will run (default: cpu)")
 
     parity = add(check, "compare outputs and all gradients with float64 torch.nn.LSTM on this machine")
-    parity.add_argument("--backend", choices=backends.NAMES, default="auto", help="what to check (default: auto)")
+    parity.add_argument("--backend", choices=backends.names(), default="auto", help="what to check (default: auto)")
     parity.add_argument("--device", type=device, default="cpu", help="where to check it (default: cpu)")
 
-    shown = add(flow, "show which gradients survive long sequences, and which models learn from them, in pictures")
-    shown.add_argument("--out", default="out/flow", metavar="FOLDER", help="where it all goes (default: %(default)s)")
-    shown.add_argument(
-        "--steps", type=_size, default=2000, metavar="T", help="steps of the untrained pass (default: %(default)s)"
-    )
-    lengths: dict[str, Any] = {"type": _size, "nargs": "*", "metavar": "T"}
-    shown.add_argument(
-        "--adding", **lengths, default=[100, 400], help="lengths of the adding problem to train on (default: 100 400)"
-    )
-    shown.add_argument("--copy", **lengths, default=[200], help="delays of the copy problem to train on (default: 200)")
-    shown.add_argument("--hidden-size", type=_size, metavar="H", help="hidden units (default: 32 adding, 64 copy)")
-    shown.add_argument("--iterations", type=_size, metavar="N", help="of a training, at most (default: 800 or 1000)")
-    shown.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
-    shown.add_argument("--minutes", type=float, default=5, help="the most that it may take (default: %(default)s)")
-    shown.add_argument("--quick", action="store_true", help="a few iterations of each training, to see that it works")
+    add(flow, "show which gradients survive long sequences, and which models learn from them, in pictures")
     return parser

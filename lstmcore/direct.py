@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lstmcore import aten, recording, routing
+from lstmcore import checks, recording, routing
+from lstmcore.backends import aten
+from lstmcore.checks import Given, Options
+from lstmcore.kernels.contract import Layer
 from lstmcore.kernels.cpu import process
 
 MOST = 1024  # keys; then all are forgotten
@@ -47,6 +50,11 @@ def _key(input: Tensor, hx: tuple[Tensor, Tensor] | None, options: tuple[Any, ..
     return input.shape, input.dtype, torch.get_num_threads(), options, h_0.shape, h_0.dtype, c_0.shape, c_0.dtype
 
 
+def _kind(backend: str, options: Options) -> tuple[Any, ...]:
+    """What is not of the tensors, but for dropout: masks are ATen's in any case."""
+    return backend, options.has_biases, options.num_layers, options.bidirectional, options.batch_first
+
+
 def _ordinary(input: Any, hx: Any) -> bool:
     """Padded, on the CPU, no subclass: what a key describes."""
     if type(input) is not Tensor or not input.is_cpu or input.dim() != 3:
@@ -59,20 +67,17 @@ def _ordinary(input: Any, hx: Any) -> bool:
     return type(h_0) is Tensor and type(c_0) is Tensor and h_0.is_cpu and c_0.is_cpu
 
 
-def remember(
-    input: Any,
-    hx: Any,
-    options: tuple[Any, ...],  # what is not of the tensors: the backend, biases, L, directions, what comes first
-    h: tuple[int, int, int],
-    c: tuple[int, int, int],
-    shapes: Sequence[tuple[int, ...]],
-    training: bool,
-) -> None:
-    """A call that was checked went to ATen: those like it do."""
-    if _ordinary(input, hx):
+def remember(given: Given, backend: str, layer: Layer) -> None:
+    """A call that was checked went to ATen: those like it do.  ``layer``: the first."""
+    if _ordinary(given.input, given.hx):
         if len(_known) >= MOST:
             _known.clear()
-        _known.setdefault(_key(input, hx, options), Known(h, c, shapes, set())).training.add(training)
+        options = given.options
+        key = _key(given.input, given.hx, _kind(backend, options))
+        states = options.num_layers * layer.directions, layer.batch
+        shapes = checks.known_shapes(layer, options.num_layers)
+        known = Known((*states, layer.width), (*states, layer.hidden_size), shapes, set())
+        _known.setdefault(key, known).training.add(layer.training)
 
 
 def call(
@@ -82,8 +87,8 @@ def call(
     # (A compiler is asked for first: it would guard a graph by all that is known.)
     if _compiling() or not _known or not _ordinary(input, hx):
         return None
-    options = backend, module.bias, module.num_layers, module.bidirectional, module.batch_first
-    known = _known.get(_key(input, hx, options))
+    kind = backend, module.bias, module.num_layers, module.bidirectional, module.batch_first  # as in _kind
+    known = _known.get(_key(input, hx, kind))
     if known is None or not routing.undisturbed() or _autocasting() or recording.watched(module):
         return None
     if process.torch_would_hang():
@@ -103,6 +108,6 @@ def call(
         h_0 = input.new_zeros(known.h)
         hx = h_0, h_0 if known.h == known.c else input.new_zeros(known.c)
     data = input.transpose(0, 1) if module.batch_first else input
-    kind = module.bias, module.num_layers, module.dropout, module.training, module.bidirectional
-    output, h_n, c_n = aten.run(data, None, hx, params, *kind)
+    options = Options(module.bias, module.num_layers, module.dropout, module.training, module.bidirectional)
+    output, h_n, c_n = aten.run(data, None, hx, params, options)
     return output.transpose(0, 1) if module.batch_first else output, h_n, c_n

@@ -1,4 +1,4 @@
-"""The LSTM as a function: what comes in is checked, then layers, directions, packing and the dropout between layers.
+"""The LSTM as a function: what comes in is checked, a backend chosen, then layer after layer is run.
 
 T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), L layers,
 D directions.
@@ -10,21 +10,22 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import aten, autograd, backends, checks, direct, ops, recording, routing
-from lstmcore.kernels.contract import Rows
-from lstmcore.kernels.cpu import process, threads
+from lstmcore import autograd, backends, checks, direct, recording, routing, transforms
+from lstmcore.backends import REFERENCE, REGISTRY
+from lstmcore.checks import Checked, Given, Options
+from lstmcore.kernels.contract import Call, Layer, Rows, Weights
+from lstmcore.ops import Arguments
 from lstmcore.routing import Way
 
 # What is checked here does not end up in a trace; torch keeps quiet about its own checks in the same way.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"lstmcore\.(functional|checks)")
 
-_KERNELS = ("triton", "numba")
 _dense_rows = functools.lru_cache(maxsize=1024)(Rows)  # finding a frozen dataclass is quicker than building one
 
 
@@ -82,206 +83,153 @@ def lstm(
         TypeError: ``lengths`` that are not integers, ``reset`` that is not bool; a Tensor subclass that holds its
             values elsewhere.
     """
-    if return_cells and return_cells not in (True, "all"):
-        raise ValueError(f"return_cells should be False, True or 'all', got: {return_cells!r}")
-    packed = isinstance(input, PackedSequence)
-    compiling = torch.compiler.is_compiling()
-    if compiling and torch.compiler.is_dynamo_compiling() and (packed or recording.watched(module)):
-        return _beside_the_graph(
-            input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
-            lengths=lengths, reset=reset, return_cells=return_cells, backend=backend, module=module,
-        )  # fmt: skip
-    if compiling and packed and torch.compiler.is_exporting():
-        raise RuntimeError(
-            "a PackedSequence cannot be exported, because its sizes are values: pass padded input, and lengths="
-        )
-    batched = True
-    batch_sizes = sorted_indices = unsorted_indices = sizes = None
-    data: Tensor
-    if packed:
-        data, batch_sizes, sorted_indices, unsorted_indices = input
-        if data.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        rows_given = len(data)
-        if routing.has_values(batch_sizes):
-            data, sizes = checks.packed(data, batch_sizes, sorted_indices)
-            steps, batch = len(sizes), int(sizes[0])
-        else:
-            first: Any = batch_sizes[0]  # torch.jit's tracer records what becomes of it
-            steps, batch = batch_sizes.shape[0], first if torch._C._get_tracing_state() else int(first)
-    else:
-        data = input  # type: ignore[assignment]
-        rank = data.dim()
-        if rank == 3:
-            if batch_first:
-                data = data.transpose(0, 1)
-        elif rank == 2:
-            batched = batch_first = False  # batch_first says nothing about a single sequence
-            data = data.unsqueeze(1)
-        else:
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
-        steps, batch, _ = data.shape
-    h_0, c_0 = (None, None) if hx is None else checks.states(hx, packed, batched)
+    options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    return _lstm(Given(input, hx, params, options, lengths, reset, return_cells), backend, module)
 
-    device, dtype = data.device, data.dtype
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):
-        if backend != "torch":  # ATen's LSTM casts by itself
-            casted = _autocast(input, hx, params)
-            with torch.autocast(device.type, enabled=False):
-                return lstm(
-                    *casted, has_biases, num_layers, dropout, train, bidirectional, batch_first,
-                    lengths=lengths, reset=reset, return_cells=return_cells, backend=backend, module=module,
-                )  # fmt: skip
-    elif dtype != params[0].dtype:
-        raise (RuntimeError if packed else ValueError)(
-            f"RNN input dtype ({dtype}) does not match weight dtype ({params[0].dtype}). "
-            f"Convert input: input.to({params[0].dtype}), or convert model: model.to({dtype})"
-        )
 
-    params = list(params)
-    directions = 2 if bidirectional else 1
-    fields = 4 if has_biases else 2
-    projected = len(params) == num_layers * directions * (fields + 1)
-    fields += projected
-    if len(params) != num_layers * directions * fields:
-        raise RuntimeError(
-            f"got an incorrect number of RNN parameters: {num_layers} layers in {directions} directions have "
-            f"{fields} each ({fields + 1} with a projection), got {len(params)} in all"
-        )
-    hidden_size, input_size = params[0].shape[0] // 4, params[0].shape[1]
-    proj_size = params[fields - 1].shape[0] if projected else 0
-    width = proj_size or hidden_size  # P
-    if data.shape[-1] != input_size:
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {data.shape[-1]}")
-    shapes_of = checks.shapes if compiling else checks.known_shapes  # a compiler looks through no cache
-    shapes = shapes_of(input_size, hidden_size, proj_size, num_layers, directions, has_biases)
-    checks.params(params, shapes, params[0].dtype, device)
-
-    states = num_layers * directions
-    if h_0 is not None and c_0 is not None:
-        checks.state(0, h_0, (states, batch, width), params[0].dtype, device)
-        checks.state(1, c_0, (states, batch, hidden_size), params[0].dtype, device)
-        if sorted_indices is not None:
-            h_0, c_0 = h_0.index_select(1, sorted_indices), c_0.index_select(1, sorted_indices)
-    if steps == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if lengths is not None:
-        lengths = checks.lengths(lengths, packed, batch, device)
-    if reset is not None:
-        expected = (batch, steps) if batch_first else (steps, batch)
-        checks.reset(reset, (rows_given,) if packed else expected if batched else expected[:1], device)
-        if packed:
-            reset = reset[: len(data)]
-        else:
-            reset = reset.T if batch_first else reset if batched else reset[:, None]
-
-    tensors = (data, h_0, c_0, *params)
-    way = Way.GRAPH if compiling else routing.way(tensors, backend)
-    name, rows = backend, None
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
-    if way not in (Way.GRAPH, Way.TRANSFORMED):  # for these the operators choose: sizes may be symbols
-        rows = _rows(steps, batch, batch_sizes if sizes is None else torch.from_numpy(sizes), lengths, batch_first)
-        name = backends.plan(
-            "reference" if way is Way.FORWARD_MODE and backend != "torch" else backend,
-            device, dtype, steps, batch, input_size, hidden_size, proj_size, num_layers, directions, has_biases,
-            rows.ragged, training,
-            extended=lengths is not None or reset is not None or bool(return_cells) or recording.watched(module),
-            opaque=way is Way.OPERATIONS, orphan=process.torch_would_hang(), several=threads.count() > 1,
-        ).name  # fmt: skip
-        if name != "torch" and (packed or lengths is not None) and torch._C._get_tracing_state():
+def _lstm(given: Given, backend: str, module: torch.nn.Module | None) -> tuple[Any, ...]:
+    if torch.compiler.is_compiling():
+        packed = isinstance(given.input, PackedSequence)
+        if torch.compiler.is_dynamo_compiling() and (packed or recording.watched(module)):
+            return _beside_the_graph(given, backend, module)
+        if torch.compiler.is_exporting() and packed:
             raise RuntimeError(
-                f"backend {name!r} runs this call as a loop, in which torch.jit.trace would record the lengths as "
-                "constants, wrong for any other batch: trace a PackedSequence with backend='auto' or 'torch', without "
-                "reset and return_cells, or use torch.export, which keeps lengths= dynamic"
+                "a PackedSequence cannot be exported, because its sizes are values: pass padded input, and lengths="
             )
-        if name in _KERNELS and torch._C._len_torch_dispatch_stack():
-            way = Way.GRAPH  # who looks at operators finds one
+    if checks.is_autocast(given.data) and not _whole(backend):  # ATen's LSTM casts by itself
+        with torch.autocast(given.data.device.type, enabled=False):
+            return _lstm(_autocast(given), backend, module)
 
-    cells: list[Tensor] = []
-    if name == "torch" and rows is not None:
-        if h_0 is None or c_0 is None:
-            h_0 = data.new_zeros(states, batch, width)
-            c_0 = h_0 if width == hidden_size else data.new_zeros(states, batch, hidden_size)
-        options = (has_biases, num_layers, dropout, train, bidirectional)
-        output, h_n, c_n = aten.run(data, batch_sizes, (h_0, c_0), params, *options)
-        if way is Way.EAGER and lengths is None and reset is None and not return_cells:
-            sizes_of = ((states, batch, width), (states, batch, hidden_size), shapes)
-            told = (backend, has_biases, num_layers, bidirectional, batch_first)
-            direct.remember(input, hx, told, *sizes_of, training)
-        if training and device.type == "cuda":
-            aten.differentiable_again((output, h_n, c_n), data, batch_sizes, (h_0, c_0), params, *options)
+    call = checks.call(given)
+    plan = _plan(call, given.extended, backend, module)
+    if plan.rows is not None and _whole(plan.backend):
+        output, h_n, c_n = _at_once(call, plan)
+        cells: list[Tensor] = []
+        if plan.way is Way.EAGER and not given.extended:
+            direct.remember(given, backend, plan.layer)
     else:
-        output, h_ns, c_ns = data, [], []
-        h_0s: Sequence[Tensor | None] = [h_0] * num_layers if h_0 is None or num_layers == 1 else h_0.split(directions)
-        c_0s: Sequence[Tensor | None] = [c_0] * num_layers if c_0 is None or num_layers == 1 else c_0.split(directions)
-        for index in range(num_layers):
-            last = index == num_layers - 1
-            weights = params[index * directions * fields : (index + 1) * directions * fields]
-            wanted = return_cells == "all" or (last and bool(return_cells))
-            by_row = batch_first and last  # time-major between layers, as torch: dropout masks depend on it
-            if rows is None or way is Way.GRAPH:
-                given = ops.Tensors(output, h_0s[index], c_0s[index], reset, batch_sizes, lengths)
-                call = ops.Call(batch, directions, by_row, wanted, training, name)
-                run = ops.transformed if way is Way.TRANSFORMED else ops.in_graph
-                output, h, c, c_all = run(given, weights, call)
-            else:
-                output, h, c, c_all = autograd.layer(
-                    name, output, h_0s[index], c_0s[index], weights, directions,
-                    rows if by_row == rows.batch_first else replace(rows, batch_first=by_row), reset, wanted,
-                    recording.source(module, index, unsorted_indices),
-                )  # fmt: skip
-            if dropout and train and not last:
-                output = torch.dropout(output, dropout, True)
-            h_ns.append(h)
-            c_ns.append(c)
-            if c_all is not None:
-                cells.append(c_all)
-        h_n, c_n = (h_ns[0], c_ns[0]) if num_layers == 1 else (torch.cat(h_ns), torch.cat(c_ns))
+        output, h_n, c_n, cells = _layer_by_layer(call, plan, module)
 
-    if unsorted_indices is not None:
-        h_n, c_n = h_n.index_select(1, unsorted_indices), c_n.index_select(1, unsorted_indices)
-    if not batched:
-        h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
-
-    def like_input(tensor: Tensor) -> Tensor | PackedSequence:
-        if packed:
-            return PackedSequence(tensor, batch_sizes, sorted_indices, unsorted_indices)
-        if not batched:
-            return tensor.squeeze(1)
-        return tensor.transpose(0, 1) if batch_first else tensor
-
-    if not return_cells:
-        return like_input(output), h_n, c_n
-    all_cells = tuple(map(like_input, cells))
-    return like_input(output), h_n, c_n, all_cells if return_cells == "all" else all_cells[0]
+    form = call.form
+    results = form.of_input(output), form.of_state(h_n), form.of_state(c_n)
+    if not given.return_cells:
+        return results
+    all_cells = tuple(map(form.of_input, cells))
+    return *results, all_cells if given.return_cells == "all" else all_cells[0]
 
 
-_beside_the_graph = torch._disable_dynamo(lstm)  # torch.compiler.disable would import the compiler
+_beside_the_graph = torch._disable_dynamo(_lstm)  # torch.compiler.disable would import the compiler
 
 
-def _rows(steps: int, batch: int, batch_sizes: Tensor | None, lengths: Tensor | None, batch_first: bool) -> Rows:
-    if batch_sizes is not None:
-        return Rows(steps, batch, batch_sizes, packed=True)
-    if lengths is None:
+def _whole(backend: str) -> bool:
+    """Whether the backend of this name runs all layers at once; False for "auto"."""
+    return backend in REGISTRY and REGISTRY[backend].whole
+
+
+class Plan(NamedTuple):
+    """How a call is run."""
+
+    way: Way
+    backend: str  # "auto" where the operators choose
+    rows: Rows | None  # None where the operators make them: sizes may be symbols
+    layer: Layer  # the first
+
+
+def _plan(call: Checked, extended: bool, backend: str, module: torch.nn.Module | None) -> Plan:
+    """The way, and the backend; RuntimeError where a named one cannot run the call."""
+    tensors = (call.data, call.h_0, call.c_0, *call.params)
+    fused = backend not in REGISTRY or REGISTRY[backend].fused
+    way = Way.GRAPH if torch.compiler.is_compiling() else routing.way(tensors, fused)
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
+    layer = call.layer._replace(training=training)
+    if way in (Way.GRAPH, Way.TRANSFORMED):
+        return Plan(way, backend, None, layer)
+    rows = _rows(call)
+    layer = layer._replace(ragged=rows.ragged)
+    wanted = REFERENCE if way is Way.FORWARD_MODE and fused else backend
+    situation = backends.Situation.now(extended or recording.watched(module), opaque=way is Way.OPERATIONS)
+    name = backends.plan(wanted, layer, call.options.num_layers, situation).name
+    if not _whole(name) and (call.form.packed or call.lengths is not None) and torch._C._get_tracing_state():
+        raise RuntimeError(
+            f"backend {name!r} runs this call as a loop, in which torch.jit.trace would record the lengths as "
+            "constants, wrong for any other batch: trace a PackedSequence with backend='auto' or 'torch', without "
+            "reset and return_cells, or use torch.export, which keeps lengths= dynamic"
+        )
+    if REGISTRY[name].fused and torch._C._len_torch_dispatch_stack():
+        way = Way.GRAPH  # who looks at operators finds one
+    return Plan(way, name, rows, layer)
+
+
+def _rows(call: Checked) -> Rows:
+    steps, batch, batch_first = call.layer.steps, call.layer.batch, call.form.batch_first
+    if call.sizes is not None:
+        return Rows(steps, batch, call.sizes, packed=True)
+    if call.lengths is None:
         return _dense_rows(steps, batch, batch_first=batch_first)
-    if lengths.device.type != "cpu":  # not to be waited for; a copy, because backward reads them again
-        return Rows(steps, batch, batch_first=batch_first, lengths=lengths.to(torch.int64, copy=True))
-    return Rows.from_lengths(lengths, steps, batch_first)
+    if call.lengths.device.type != "cpu":  # not to be waited for; a copy, because backward reads them again
+        return Rows(steps, batch, batch_first=batch_first, lengths=call.lengths.to(torch.int64, copy=True))
+    return Rows.from_lengths(call.lengths, steps, batch_first)
 
 
-def _autocast(input: Any, hx: Any, params: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor]]:
+def _at_once(call: Checked, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """output, h_n, c_n of all layers, by a backend that runs them together."""
+    h_0, c_0, layer = call.h_0, call.c_0, plan.layer
+    if h_0 is None or c_0 is None:
+        stack = call.options.num_layers * layer.directions, layer.batch
+        h_0 = call.data.new_zeros(*stack, layer.width)
+        c_0 = h_0 if layer.width == layer.hidden_size else call.data.new_zeros(*stack, layer.hidden_size)
+    run = backends.load(plan.backend).run
+    return run(call.data, call.form.batch_sizes, (h_0, c_0), call.params, call.options)
+
+
+def _layer_by_layer(
+    call: Checked, plan: Plan, module: torch.nn.Module | None
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """output, h_n, c_n, and the cells of the layers that are asked for them."""
+    output, layer, options, form = call.data, plan.layer, call.options, call.form
+    h_ns, c_ns, cells = [], [], []
+    for index in range(options.num_layers):
+        last = index == options.num_layers - 1
+        wanted = call.cells == "all" or (last and bool(call.cells))
+        by_row = form.batch_first and last  # time-major between layers, as torch: dropout masks depend on it
+        params, (h_0, c_0) = call.of_layer(call.params, index), call.states(index)
+        if plan.rows is None or plan.way is Way.GRAPH:
+            given = Arguments(
+                output, h_0, c_0, call.reset, form.batch_sizes, call.lengths, params, layer.batch, layer.directions,
+                by_row, wanted, layer.training, plan.backend,
+            )  # fmt: skip
+            run = transforms.transformed if plan.way is Way.TRANSFORMED else transforms.in_graph
+            output, h, c, c_all = run(given)
+        else:
+            rows = plan.rows if by_row == plan.rows.batch_first else replace(plan.rows, batch_first=by_row)
+            weights = Weights.by_direction(params, layer.directions)
+            source = recording.source(module, index, form.unsorted_indices)
+            one = Call(layer, rows, output, h_0, c_0, weights, call.reset)
+            output, h, c, c_all = autograd.layer(plan.backend, one, wanted, source)
+        if options.dropout and options.train and not last:
+            output = torch.dropout(output, options.dropout, True)
+        h_ns.append(h)
+        c_ns.append(c)
+        if c_all is not None:
+            cells.append(c_all)
+        if not last:
+            layer = layer.after()
+    h_n, c_n = (h_ns[0], c_ns[0]) if len(h_ns) == 1 else (torch.cat(h_ns), torch.cat(c_ns))
+    return output, h_n, c_n, cells
+
+
+def _autocast(given: Given) -> Given:
     """The tensors as autocast wants them: padded calls in its dtype, packed ones in that of input, as torch returns."""
-    packed = isinstance(input, PackedSequence)
-    data = input.data if packed else input
+    packed, data = isinstance(given.input, PackedSequence), given.data
     dtype = data.dtype if packed else torch.get_autocast_dtype(data.device.type)
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.to(dtype)
 
-    return (
-        input._replace(data=cast(data)) if packed else cast(data),
-        None if hx is None else tuple(map(cast, hx)),
-        [cast(param) for param in params],
+    return given._replace(
+        input=given.input._replace(data=cast(data)) if packed else cast(data),
+        hx=None if given.hx is None else tuple(map(cast, given.hx)),
+        params=[cast(param) for param in given.params],
     )
 
 
@@ -307,7 +255,7 @@ def lstm_cell(
     if not batched:
         input = input.unsqueeze(0)
         hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-    if backends.runs_atens_cell(backend, input.device):
+    if backends.own_cell(backend, input.device) is not None:
         if hx is None:
             zeros = input.new_zeros(input.shape[0], weight_hh.shape[1])
             hx = (zeros, zeros)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lstmcore.kernels.contract import GATES
+
 _NO_BIASES = "the module has no biases to initialise; build it with bias=True"
 
 
@@ -48,7 +50,7 @@ def chrono_(module: nn.RNNBase, max_lag: int, generator: torch.Generator | None 
         for ih, hh in biases(module):
             if ih.is_meta:
                 continue  # nothing to set, so nothing is drawn: as torch's initialisations
-            lags = torch.empty(len(ih) // 4, dtype=torch.float64, device=device)
+            lags = torch.empty(len(ih) // GATES, dtype=torch.float64, device=device)
             lags.uniform_(1, int(max_lag) - 1, generator=generator)
             _set(ih, {0: -lags.log(), 1: lags.log()})
             _set(hh, {0: 0.0, 1: 0.0})
@@ -100,7 +102,7 @@ def _set(bias: Tensor, gates: dict[int, Tensor | float]) -> None:
     """Writes the parts of a bias (4H,) that belong to some of the gates i, f, g, o: ``gates`` holds values by index."""
     sharded: Any = bias if hasattr(bias, "full_tensor") else None  # a DTensor, of which slices are no views
     whole = bias if sharded is None else sharded.full_tensor()
-    parts = whole.chunk(4)
+    parts = whole.chunk(GATES)
     for index, value in gates.items():
         if isinstance(value, Tensor):
             parts[index].copy_(value)

@@ -17,76 +17,77 @@ T time, B batch, I input, H hidden, P projection (H where there is none), D dire
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.onnx import ops
 
-from lstmcore import reference
-from lstmcore.kernels.contract import Rows, Weights, directions_of
+from lstmcore.backends import REFERENCE, reference
+from lstmcore.kernels.contract import GATES, Call, Rows, Weights
+from lstmcore.ops import Arguments
 
 _OPSET = 14  # the LSTM that is meant; opset 22 added bfloat16 to it, which the exporter's default does not reach
 _DTYPES = (torch.float32, torch.float64, torch.float16)
 
 
-def layer(
-    input: Tensor,  # (T, B, I)
-    h_0: Tensor | None,  # (D, B, P); None for zeros
-    c_0: Tensor | None,  # (D, B, H); None for zeros
-    reset: Tensor | None,  # (T, B), bool
-    batch_sizes: Tensor | None,  # of packed rows
-    lengths: Tensor | None,  # (B,), any integers
-    weights: Sequence[Tensor],
-    batch: int,
-    directions: int,
-    batch_first: bool,
-    cells: bool,
-    save: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """What ``torch.ops.lstmcore.layer`` takes and, without ``save``, returns: output, h_n, c_n, [cells].
 
     Raises ValueError for what cannot be exported.
     """
-    if batch_sizes is not None:
+    given = Arguments(*args)
+    if given.packed:
         raise ValueError("a PackedSequence cannot be exported to ONNX: pass padded input, and lengths=")
-    given = directions_of(weights, directions)
-    if backend == "reference":
-        return _unrolled(input, h_0, c_0, reset, lengths, given, batch, cells)
+    weights = Weights.by_direction(given.weights, given.directions)
+    if given.backend == REFERENCE:
+        return _unrolled(given, weights)
+    _refuse(given, weights)
+    return _node(given, weights)
+
+
+def _refuse(given: Arguments, weights: Sequence[Weights]) -> None:
+    """ValueError for what ONNX's LSTM does not have."""
     names = {
-        "projection (proj_size)": given[0].weight_hr is not None,
-        "reset": reset is not None,
-        "return_cells": cells,
+        "projection (proj_size)": weights[0].weight_hr is not None,
+        "reset": given.reset is not None,
+        "return_cells": given.cells,
     }
     missing = [name for name, wanted in names.items() if wanted]
     if missing:
         raise ValueError(
             f"ONNX's LSTM has no {', no '.join(missing)}: backend='reference' exports plain operators instead, "
-            f"unrolled over a fixed number of steps{'' if lengths is None else ', but not with lengths='}"
+            f"unrolled over a fixed number of steps{'' if given.lengths is None else ', but not with lengths='}"
         )
-    if input.dtype not in _DTYPES:
-        raise ValueError(f"ONNX's LSTM computes in no {input.dtype}: convert the model, and its input, with .float()")
-    hidden = given[0].weight_hh.shape[1]
+    if given.input.dtype not in _DTYPES:
+        dtype = given.input.dtype
+        raise ValueError(f"ONNX's LSTM computes in no {dtype}: convert the model, and its input, with .float()")
+
+
+def _node(given: Arguments, weights: Sequence[Weights]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """One node."""
+    input, h_0, c_0, lengths, directions = given.input, given.h_0, given.c_0, given.lengths, given.directions
+    hidden = weights[0].weight_hh.shape[1]
 
     def ordered(name: str) -> Tensor:
         """A parameter of all directions, with the gates i, f, g, o in ONNX's order i, o, f, g: (D, 4H, ·)."""
-        each = [getattr(direction, name) for direction in given]
+        each = [getattr(direction, name) for direction in weights]
         # Slices, and not chunks: the exporter's optimizer computes nothing that has several outputs.
         gates = [part for w in each for part in (w[:hidden], w[3 * hidden :], w[hidden : 3 * hidden])]
-        return torch.cat(gates).unflatten(0, (directions, 4 * hidden))
+        return torch.cat(gates).unflatten(0, (directions, GATES * hidden))
 
-    biased = given[0].bias_ih is not None
+    biased = weights[0].bias_ih is not None
     bias = torch.cat([ordered("bias_ih"), ordered("bias_hh")], 1) if biased else None  # (D, 8H)
     steps, device = input.shape[0], input.device
     if lengths is not None:
         lengths = lengths.to(device, torch.int32)
-    state = (directions, batch, hidden)
+    state = (directions, given.batch, hidden)
     found = ops.symbolic_multi_out(
         "LSTM",
         (input, ordered("weight_ih"), ordered("weight_hh"), bias, lengths, h_0, c_0),
         {"hidden_size": hidden, "direction": "bidirectional" if directions == 2 else "forward"},
         dtypes=[input.dtype] * 3,
-        shapes=[(steps, directions, batch, hidden), state, state],
+        shapes=[(steps, directions, given.batch, hidden), state, state],
         version=_OPSET,
     )
     # The stand-in's results are on the CPU, whatever its inputs; the real one's will be where the runtime computes.
@@ -99,24 +100,16 @@ def layer(
     return output, h_n, c_n, []
 
 
-def _unrolled(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    reset: Tensor | None,
-    lengths: Tensor | None,
-    weights: Sequence[Weights],
-    batch: int,
-    cells: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _unrolled(given: Arguments, weights: tuple[Weights, ...]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The steps one by one, in plain operators."""
-    if lengths is not None:  # their values would decide which operators there are
+    if given.lengths is not None:  # their values would decide which operators there are
         raise ValueError("backend='reference' cannot be exported to ONNX with lengths=: use backend='auto'")
-    if isinstance(input.shape[0], torch.SymInt):
+    steps = given.input.shape[0]
+    if isinstance(steps, torch.SymInt):
         raise ValueError(
             "backend='reference' is exported step by step, so the number of steps has to be fixed: "
             "leave the dimension of time out of dynamic_shapes"
         )
-    rows = Rows(input.shape[0], batch)
-    result = reference.forward(input, h_0, c_0, weights, rows, reset=reset, cells=cells)
+    call = Call.of(given.input, given.h_0, given.c_0, weights, Rows(steps, given.batch), given.reset)
+    result = reference.forward(call, cells=given.cells)
     return result.output, result.h_n, result.c_n, [] if result.cells is None else [result.cells]

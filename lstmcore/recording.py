@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -138,25 +138,15 @@ def _entering(
     Norms of what comes from different sides (output, h_n, c_n) are added up.
     """
     output, *ends = grads
-    user: Any = slice(sample.start, sample.stop, sample.step)
-    if rows.order is not None:
-        user = rows.order[list(sample)].to(device)
     if output is None:
         entering = torch.zeros((directions, rows.steps, len(sample)), dtype=torch.float64, device=device)
     else:
-        if rows.packed:
-            assert rows.batch_sizes is not None
-            starts = rows.batch_sizes.cumsum(0) - rows.batch_sizes
-            at = (starts[:, None] + torch.tensor(list(sample))).clamp(max=len(output) - 1)  # (T, R)
-            of_rows = output[at.to(device)]
-        else:
-            of_rows = output[:, user]
-        entering = _norms(of_rows, directions)
+        entering = _norms(rows.of_some(output, sample), directions)
         if lengths is not None:
             entering.masked_fill_((torch.arange(rows.steps)[:, None] >= lengths).to(device), 0)
     for state in ends:
         if state is not None:
-            each = _norms(state[:, user], 1)[0]  # (D, R)
+            each = _norms(state[:, rows.users(sample, device)], 1)[0]  # (D, R)
             entering[1:, 0] += each[1:]
             if lengths is None:
                 entering[0, -1] += each[0]

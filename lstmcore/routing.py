@@ -27,8 +27,8 @@ class Way(enum.Enum):
     OPERATIONS = enum.auto()  # by torch operations: torch.jit's tracer or a subclass's __torch_function__ sees each
 
 
-def way(tensors: Sequence[Tensor | None], backend: str) -> Way:
-    """The way of an eager call with these tensors.
+def way(tensors: Sequence[Tensor | None], fused: bool) -> Way:
+    """The way of an eager call with these tensors; ``fused``: of a backend that is not made of torch's operations.
 
     Raises TypeError for a subclass of Tensor that holds its values elsewhere: kernels would read what is not there.
     """
@@ -48,7 +48,7 @@ def way(tensors: Sequence[Tensor | None], backend: str) -> Way:
         return Way.GRAPH
     for kind in odd:
         elsewhere = kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
-        if elsewhere and backend not in ("torch", "reference"):
+        if elsewhere and fused:
             raise TypeError(
                 f"LSTM: tensors of type {kind.__name__} do not enter the kernels: expected torch.Tensor or Parameter. "
                 "Convert them to plain tensors (nested ones to padded, with lengths=), or use backend='reference'"

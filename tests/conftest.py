@@ -76,8 +76,8 @@ def triton_kernels(monkeypatch):
         kernels = backends.load("triton")
     except ImportError as error:
         pytest.skip(f"Triton cannot be used here: {error}")
-    for name in ("words", "wrong_lengths", "told"):
-        monkeypatch.setattr(kernels._Status, name, {})
+    for name in ("_words", "_wrong_lengths", "_told"):
+        monkeypatch.setattr(kernels.status, name, {})
     return kernels
 
 
@@ -101,7 +101,8 @@ def compiled_triton(monkeypatch, fresh_choices):
         kernels = backends.load("triton")
     except ImportError as error:
         pytest.skip(f"Triton cannot be used here: {error}")
-    monkeypatch.setattr(kernels, "INTERPRETED", SimpleNamespace(value=False))
+    for module in (kernels, kernels.launch):
+        monkeypatch.setattr(module, "INTERPRETED", SimpleNamespace(value=False))
     return kernels
 
 

@@ -13,20 +13,24 @@ from lstmcore.kernels.gpu.tiling import Design
 
 from bench.cases import Case
 
+TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 AHEAD = 1_000_000  # clock cycles for which the device sleeps while the host prepares the launch that is timed
 
 
-def _backend() -> Any:
+def _launch() -> Any:
     """Imported on use: it needs Triton, which is not everywhere."""
-    from lstmcore.kernels.gpu import backend
+    from lstmcore.kernels.gpu import launch
 
-    return backend
+    return launch
 
 
 def limits() -> tuple[int, int]:
     """Of the present GPU: programs that can wait for each other, and bytes of shared memory that one may use."""
     device = torch.device("cuda", torch.cuda.current_device())
-    return _backend()._sms(device), _backend()._shared(device)
+    return _launch().sms(device), _launch().shared(device)
 
 
 def predicted_us(case: Case, backward: bool, multiprocessors: int) -> float:
@@ -38,14 +42,14 @@ def predicted_us(case: Case, backward: bool, multiprocessors: int) -> float:
 @contextmanager
 def using(design: Design) -> Iterator[None]:
     """Every call in here takes this design."""
-    with mock.patch.object(_backend(), "_plan", lambda *_: design):
+    with mock.patch.object(_launch(), "design_of", lambda *_: design):
         yield
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """Microseconds of the launch of the recurrence in ``run()``, and what that returned."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    recurrence = _backend()._Recurrence
+    recurrence = _launch().Recurrence
     launch = recurrence.launch
 
     def between(call: Any, *arguments: Any, **options: Any) -> None:
@@ -67,41 +71,16 @@ def source(
 
     ``save``: forward keeps what backward needs; backward is given everything that it can be, and norms are wanted.
     """
-    import triton.language as tl
-    from lstmcore.kernels.gpu import persistent, split
     from triton.compiler import ASTSource
 
-    module = persistent if design.kind == "resident" else split
-    kernel = module.lstm_bwd_kernel if backward else module.lstm_fwd_kernel
-    value = {"float16": "fp16", "bfloat16": "bf16"}.get(dtype, "fp32")
-    element = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}[value]
-    bits = "i32" if value == "fp32" else "i16"
-    constants = {
-        "H": hidden, "H_ROW": (hidden + 7) // 8 * 8, "D": directions,
-        "U": design.units, "BT": design.tile, "KW": design.warps,
-        "K": design.chunk, "NK": design.chunks, "STREAM": design.stream, "SAVE": save, "HAS_RESET": reset,
-        "RAGGED": ragged, "HAS_DY": True, "HAS_DH_N": save, "HAS_DCELLS": save,
-        "HAS_C_0": save, "NORMS": save,
-        "PRECISION": "tf32x3" if dtype == "float32" else "tf32", "DTYPE": element,
-        "BITS": tl.int16 if bits == "i16" else tl.int32, "JITTER": 0,
-    }  # fmt: skip
-    special = {"c": "*fp32", "cells": "*fp32", "dc": "*fp32", "norms": "*fp32", "dcells": "*fp32"}
-    special |= dict.fromkeys(("status", "h_words", "dz_words", "w_words", "reset"), "*i32") | {"offsets": "*i64"}
-    if design.kind == "split":
-        special |= {"h": f"*{bits}", "dz": f"*{bits}"}
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        else:
-            signature[name] = "i32" if name in module.SIZES else special.get(name, f"*{value}")
-    constants = {name: constant for name, constant in constants.items() if name in signature}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+    given = ("SAVE", "HAS_DY", "HAS_DH_N", "HAS_DCELLS", "HAS_C_0", "NORMS") if save else ("HAS_DY",)
+    kind = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype, torch.float32)
+    precision = "16" if kind.itemsize == 2 else dtype
+    recurrence = _launch().Recurrence(design, kind, hidden, precision, backward, reset, ragged, given)
+    kernel, constants, types = recurrence.kernel, recurrence.constants, recurrence.pointers()
+    signature = {
+        name: "constexpr" if name in constants else f"*{TYPES[types[name]]}" if name in types else "i32"
+        for name in kernel.arg_names
     }
-    options = {"num_warps": design.warps, **_backend().hints(design.warps)}
-    if design.kind == "split":
-        options["launch_cooperative_grid"] = True
-    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned), options
+    aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name in types}
+    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned), recurrence.options()

@@ -7,7 +7,7 @@ The rooms, each knowing only those above it::
     jit                 compiling, and the cache on disk   vector        LLVM's vectors in Numba
     memory, activations, mode, simd                        what kernels do with vectors
     arguments           records: what a kernel is told     variant       what a kernel is compiled for
-    team, member, threads                                  whose threads run a launch
+    member, team, threads                                  whose threads run a launch
     sync, steps, rows                                      waiting for one another; walking; clearing and copying
     microkernel, matmul                                    products: blocks in registers, and of any size
     forward, backward, jobs, statistics, peak              the kernels

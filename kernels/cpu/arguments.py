@@ -1,39 +1,13 @@
 """How a kernel gets its arguments: the address of a record, whose fields both sides know by name.
 
 A record is a NamedTuple of int64 (counts, bytes, addresses; 0 where absent).  The host makes one a member
-(``layout.py``); the kernel reads it once, when it begins, so that what it knows stays in registers, or on its stack,
-whatever it writes elsewhere.
+(``layout.py``); the kernel reads it once, when it begins (``memory.make_read``), so that what it knows stays in
+registers, or on its stack, whatever it writes elsewhere.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
-
-from llvmlite import ir
-from numba.core import types
-from numba.core.extending import intrinsic
-
-from .vector import I64, PTR
-
-
-@functools.cache
-def make_read(record: type) -> Callable:
-    """A function for kernels: the ``record`` at an address."""
-    fields = len(record._fields)  # type: ignore[attr-defined]
-    kind = types.NamedUniTuple(types.int64, fields, record)
-
-    @intrinsic
-    def read(typingctx, address):
-        def codegen(context, builder, sig, args):
-            base = builder.inttoptr(args[0], PTR)
-            addresses = [builder.gep(base, [ir.Constant(I64, i)], source_etype=I64) for i in range(fields)]
-            return context.make_tuple(builder, kind, [builder.load(at, typ=I64, align=8) for at in addresses])
-
-        return kind(types.int64), codegen
-
-    return read
 
 
 class ForwardArgs(NamedTuple):
@@ -172,3 +146,15 @@ class BackwardArgs(NamedTuple):
     members: int
     counter: int
     following: int  # the record that the same thread works off next; 0: none
+
+
+class Head(NamedTuple):
+    """What the members of a launch on torch's team share (see ``team.py``)."""
+
+    function: int  # the kernel's address
+    records: int  # the members' records, one behind another
+    stride: int  # bytes
+    members: int
+    thread_num: int  # addresses of the runtime's functions
+    num_threads: int
+    size: int  # out: threads of the team

@@ -10,13 +10,13 @@ import functools
 from typing import Any, NamedTuple
 
 from .. import cell
-from .arguments import BackwardArgs, make_read
+from .arguments import BackwardArgs
+from .copying import row_functions
 from .jit import inline, kernel
 from .matmul import Left, Right, make_matrix_product
-from .memory import fetch, load_int, store_double, store_int
+from .memory import fetch, load_int, make_read, store_double, store_int
 from .microkernel import make_block
 from .mode import flush_denormals, set_mode
-from .rows import row_functions
 from .steps import alive_rows, resets, row_start, user_index, walk
 from .sync import meet, opened
 from .variant import Variant

@@ -6,13 +6,13 @@ import functools
 from typing import Any, NamedTuple
 
 from .. import cell
-from .arguments import ForwardArgs, make_read
+from .arguments import ForwardArgs
+from .copying import row_functions
 from .jit import inline, kernel
 from .matmul import Left, Right, make_matrix_product
-from .memory import load_int, store_int
+from .memory import load_int, make_read, store_int
 from .microkernel import make_block
 from .mode import flush_denormals, set_mode
-from .rows import row_functions
 from .simd import simd
 from .steps import alive_rows, block_size, resets, row_start, user_index, walk
 from .sync import meet

@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..integers import ceil_div
-from .arguments import make_read
 from .jit import inline, kernel
-from .memory import load_int
+from .memory import load_int, make_read
 from .variant import Variant
 
 VALUES_WORTH_THREADS = 1 << 18  # values: some 100 microseconds of packing

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..contract import Needs, Rows
+from ..contract import Call, Layer, Needs
 from ..integers import ceil_div
 from . import buffers, threads, tiling
 from .arguments import BackwardArgs, ForwardArgs
@@ -34,7 +34,7 @@ from .jobs import (
     column_panels_size,
     gate_order,
 )
-from .problem import Alive, Kind, Problem, Table, Template, side_by_side
+from .problem import Alive, Problem, Table, Template, side_by_side
 
 LINE = 16  # int64 of a barrier's counter, so that no two share a cache line
 Strides = tuple[int, ...] | None  # of a tensor, in bytes; None where there is none
@@ -55,12 +55,12 @@ class Jobs:
         """The weight (4H, depth) into gate panels."""
         p = self.problem
         self.jobs.append(Job(PACK_GATES, p.panels, packed, p.buffers.at(weight), depth, p.hidden))
-        self.values += 4 * p.hidden * depth
+        self.values += p.layer.gates * depth
 
     def pack_bias(self, packed: int, bias_ih: object, bias_hh: object) -> None:
         """(4H,) each into the gate panels of their sum; zeros where there are none."""
         p = self.problem
-        one, other = (p.buffers.at(bias) if p.kind.bias else 0 for bias in (bias_ih, bias_hh))
+        one, other = (p.buffers.at(bias) if p.layer.bias else 0 for bias in (bias_ih, bias_hh))
         self.jobs.append(Job(PACK_BIAS, p.panels, packed, one, 1, p.hidden, other=other))
 
     def pack_columns(self, packed: int, weight: object, columns: int, order: Table) -> None:
@@ -79,7 +79,7 @@ class Jobs:
                 parts=parts, part_stride=stride,
             )
         )  # fmt: skip
-        self.values += parts * 4 * p.hidden * depth
+        self.values += parts * p.layer.gates * depth
 
     def unpack_columns(self, target: object, packed: int, depth: int, columns: int, parts: int, stride: int) -> None:
         """Whole column panels into a gradient (depth, columns)."""
@@ -186,15 +186,15 @@ def _address(tensor: Any) -> int:
     return tensor.data_ptr() if isinstance(tensor, Tensor) else tensor.ctypes.data
 
 
-def layout_of(lay: Callable[..., Layout], kind: Kind, rows: Rows, available: int, given: NamedTuple) -> Layout:
+def layout_of(lay: Callable[..., Layout], call: Call, available: int, given: NamedTuple) -> Layout:
     """The layout of this kind of call: one that is kept where all rows are alive at every step, else a new one."""
-    alive = Alive.of(rows)
-    return lay(Problem(kind, alive, available), given) if alive else _kept(lay, kind, available, given)
+    alive = Alive.of(call.rows)
+    return lay(Problem(call.layer, alive, available), given) if alive else _kept(lay, call.layer, available, given)
 
 
 @functools.lru_cache(maxsize=512)
-def _kept(lay: Callable[..., Layout], kind: Kind, available: int, given: NamedTuple) -> Layout:
-    return lay(Problem(kind, None, available), given)
+def _kept(lay: Callable[..., Layout], layer: Layer, available: int, given: NamedTuple) -> Layout:
+    return lay(Problem(layer, None, available), given)
 
 
 forget = _kept.cache_clear
@@ -242,7 +242,7 @@ def lay_forward(problem: Problem, given: ForwardGiven) -> Layout:
         "x": at("x"), "reset": at("reset") if given.reset else 0, "h_half": h_half,
         "chunk": plan.chunk, "chunk_rows": plan.chunk * p.batch, "fused": int(fused),
     }  # fmt: skip
-    stored = p.kind.dtype.itemsize
+    stored = p.layer.dtype.itemsize
     before, after, records = Jobs(p), Jobs(p), list[np.ndarray]()
     for direction in range(p.directions):
         scratch = _forward_scratch(p, plan, borders, fused, given.save)
@@ -268,7 +268,7 @@ def lay_forward(problem: Problem, given: ForwardGiven) -> Layout:
 
 def _forward_scratch(p: Problem, plan: tiling.Plan, borders: list[int], fused: bool, save: bool) -> dict[str, int]:
     """The scratch of one direction; see ``ForwardArgs``."""
-    size, staged, chunk_rows, gate_bytes = p.size, p.kernels.staged, plan.chunk * p.batch, 4 * p.padded_hidden * p.size
+    size, staged, chunk_rows, gate_bytes = p.size, p.kernels.staged, plan.chunk * p.batch, p.padded_gates * p.size
     state = p.state_bytes(p.padded_hidden, borders)
     return p.buffers.lay(
         h=2 * p.state_bytes(p.padded_width, borders),
@@ -285,7 +285,7 @@ def _forward_scratch(p: Problem, plan: tiling.Plan, borders: list[int], fused: b
 
 
 def lay_backward(problem: Problem, given: BackwardGiven) -> Layout:
-    p, at, needs, stored = problem, problem.buffers.at, given.needs, problem.kind.dtype.itemsize
+    p, at, needs, stored = problem, problem.buffers.at, given.needs, problem.layer.dtype.itemsize
     parts = p.parts()
     most = max(last - first for first, last, _ in parts)
     plan = tiling.plan(
@@ -334,7 +334,7 @@ def _backward_jobs(
     before: Jobs, after: Jobs,
 ) -> None:  # fmt: skip
     """What becomes of the states and weights of one direction."""
-    needs, stored = given.needs, p.kind.dtype.itemsize
+    needs, stored = given.needs, p.layer.dtype.itemsize
     dh_rows, dc_rows = p.state_rows(p.padded_width, borders), p.state_rows(p.padded_hidden, borders)
     h_rows, c_rows = p.multiples(p.batch, p.padded_width * p.size), p.multiples(p.batch, p.padded_hidden * p.size)
     before.clear(scratch["zero"], max(p.padded_hidden, p.padded_width))
@@ -362,7 +362,7 @@ def _unpack_gradients(p: Problem, after: Jobs, sums: dict[str, int], parts: int,
 
     after.unpack_gates(of("weight_ih"), sums["dw_x"], p.inputs, parts, stride)
     after.unpack_gates(of("weight_hh"), sums["dw_h"], p.width, parts, stride)
-    if p.kind.bias:
+    if p.layer.bias:
         after.unpack_gates(of("bias_ih"), sums["db"], 1, parts, stride)
         after.unpack_gates(of("bias_hh"), sums["db"], 1, 1, 0)  # by now the sum of all parts
     if p.projected:
@@ -371,7 +371,7 @@ def _unpack_gradients(p: Problem, after: Jobs, sums: dict[str, int], parts: int,
 
 def _backward_scratch(p: Problem, borders: list[int], needs: Needs) -> dict[str, int]:
     """What the parts of one direction share; see ``BackwardArgs``."""
-    size, lanes, gates = p.size, p.block.lanes, 4 * p.padded_hidden
+    size, lanes, gates = p.size, p.block.lanes, p.padded_gates
     state = p.state_bytes(p.padded_hidden, borders)
     return p.buffers.lay(
         zero=max(p.padded_hidden, p.padded_width) * size,
@@ -388,7 +388,7 @@ def _backward_scratch(p: Problem, borders: list[int], needs: Needs) -> dict[str,
 
 def _gradient_scratch(p: Problem, parts: int, needs: Needs) -> tuple[dict[str, int], int]:
     """The packed weight gradients of one direction's first part, and how many bytes on those of the next lie."""
-    gates = 4 * p.padded_hidden * p.size * needs.weights
+    gates = p.padded_gates * p.size * needs.weights
     columns = p.columns * p.hidden * p.block.panel * p.size * needs.weights
     begin = p.buffers.scratch
     first, *_ = (
@@ -402,7 +402,7 @@ def _part_scratch(p: Problem, chunk_rows: int, needs: Needs) -> dict[str, int]:
     """What a part of the batch has for itself; see ``BackwardArgs``."""
     row = chunk_rows * p.size
     return p.buffers.lay(
-        dz=row * 4 * p.padded_hidden,
+        dz=row * p.padded_gates,
         dh_chunk=row * p.columns * p.block.panel * p.projected,
         x_strips=row * p.inputs * needs.weights,
         h_strips=row * p.width * needs.weights,

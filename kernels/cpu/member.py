@@ -9,10 +9,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
 
-from .arguments import make_read
+from .arguments import Head
 from .jit import kernel
-from .memory import store_int
-from .team import Head
+from .memory import make_read, store_int
 from .vector import I32, I64
 
 

@@ -1,10 +1,11 @@
-"""Loads and stores: of integers, and of vectors, whole and in part.
+"""Loads and stores: of integers, of records, and of vectors, whole and in part.
 
 Addresses are int64 bytes, as ``Tensor.data_ptr()`` gives them; no alignment beyond the scalar's is assumed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from llvmlite import ir
@@ -67,6 +68,24 @@ def store_double(typingctx, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float64), codegen
+
+
+@functools.cache
+def make_read(record: type) -> Callable:
+    """A function for kernels: the ``record`` at an address."""
+    fields = len(record._fields)  # type: ignore[attr-defined]
+    kind = types.NamedUniTuple(types.int64, fields, record)
+
+    @intrinsic
+    def read(typingctx, address):
+        def codegen(context, builder, sig, args):
+            base = builder.inttoptr(args[0], PTR)
+            addresses = [builder.gep(base, [ir.Constant(I64, i)], source_etype=I64) for i in range(fields)]
+            return context.make_tuple(builder, kind, [builder.load(at, typ=I64, align=8) for at in addresses])
+
+        return kind(types.int64), codegen
+
+    return read
 
 
 def whole_vectors(kind: Vector) -> dict[str, Callable]:

@@ -15,8 +15,8 @@ import torch
 
 from ..contract import state_dtype
 from . import threads, tiling
-from .arguments import make_read
 from .jit import kernel
+from .memory import make_read
 from .microkernel import make_block
 from .simd import simd
 

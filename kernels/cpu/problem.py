@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..contract import Rows, Weights, state_dtype
-from ..integers import ceil_div
+from ..contract import GATES, Layer, Rows, state_dtype
+from ..integers import ceil_div, starts_of
 from . import buffers, threads, tiling
 from .arguments import BackwardArgs, ForwardArgs
 from .backward import backward_kernel
@@ -46,11 +45,6 @@ class Table(NamedTuple):
 def _table(values: np.ndarray) -> Table:
     values = np.ascontiguousarray(values, np.int64)
     return Table(values, values.ctypes.data)
-
-
-def starts_of(sizes: np.ndarray) -> np.ndarray:
-    """How many rows come before each step, and after the last one: (T + 1,) from (T,)."""
-    return np.concatenate(([0], np.cumsum(sizes)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -90,34 +84,10 @@ def kernels_of(dtype: torch.dtype) -> Kernels:
     return Kernels(dtype)
 
 
-class Kind(NamedTuple):
-    """What the arguments of a call's kernels depend on, beside the addresses and which rows are alive."""
-
-    dtype: torch.dtype
-    steps: int
-    batch: int
-    inputs: int
-    hidden: int
-    width: int  # P, or H
-    directions: int
-    projected: bool
-    bias: bool
-    packed: bool
-
-    @staticmethod
-    def of(input: Tensor, weights: tuple[Weights, ...], rows: Rows) -> Kind:
-        first = weights[0]
-        gates, width = first.weight_hh.shape
-        return Kind(
-            input.dtype, rows.steps, rows.batch, input.shape[-1], gates // 4, width, len(weights),
-            first.weight_hr is not None, first.bias_ih is not None, rows.packed,
-        )  # fmt: skip
-
-    def threads(self, total: int) -> int:
-        """How many threads a call of ``total`` alive rows is worth."""
-        work = total * 4 * self.hidden * (self.inputs + self.width) * self.directions
-        worth = tiling.threads_worth(work)
-        return worth if worth == 1 else min(threads.count(), worth)
+def threads_for(layer: Layer, total: int) -> int:
+    """How many threads a call of ``total`` alive rows is worth."""
+    worth = tiling.threads_worth(total * layer.gates * (layer.input_size + layer.width) * layer.directions)
+    return worth if worth == 1 else min(threads.count(), worth)
 
 
 class Alive(NamedTuple):
@@ -125,12 +95,13 @@ class Alive(NamedTuple):
 
     batch_sizes: np.ndarray  # (T,)
     order: np.ndarray | None  # (B,); None: the user's
+    packed: bool
 
     @staticmethod
     def of(rows: Rows) -> Alive | None:
         if rows.batch_sizes is None:
             return None
-        return Alive(rows.batch_sizes.numpy(), None if rows.order is None else rows.order.numpy())
+        return Alive(rows.batch_sizes.numpy(), None if rows.order is None else rows.order.numpy(), rows.packed)
 
 
 class Buffers:
@@ -173,13 +144,15 @@ class Template:
 class Problem:
     """The sizes and the rows of a kind of call.  What it gives addresses of lives as long as it does."""
 
-    def __init__(self, kind: Kind, alive: Alive | None, available: int):
-        self.kernels = kernels = kernels_of(kind.dtype)
-        self.kind, self.available, self.block, self.size = kind, available, kernels.block, kernels.size
-        self.steps, self.batch, self.directions = kind.steps, kind.batch, kind.directions
-        self.inputs, self.hidden, self.width, self.projected = kind.inputs, kind.hidden, kind.width, kind.projected
+    def __init__(self, layer: Layer, alive: Alive | None, available: int):
+        self.kernels = kernels = kernels_of(layer.dtype)
+        self.layer, self.available, self.block, self.size = layer, available, kernels.block, kernels.size
+        self.steps, self.batch, self.directions = layer.steps, layer.batch, layer.directions
+        self.inputs, self.hidden, self.width = layer.input_size, layer.hidden_size, layer.width
+        self.projected, self.packed = layer.projected, alive is not None and alive.packed
         self.panels = ceil_div(self.hidden, self.block.lanes)
         self.padded_hidden, self.padded_width = self.block.padded(self.hidden), self.block.padded(self.width)
+        self.padded_gates = GATES * self.padded_hidden
         self.columns = ceil_div(self.width, self.block.panel)
         self.buffers = Buffers()
         self._tables: list[Table] = []
@@ -190,7 +163,7 @@ class Problem:
             starts = self.table(starts_of(self.batch_sizes)).address
         self.shape = {  # the arguments that both kernels share
             "steps": self.steps, "batch": self.batch, "inputs": self.inputs, "hidden": self.hidden, "width": self.width,
-            "batch_sizes": sizes, "row_starts": starts, "packed": int(kind.packed),
+            "batch_sizes": sizes, "row_starts": starts, "packed": int(self.packed),
             "h_rows": self.multiples(self.batch, self.padded_width * self.size).address,
             "m_rows": self.multiples(self.batch, self.padded_hidden * self.size).address,
             **dict.fromkeys((*SHARE, *LATE), 0),
@@ -216,7 +189,7 @@ class Problem:
         """The arguments (bytes from step to step, offsets of sorted rows) of a user's tensor of these strides."""
         if strides is None:
             return {f"{name}_step": 0, f"{name}_rows": self.multiples(self.batch, 1).address}
-        rows = self.offsets(strides[0 if self.kind.packed else 1])
+        rows = self.offsets(strides[0 if self.packed else 1])
         return {f"{name}_step": strides[0], f"{name}_rows": rows.address}
 
     def state_bytes(self, columns: int, borders: list[int]) -> int:

@@ -27,8 +27,9 @@ from numba.core import types
 from numba.core.extending import intrinsic
 from torch import Tensor
 
-from ..contract import GateStatistics
-from ..gate_statistics import BINS, LEAST
+from ..contract import Call, GateStatistics
+from ..gate_statistics import BINS, LEAST, sampled_rows
+from ..integers import ceil_div, starts_of
 from . import buffers
 from .jit import kernel
 from .memory import load_int
@@ -210,32 +211,29 @@ def norms_kernel(scalar: str):
     return lstm_norms_kernel
 
 
-def statistics(
-    kernel: Callable,
-    gates: Sequence[Tensor],  # of each direction, (N, U, 4, lanes)
-    rows: np.ndarray,  # (R,) int64, of the sorted batch
-    batch_sizes: np.ndarray | None,  # (T,)
-    row_starts: np.ndarray | None,  # (T + 1,)
-    steps: int,
-    batch: int,
-    hidden: int,
-    lanes: int,
-) -> GateStatistics:
-    """Of the sampled ``rows`` of each direction."""
-    directions = len(gates)
+def statistics(kernel: Callable, lanes: int, call: Call, gates: Sequence[Tensor], wanted: int) -> GateStatistics:
+    """Of ``wanted`` rows of a call, from the gates (N, U, 4, lanes) of each direction; ``kernel`` as above."""
+    rows, hidden, directions, steps = call.rows, call.layer.hidden_size, len(gates), call.rows.steps
+    starting, starts, row_starts = rows.batch, 0, None
+    if rows.batch_sizes is not None:
+        starting, row_starts = int(rows.batch_sizes[0]), starts_of(rows.batch_sizes.numpy())
+        starts = row_starts.ctypes.data
+    sample = np.array(sampled_rows(starting, wanted))
     sums = np.zeros((directions, steps, 3))
     counts = np.zeros((directions, steps, 3, BINS), np.int32)
     log_forget = np.zeros((directions, hidden))
-    starts = 0 if row_starts is None else row_starts.ctypes.data
-    scratch = buffers.take(2 * 3 * lanes + len(rows) * -(-hidden // lanes) * lanes, torch.float64).numpy()  # aligned
-    accumulators, products = scratch[: 6 * lanes].reshape(2, 3, lanes), scratch[6 * lanes :].reshape(len(rows), -1)
+    size = 2 * 3 * lanes, len(sample) * ceil_div(hidden, lanes) * lanes
+    scratch = buffers.take(sum(size), torch.float64).numpy()  # aligned
+    accumulators, products = scratch[: size[0]].reshape(2, 3, lanes), scratch[size[0] :].reshape(len(sample), -1)
     accumulators[:], products[:] = 0, 1
     for d, each in enumerate(gates):
         kernel(
             sums[d], counts[d], log_forget[d], products, accumulators,
-            each.data_ptr(), rows.ctypes.data, len(rows), starts, steps, batch, hidden,
+            each.data_ptr(), sample.ctypes.data, len(sample), starts, steps, rows.batch, hidden,
         )  # fmt: skip
-    alive = np.full(steps, len(rows)) if batch_sizes is None else (rows < batch_sizes[:, None]).sum(1)
+    del row_starts  # until here
+    sizes = rows.batch_sizes
+    alive = np.full(steps, len(sample)) if sizes is None else (sample < sizes.numpy()[:, None]).sum(1)
     return GateStatistics(
         torch.from_numpy(sums).permute(2, 0, 1),
         torch.from_numpy(counts).permute(2, 0, 1, 3),

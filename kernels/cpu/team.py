@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from . import process
+from .arguments import Head
 
 
 class Entry(NamedTuple):
@@ -40,18 +41,6 @@ class Entry(NamedTuple):
     cores: Callable[[], int]  # that the process may use
     thread_num: int  # addresses
     num_threads: int
-
-
-class Head(NamedTuple):
-    """What the members of a launch share; int64 all."""
-
-    function: int  # the kernel's address
-    records: int  # the members' records, one behind another
-    stride: int  # bytes
-    members: int
-    thread_num: int  # addresses of the runtime's functions
-    num_threads: int
-    size: int  # out: threads of the team
 
 
 @functools.cache
@@ -106,7 +95,7 @@ def missing() -> str | None:
 
 @functools.cache
 def _member() -> int:
-    """The address of the function that every thread of the team runs, on the address of a :class:`Head`."""
+    """The address of the function that every thread of the team runs, on the address of a ``Head``."""
     from .member import member_kernel  # the compiler is not loaded before there is something to run
 
     return member_kernel().address

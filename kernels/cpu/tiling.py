@@ -17,7 +17,6 @@ import torch
 from ..integers import ceil_div
 from . import caches
 
-SIZE = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
 # Bytes of vector register and number of registers.
 REGISTERS = {"avx512": (64, 32), "avx2": (32, 16), "neon": (16, 32), "generic": (16, 16)}
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lstmcore.flow.measure import measure
 from lstmcore.flow.record import GATES, QUANTILES, Gates, Norms, Record
-from lstmcore.flow.summary import measure
 
 FORMAT, VERSION = "lstmcore.flow", 1
 ENTERING = ("entering", "entering_by_lag")

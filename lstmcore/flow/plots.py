@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lstmcore.flow.export import writing
+from lstmcore.flow.measure import VANISHED, by_layer, measure
 from lstmcore.flow.record import CLOSED, GATES, OPEN, QUANTILES, Gates, Norms, Record
-from lstmcore.flow.summary import VANISHED, by_layer, measure, number, share
+from lstmcore.flow.summary import number, share
 
 try:
     import matplotlib
@@ -27,15 +28,7 @@ except ImportError as error:
     raise ImportError("the pictures need matplotlib: pip install matplotlib") from error
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, in an order that puts like things far from each other
-BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-    "#d55e00",
-    "#f0e442",
-)
+BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
 CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, RED, "#444444")
 STATES = {"c": ("cell state c", BLUE), "h": ("hidden state h", ORANGE)}
 TERMS = {

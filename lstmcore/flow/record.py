@@ -139,11 +139,6 @@ class Gates:
         """(3, T): the share of activations of 0.9 and above."""
         return self.histogram[..., -1]
 
-    @property
-    def saturated(self) -> Tensor:
-        """(3,): the share of all activations that are closed or open."""
-        return (self.closed + self.open).nanmean(-1)
-
 
 @dataclass(frozen=True)
 class Record:

@@ -21,9 +21,9 @@ from torch import nn
 
 from lstmcore import recording
 from lstmcore.flow.record import Gates, Norms, Record, entering_of
+from lstmcore.flow.rnn import RNN
 from lstmcore.module import LSTM
 from lstmcore.recording import Observation
-from lstmcore.rnn import RNN
 
 if TYPE_CHECKING:
     from lstmcore.flow.summary import Summary
@@ -297,7 +297,7 @@ def record_gradient_flow(
     Each backward pass counts as one: under gradient accumulation, each micro-batch.
 
     Args:
-        model: a module with one :class:`lstmcore.LSTM` or more inside (also :class:`lstmcore.rnn.RNN`), or one itself.
+        model: a module with one :class:`lstmcore.LSTM` or more inside (also :class:`lstmcore.RNN`), or one itself.
         every: records backward passes 0, every, 2 every, ...
         rows: keeps the norms of every row, ``record.h.rows`` (T, B), beside their mean and quantiles over the batch.
         gate_rows: how many rows of the batch, evenly spread, the statistics of the gates are taken over; 0 for none.

@@ -12,20 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from lstmcore.flow.measure import EXPLODED, VANISHED, Flow, by_layer, measure, ragged
 from lstmcore.flow.record import GATES, Record
 
 KINDS = ("non-finite", "exploding", "vanishing", "no-gradient", "saturated", "unclear", "short-horizon", "healthy")
 
-# float32 holds 24 bits, 6e-8 of a value: what is a million times smaller than the rest of a sum changes its last few
-# bits, far below the noise between two batches, and no optimizer can learn from that.
-VANISHED = 1e-6
-# The near end then has less than a thousandth of the weights' gradient, and clipping takes away even that.
-EXPLODED = 1e3
-# A step that directly receives less than this share of what is there has got it from afar: even the thousand steps
-# around it could not add up to it.
-FED = 1e-3
 MOSTLY = 0.5  # a gate is called closed where more than half of its activations are
 SWITCHES = 0.9  # hardly an activation is left where the sigmoid's slope exceeds 0.09, so these gates hardly learn
 # A unit keeps 2^-10, a thousandth, over ten times its horizon; chrono's longest has two thirds of the sequence.
@@ -63,30 +55,6 @@ class Summary:
         return "\n\n".join(blocks)
 
 
-@dataclass(frozen=True)
-class Flow:
-    """The figures of one record's gradient along the lags; NaN where there is nothing to take a figure of."""
-
-    curve: Tensor  # (T,) mean norm by lag: of dL/dc, or of dL/dh where there is no cell
-    start: int | None  # the first lag that has a gradient; None: none has
-    far: int  # the last lag that a row of the batch has
-    peak: int  # the lag of the largest norm
-    reach: int  # the last lag that the loss, or the layer above, feeds
-    vanished: int | None  # the first lag from which the norm stays below VANISHED of its largest value
-    broken: int | None  # the first lag at which a norm, of h or of c, is not finite
-    growth: float  # the largest norm over the first, beyond what more and more steps feeding it would explain
-    rate: float  # what one step back keeps: exp of the slope of the log norms, by least squares
-
-    def ratio(self, lag: int) -> float:
-        """The norm at ``lag`` over the first one."""
-        return float(self.curve[lag] / self.curve[self.start]) if self.start is not None else math.nan
-
-    @property
-    def throughout(self) -> bool:
-        """Whether gradient enters all along the way, so that the norms cannot show what crosses it."""
-        return 2 * self.reach > self.far
-
-
 def summarize(records: Sequence[Record]) -> Summary:
     """Judges the last recorded pass of every layer and direction, and how it differs from the first one.
 
@@ -108,67 +76,6 @@ def summarize(records: Sequence[Record]) -> Summary:
     return Summary(heading, [finding for history in layers.values() for finding in _judge(history, layers)])
 
 
-def by_layer(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The records of each layer and direction by name, in the order of their iterations.
-
-    Raises ValueError for an empty recording.
-    """
-    if not records:
-        raise ValueError(
-            "there are no records: call loss.backward() inside `with lstmcore.record_gradient_flow(model) as flow:`, on"
-            " a loss that depends on the output of an lstmcore.LSTM in the model"
-        )
-    layers: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda record: (record.module, record.layer, record.direction, record.call)):
-        layers.setdefault(record.name, []).append(record)
-    for history in layers.values():
-        history.sort(key=lambda record: record.iteration)
-    modules = list(dict.fromkeys(record.module for record in records))  # in the order of the recording
-    return dict(sorted(layers.items(), key=lambda item: modules.index(item[1][0].module)))
-
-
-def measure(record: Record) -> Flow:
-    """The figures of one record."""
-    norms = record.h if record.c is None else record.c
-    curve = norms.mean_by_lag
-    lags = torch.arange(len(curve), device=curve.device)
-    alive = ~curve.isnan()
-    far = int(lags[alive].max()) if alive.any() else 0
-    infinite = alive & ~(curve.isfinite() & record.h.mean_by_lag.isfinite())
-    broken = int(lags[infinite].min()) if infinite.any() else None
-    entering = record.entering_by_lag
-    reach = _reach(record, far)
-    usable = alive & curve.isfinite() & (lags < (far + 1 if broken is None else broken))
-    present = usable & (curve > 0)
-    if not present.any():
-        return Flow(curve, None, far, 0, reach, None, broken, math.nan, math.nan)
-    start = int(lags[present].min())
-
-    size = torch.where(usable, curve, -1.0)
-    peak = int(size.argmax())
-    last = int(lags[present & (curve >= VANISHED * curve[peak])].max())
-    vanished = last + 1 if last < far and broken is None else None
-
-    fed = entering.nan_to_num(0, posinf=0).cumsum(0)
-    more = (fed / fed[start]).clamp(min=1) if fed[start] > 0 else torch.ones_like(fed)
-    growth = float((size / (curve[start] * more)).max())
-
-    # The rate is fitted from where no more is added to where the norm has vanished, or to where it is largest.
-    begin, end = (reach if 2 * reach <= far else peak), (far if vanished is None else vanished)
-    if growth > EXPLODED:
-        begin, end = start, peak
-    fitted = present & (lags >= max(begin, start)) & (lags <= end)
-    return Flow(curve, start, far, peak, reach, vanished, broken, growth, _rate(lags[fitted], curve[fitted]))
-
-
-def ragged(record: Record) -> bool:
-    """Whether the rows end at different steps, so that a lag has no step of its own."""
-    norms = record.h
-    turned = norms.mean if record.direction else norms.mean.flip(0)
-    same = (turned == norms.mean_by_lag) | (turned.isnan() & norms.mean_by_lag.isnan())
-    return not bool(same.all())
-
-
 def number(value: float) -> str:
     """Two significant digits: ``0.51``, ``1200``, ``3e-12``."""
     if value == 0 or not math.isfinite(value):
@@ -183,21 +90,6 @@ def number(value: float) -> str:
 def share(value: float) -> str:
     """A share as percentage, a tiny one as a power: ``62%``, ``3e-12``."""
     return f"{number(100 * value)}%" if value == 0 or value >= 1e-3 else number(value)
-
-
-def _reach(record: Record, far: int) -> int:
-    """The last lag that is fed from outside of the layer."""
-    lags = (record.entering_by_lag > FED * record.h.mean_by_lag).nonzero()  # False for NaN
-    return min(int(lags.max()), far) if len(lags) else 0
-
-
-def _rate(lags: Tensor, norms: Tensor) -> float:
-    """The factor a step of norms that fall or rise geometrically."""
-    if len(lags) < 2:
-        return math.nan
-    x, y = lags.double(), norms.log()
-    x = x - x.mean()
-    return math.exp(float((x * (y - y.mean())).sum() / (x * x).sum()))
 
 
 # ------------------------------------------------------------------------------------------------------ one layer

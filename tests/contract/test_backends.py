@@ -12,7 +12,7 @@ import pytest
 import torch
 from lstmcore.kernels.contract import Layer, Needs, Rows
 
-import lstmcore.reference
+from lstmcore.backends import reference
 
 from ..support import contract_checks as checks
 from ..support.contract import (
@@ -70,10 +70,10 @@ def test_no_gates_unless_asked(kernels, setup):
 def test_reference_backward_against_oracle(setup):
     """The reference's own backward, with what it tells a recording."""
     p = pose(setup)
-    got, expected = solve(lstmcore.reference, p), expected_of(p)
+    got, expected = solve(reference, p), expected_of(p)
     assert_close(got, expected, ORDER_OF_SUMS)
     assert ((got["norms"] - expected["norms"]).abs() <= NORMS[torch.float64] * expected["norms"]).all()
-    checks.check_gates(lstmcore.reference, setup, 3, 1e-12)
+    checks.check_gates(reference, setup, 3, 1e-12)
 
 
 @pytest.mark.parametrize("setup", [*SETUPS, NOTHING], ids=str)
@@ -83,7 +83,7 @@ def test_reference_against_oracle(setup):
     leaves = {name: p.given[name].requires_grad_() for name in ("input", "h_0", "c_0")}
     for d, weights in enumerate(p.given_weights):
         leaves |= {f"{name} {d}": w.requires_grad_() for name, w in weights._asdict().items() if w is not None}
-    forward = call_forward(lstmcore.reference, p)
+    forward = call_forward(reference, p)
     results, names = forward[: 4 if setup.cells else 3], ("output", "h_n", "c_n", "cells")
     grads = [p.given[f"grad_{name}"] for name, _ in zip(names, results, strict=False)]
     found = torch.autograd.grad(results, list(leaves.values()), grads, materialize_grads=True)
@@ -159,14 +159,14 @@ def test_supports(kernels):
     layer = Layer(torch.device("cpu"), torch.float32, 10, 4, 8, 16)
     assert kernels.supports(layer) is None
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        assert kernels.supports(replace(layer, dtype=dtype)) is None
+        assert kernels.supports(layer._replace(dtype=dtype)) is None
     for change in (
         {"device": torch.device("cuda")},
         {"device": torch.device("meta")},
         {"dtype": torch.int32},
         {"dtype": torch.complex64},
     ):
-        reason = kernels.supports(replace(layer, **change))
+        reason = kernels.supports(layer._replace(**change))
         assert isinstance(reason, str)
         assert str(next(iter(change.values()))) in reason
 

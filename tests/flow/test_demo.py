@@ -18,8 +18,10 @@ import torch
 from torch.nn import functional as F
 
 import lstmcore
+from gradient_flow import tasks
+from gradient_flow.training import MODELS, SETTINGS, Run, build, left, train, untrained
 from lstmcore import cli
-from lstmcore.flow import tasks
+from lstmcore.flow.measure import measure
 
 ROOT = pathlib.Path(__file__).parents[2]
 needs_pictures = pytest.mark.skipif(
@@ -154,16 +156,11 @@ def test_accuracy_of_adding():
 # ----------------------------------------------------------------------------------------------------- what it claims
 
 
-@needs_pictures
 @pytest.mark.parametrize("task", [tasks.Adding(260), tasks.Copy(250, 2, 4)], ids=lambda task: task.name)
 @pytest.mark.parametrize("hidden_size", [32, 64])
 def test_what_is_left_before_training(task, hidden_size):
     """Over several seeds: lag 200 of a plain RNN, of LSTMs, and of the LSTM with the cure."""
-    from lstmcore.flow.demo import MODELS, left, untrained
-
-    ratios = {
-        name: [left(untrained(name, task, hidden_size, seed)) for seed in SEEDS] for name in MODELS
-    }  # fmt: skip
+    ratios = {name: [left(untrained(name, task, hidden_size, seed)) for seed in SEEDS] for name in MODELS}
     for name in ("sigmoid RNN", "tanh RNN", "LSTM, default"):
         assert max(ratios[name]) < 1e-8, name
     assert min(ratios["LSTM, chrono"]) > 1e-3
@@ -171,11 +168,7 @@ def test_what_is_left_before_training(task, hidden_size):
     assert max(ratios["LSTM, default"]) < min(ratios["LSTM, bias 1"]) < max(ratios["LSTM, bias 1"]) < 1e-3
 
 
-@needs_pictures
 def test_what_a_step_keeps():
-    from lstmcore.flow.demo import untrained
-    from lstmcore.flow.summary import measure
-
     rates = {
         name: [measure(untrained(name, tasks.Adding(260), 32, seed)).rate for seed in SEEDS]
         for name in ("sigmoid RNN", "LSTM, default", "LSTM, chrono")
@@ -185,21 +178,15 @@ def test_what_a_step_keeps():
     assert min(rates["LSTM, chrono"]) > 0.98
 
 
-@needs_pictures
 def test_models_differ_in_their_biases_alone():
-    from lstmcore.flow.demo import MODELS, build
-
     models = [build(name, tasks.Adding(50), 8, seed=3) for name in MODELS if name.startswith("LSTM")]
     for (name, first), *others in zip(*(model.named_parameters() for model in models), strict=True):
         for _, other in others:
             assert torch.equal(first, other) or name.startswith("recurrent.bias_")
 
 
-@needs_pictures
 def test_training_learns_and_stops():
     """A lag of a few steps, which every LSTM learns: the loop, the records, the verdict."""
-    from lstmcore.flow.demo import SETTINGS, Run, train
-
     run = Run("LSTM, chrono", tasks.Copy(3, 1, 2))
     train(run, SETTINGS["copy"], seed=0)
     assert run.learned
@@ -291,6 +278,15 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     names = {path.name for path in tmp_path.glob("*.png")}
     assert {"untrained-adding.png", "untrained-copy.png", "adding-20-losses.png", "adding-20-training.png"} <= names
     assert not any(name.startswith("copy") for name in names)
+
+
+def test_it_runs_by_itself_too():
+    """As the command without a checkout says."""
+    program = [sys.executable, ROOT / "examples" / "gradient_flow", "--help"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: python examples/gradient_flow")
+    assert "--adding" in done.stdout
 
 
 @needs_pictures

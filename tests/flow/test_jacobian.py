@@ -12,9 +12,9 @@ from torch.autograd.functional import jacobian as differentiate
 from torch.nn.utils.rnn import pack_sequence
 
 import lstmcore
-from lstmcore.flow import jacobian
-from lstmcore.flow.jacobian import cell_jacobian, rnn_jacobian
-from lstmcore.rnn import RNN
+from lstmcore.flow import operators
+from lstmcore.flow.jacobian import CellJacobian, cell_jacobian, rnn_jacobian
+from lstmcore.flow.rnn import RNN
 
 from ..support.oracle import RowByRow
 
@@ -191,7 +191,7 @@ def test_the_product_leaves_out_the_path_through_the_output_gate():
 @pytest.fixture
 def matrix_free(monkeypatch):
     """Switches forming matrices off."""
-    return lambda: monkeypatch.setattr(jacobian, "EXACT", 0)
+    return lambda: monkeypatch.setattr(operators, "EXACT", 0)
 
 
 def made(kind, H=12, T=30, scale=0.8):
@@ -232,7 +232,7 @@ def test_large_modules_form_no_stack(monkeypatch):
     module, x, hx = example(T=5, H=80, scale=0.1)
     found = cell_jacobian(module, x, hx)
     expected = torch.linalg.matrix_norm(found.matrix(4) @ found.matrix(3), 2)
-    for cls in (jacobian.Scaled, jacobian.Diagonal, jacobian.CellJacobian):
+    for cls in (operators.Scaled, operators.Diagonal, CellJacobian):
         monkeypatch.setattr(cls, "matrix", None)
     found.norms(2)
     found.norms("fro")
@@ -258,7 +258,7 @@ def test_norms_are_those_of_the_matrices(kind):
 def test_chunks_do_not_show(monkeypatch):
     found = made("lstm", T=11)
     whole = found.norms(2)
-    monkeypatch.setattr(jacobian, "CHUNK", 700)  # two steps
+    monkeypatch.setattr(operators, "CHUNK", 700)  # two steps
     for name, value in found.norms(2).items():
         torch.testing.assert_close(value, whole[name], **CLOSE)
 
@@ -390,7 +390,7 @@ def test_other_modules_are_refused():
         cell_jacobian(nn.GRU(3, 5), x)
     with pytest.raises(TypeError, match="got Linear"):
         cell_jacobian(nn.Linear(3, 5), x)
-    with pytest.raises(TypeError, match=r"expected an lstmcore.rnn.RNN or torch.nn.RNN, got LSTM"):
+    with pytest.raises(TypeError, match=r"expected an lstmcore.RNN or torch.nn.RNN, got LSTM"):
         rnn_jacobian(nn.LSTM(3, 5), x)
     with pytest.raises(ValueError, match="in one direction"):
         rnn_jacobian(nn.RNN(3, 5, bidirectional=True), x)
@@ -447,7 +447,7 @@ def test_wrong_questions(monkeypatch):
         found.norms(1)
     with pytest.raises(ValueError, match="k = 13 Lyapunov exponents of 12 units: expected 1 to 12"):
         found.lyapunov_exponents(13)
-    monkeypatch.setattr(jacobian, "STACK", 1000)
+    monkeypatch.setattr(operators, "STACK", 1000)
     with pytest.raises(ValueError, match="6 steps of 2 rows of 12 × 12 matrices have 1728 entries, more than 1000"):
         found.matrix(slice(None))
     assert found.matrix(slice(0, 3)).shape == (3, 2, 12, 12)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 from lstmcore import recording
-from lstmcore.rnn import RNN, rnn
+from lstmcore.flow.rnn import RNN, rnn
 
 from ..support.tolerances import GRADCHECK, ORDER_OF_SUMS, assert_library
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lstmcore.flow import summary
-from lstmcore.flow.summary import KINDS, measure, number, share, summarize
+from lstmcore.flow.measure import VANISHED, measure
+from lstmcore.flow.summary import KINDS, number, share, summarize
 
 from ..support.flow_records import fed, gates, geometric, record
 
@@ -328,4 +329,4 @@ def test_measure_agrees_with_the_record():
     flow = measure(record(0.9, 50))
     assert (flow.start, flow.far, flow.peak, flow.reach, flow.vanished, flow.broken) == (0, 49, 0, 0, None, None)
     assert flow.ratio(10) == pytest.approx(0.9**10, rel=1e-6)
-    assert summary.VANISHED == 1e-6
+    assert VANISHED == 1e-6

@@ -35,16 +35,16 @@ class Concurrent:
     """In place of a kernel: a launch runs each program in a process of its own."""
 
     def __init__(self, kernel) -> None:
-        self.kernel = kernel
+        self.kernel, self.arg_names = kernel, kernel.arg_names
         self.programs: list[int] = []  # of each launch
 
     def __getitem__(self, grid):
-        def launch(*tensors, **constants):
+        def launch(**arguments):
             self.programs.append(grid[0])
-            for tensor in tensors:
-                if isinstance(tensor, torch.Tensor):
-                    tensor.share_memory_()
-            children = [self.start(program, grid[0], tensors, constants) for program in range(grid[0])]
+            for each in arguments.values():
+                if isinstance(each, torch.Tensor):
+                    each.share_memory_()
+            children = [self.start(program, grid[0], arguments) for program in range(grid[0])]
             end = time.monotonic() + LIMIT_S
             statuses = []
             for child in children:
@@ -59,7 +59,7 @@ class Concurrent:
 
         return launch
 
-    def start(self, program: int, programs: int, tensors, constants) -> int:
+    def start(self, program: int, programs: int, arguments) -> int:
         """The process that runs one program; returns its pid."""
         if child := os.fork():
             return child
@@ -73,7 +73,7 @@ class Concurrent:
             builder.create_barrier = lambda: time.sleep(delays.random() * DELAY_S)
             # Copying arguments back onto themselves would undo what the others write meanwhile.
             interpreter.GridExecutor._restore_args_dev = lambda *_: None
-            self.kernel[(1,)](*tensors, **constants)
+            self.kernel[(1,)](**arguments)
             os._exit(0)
         except BaseException:
             sys.excepthook(*sys.exc_info())
@@ -92,20 +92,21 @@ class Concurrent:
     ids=["float32", "bfloat16", "ragged_both_directions", "streamed_projection"],
 )
 def test_programs_at_the_same_time(triton_kernels, monkeypatch, change, share):
+    split = triton_kernels.launch.split
     p = pose(replace(SETUP, **change))
     gpu_designs.use(monkeypatch, share=share)
-    monkeypatch.setattr(triton_kernels, "_sms", lambda device: 132)
-    monkeypatch.setattr(triton_kernels, "_shared", lambda device: 227 * 1024)
+    monkeypatch.setattr(triton_kernels.launch, "sms", lambda device: 132)
+    monkeypatch.setattr(triton_kernels.launch, "shared", lambda device: 227 * 1024)
     expected = contract.solve(triton_kernels, p)  # a launch a step
 
-    kernels = [Concurrent(getattr(triton_kernels.split, f"lstm_{name}_kernel")) for name in ("fwd", "bwd")]
+    kernels = [Concurrent(getattr(split, f"lstm_{name}_kernel")) for name in ("fwd", "bwd")]
     for name, kernel in zip(("fwd", "bwd"), kernels, strict=True):
-        monkeypatch.setattr(triton_kernels.split, f"lstm_{name}_kernel", kernel)
+        monkeypatch.setattr(split, f"lstm_{name}_kernel", kernel)
     # the host code launches as on a device: all steps at once
-    monkeypatch.setattr(triton_kernels, "INTERPRETED", SimpleNamespace(value=False))
+    monkeypatch.setattr(triton_kernels.launch, "INTERPRETED", SimpleNamespace(value=False))
     got = contract.solve(triton_kernels, p)
     for kernel in kernels:
         assert len(kernel.programs) == 1
         assert kernel.programs[0] > 1
-    assert not triton_kernels._Status.word(torch.device("cpu")).item(), "a program gave up waiting"
+    assert not triton_kernels.status.word(torch.device("cpu")).item(), "a program gave up waiting"
     contract.assert_same(triton_kernels, got, expected)

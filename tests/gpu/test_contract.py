@@ -189,6 +189,6 @@ def test_supports(triton_kernels):
     """Interpreted, it takes the CPU's tensors, of the dtypes that it has kernels for."""
     layer = Layer(torch.device("cpu"), torch.float32, 10, 4, 8, 16)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert triton_kernels.supports(replace(layer, dtype=dtype)) is None
+        assert triton_kernels.supports(layer._replace(dtype=dtype)) is None
     for change in ({"device": torch.device("cuda")}, {"dtype": torch.float64}, {"dtype": torch.complex64}):
-        assert isinstance(triton_kernels.supports(replace(layer, **change)), str)
+        assert isinstance(triton_kernels.supports(layer._replace(**change)), str)

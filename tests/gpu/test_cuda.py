@@ -65,7 +65,7 @@ def _nobody_gave_up():
     """No test leaves behind that a wait ran out, for another to stumble on."""
     yield
     torch.cuda.synchronize()
-    backends.load("triton")._Status.check(torch.device("cuda", torch.cuda.current_device()))
+    backends.load("triton").status.check(torch.device("cuda", torch.cuda.current_device()))
 
 
 def assert_within(p: Layers, got, expected, peer) -> None:
@@ -197,13 +197,13 @@ def test_races():
         assert_within(p, expected, gpu_problems.race(p, data, 0), expected)
         repeat = Repeat(p, data)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backends.load("triton"), "JITTER", jitter)
+            patch.setattr(backends.load("triton").launch, "JITTER", jitter)
             first = [t.clone() for t in repeat()]
             for name, value in zip(expected, first, strict=True):
                 assert_library(value.cpu(), expected[name], name, DTYPES[p.dtype])
             wanted = -(-REPETITIONS * (index + 1) // len(designs))
             while done < wanted:
-                patch.setattr(backends.load("triton"), "PATIENCE", 4_000_000 + done)  # seeds the delays
+                patch.setattr(backends.load("triton").launch, "PATIENCE", 4_000_000 + done)  # seeds the delays
                 results = repeat()
                 same = torch.stack([(a == b).all() for a, b in zip(results, first, strict=True)])
                 assert same.all(), (

@@ -266,7 +266,7 @@ def test_gradients_of_lengths_out_of_range(kernels, design):
         return rows
 
     forward = call_forward(Changed(kernels, change), p)
-    kernels._Status.told[CPU] = kernels._Status.wrong_lengths[CPU][1].item()  # as if the host had not seen it yet
+    kernels.status._told[CPU] = kernels.status._wrong_lengths[CPU][1].item()  # as if the host had not seen it yet
     got = named(p, forward, call_backward(Changed(kernels, change), p, forward))
     others = [0, 2, 3, 4]
     for name in ("grad input", "grad h_0", "grad c_0"):
@@ -278,7 +278,7 @@ def test_gradients_of_lengths_out_of_range(kernels, design):
 
 def test_a_good_call_hides_no_bad_one(kernels):
     """What the host did not see yet stays to be seen, whatever is done in between."""
-    status = kernels._Status
+    status = kernels.status
     good, bad = torch.zeros(3, 1, dtype=torch.bool), torch.tensor([[False], [True], [True]])
     for sequence in ((bad, good), (good, bad, good, good), (bad, bad)):
         for each in sequence:
@@ -317,7 +317,7 @@ class NothingWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is aten.copy_.default and {t.device for t in args[:2]} == {CPU, META}:
-            count, copy = self.status.wrong_lengths.get(META, (None, None))
+            count, copy = self.status._wrong_lengths.get(META, (None, None))
             assert args[0] is copy, "a copy between host and device"
             assert args[1] is count, "a copy between host and device"
             assert args[2] is True, "a copy that blocks"
@@ -334,11 +334,11 @@ class NothingWaits(TorchDispatchMode):
 @pytest.fixture
 def waiting(kernels, monkeypatch) -> NothingWaits:
     """A device without values: nothing is launched there."""
-    monkeypatch.setattr(kernels._Recurrence, "launch", lambda *args, **options: None)
+    monkeypatch.setattr(kernels.launch.Recurrence, "launch", lambda *args, **options: None)
     for name in ("tensor", "as_tensor"):  # the mode does not see these
         make = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *values, _make=make, **options: on_host(_make(*values, **options)))
-    return NothingWaits(kernels._Status)
+    return NothingWaits(kernels.status)
 
 
 def on_host(tensor: Tensor) -> Tensor:

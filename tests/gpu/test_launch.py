@@ -20,8 +20,8 @@ warnings.simplefilter("ignore")
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from lstmcore.kernels.gpu import backend
-from lstmcore.kernels.contract import Rows, Weights
+from lstmcore.kernels.gpu import backend, launch
+from lstmcore.kernels.contract import Call, GradOutputs, Rows, Weights
 
 
 class Pretended:
@@ -52,19 +52,17 @@ def only_compile(self, *args, grid, warmup, **kwargs):
 
 
 JITFunction.run = only_compile
-backend._sms = lambda device: 132
-backend._shared = lambda device: 232448
+launch.sms = lambda device: 132
+launch.shared = lambda device: 232448
 for hidden, directions, dtype, batch in ((40, 1, torch.bfloat16, 5), (130, 2, torch.float16, 6)):
     make = lambda *shape: torch.zeros(shape, dtype=dtype)
     bias = make(4 * hidden)
     weights = (Weights(make(4 * hidden, 3), make(4 * hidden, hidden), bias, bias),) * directions
     for steps, batch in ((7, batch), (16, batch), (1, batch + 2), (9, 1)):
         x, rows = make(steps, batch, 3), Rows(steps, batch)
-        f = backend.forward(x, None, None, weights, rows, save=True)
-        given = {"input": x, "h_0": None, "c_0": None, "weights": weights, "rows": rows}
-        backend.backward(
-            torch.zeros_like(f.output), None, None, None, **given, output=f.output, saved=f.saved
-        )
+        call = Call.of(x, None, None, weights, rows)
+        f = backend.forward(call, save=True)
+        backend.backward(call, GradOutputs(torch.zeros_like(f.output), None, None), f.output, f.saved)
 print(json.dumps(launches))
 """
 

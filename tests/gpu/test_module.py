@@ -162,12 +162,12 @@ def test_torchs_setting_chooses_the_precision_of_float32(
 
     class Noting:
         def __init__(self, kernel) -> None:
-            self.kernel = kernel
+            self.kernel, self.arg_names = kernel, kernel.arg_names
 
         def __getitem__(self, grid):
             return lambda *a, **k: (launched.append(k["PRECISION"]), self.kernel[grid](*a, **k))
 
-    for module in (triton_kernels.persistent, triton_kernels.split):
+    for module in (triton_kernels.launch.persistent, triton_kernels.launch.split):
         for name in ("lstm_fwd_kernel", "lstm_bwd_kernel"):
             monkeypatch.setattr(module, name, Noting(getattr(module, name)))
 
@@ -195,7 +195,7 @@ def test_products_restore_the_setting_after_an_error(triton_kernels, setting):
     setting("tf32", "ieee")
 
     def fail() -> None:
-        with triton_kernels._products(torch.float32):
+        with triton_kernels.products(torch.float32):
             assert torch.backends.cuda.matmul.fp32_precision == "tf32"
             raise ZeroDivisionError
 
@@ -209,10 +209,10 @@ def test_legacy_settings_count_too(triton_kernels):
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
-        assert not triton_kernels._tf32()
+        assert not triton_kernels.launch.tf32()
     finally:
         torch.backends.cudnn.allow_tf32 = before
-    assert triton_kernels._tf32() == before
+    assert triton_kernels.launch.tf32() == before
 
 
 def test_a_module_of_torch_loads_into_it(triton_kernels):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from lstmcore.kernels.gpu import tiling
 
 import lstmcore
 from lstmcore import backends
+from lstmcore.backends import Situation, choice
 
 GPU = torch.device("cuda", 0)
 LAYER = Layer(GPU, torch.bfloat16, 100, 16, 64, 512)
@@ -30,8 +30,8 @@ def gpu(compiled_triton, monkeypatch):
     def change(capability: tuple[int, int] = (9, 0), hip: str | None = None, sms: int = 132) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
-        monkeypatch.setattr(compiled_triton, "_sms", lambda device: sms)
-        monkeypatch.setattr(compiled_triton, "_shared", lambda device: tiling.SHARED)
+        monkeypatch.setattr(compiled_triton.launch, "sms", lambda device: sms)
+        monkeypatch.setattr(compiled_triton.launch, "shared", lambda device: tiling.SHARED)
 
     change()
     return change
@@ -40,8 +40,8 @@ def gpu(compiled_triton, monkeypatch):
 def refused(layer: Layer, **options) -> str:
     """What a call by name says; "auto" has passed it over with the same words."""
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call") as caught:
-        backends.choose("triton", (layer,), **options)
-    choice = backends.choose("auto", (layer,), **options)
+        backends.choose("triton", (layer,), Situation(**options))
+    choice = backends.choose("auto", (layer,), Situation(**options))
     assert choice.name != "triton"
     reason = dict(choice.reasons)["triton"]
     assert reason in str(caught.value) or layer.device.type == "cpu"
@@ -54,20 +54,20 @@ def test_supported(gpu):
     assert choice.name == "triton"
     assert "split" in str(choice)
     assert "backward" not in str(choice)
-    training = backends.choose("triton", (replace(LAYER, training=True),))
+    training = backends.choose("triton", (LAYER._replace(training=True),))
     assert "backward split" in str(training)
-    resident = backends.choose("triton", (replace(LAYER, hidden_size=100),))
+    resident = backends.choose("triton", (LAYER._replace(hidden_size=100),))
     assert "resident" in str(resident)
 
 
 def test_the_design_does_not_depend_on_the_number_of_steps(gpu):
-    said = {str(backends.choose("triton", (replace(LAYER, steps=steps),))) for steps in (1, 7, 100_000)}
+    said = {str(backends.choose("triton", (LAYER._replace(steps=steps),))) for steps in (1, 7, 100_000)}
     assert len(said) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
 def test_dtype(gpu, dtype):
-    message = refused(replace(LAYER, dtype=dtype))
+    message = refused(LAYER._replace(dtype=dtype))
     assert str(dtype) in message
     assert "torch" in message
 
@@ -94,40 +94,40 @@ def test_rocm(gpu):
 
 
 def test_no_design_fits(gpu):
-    message = refused(replace(LAYER, hidden_size=5000))
+    message = refused(LAYER._replace(hidden_size=5000))
     for text in ("5000", "132", "SMs", "auto"):
         assert text in message
     gpu(sms=20)
     backends.choose.cache_clear()
-    assert "20" in refused(replace(LAYER, hidden_size=1024))
+    assert "20" in refused(LAYER._replace(hidden_size=1024))
 
 
 def test_the_other_layers_of_a_stack_count_too(gpu):
     with pytest.raises(RuntimeError, match="float64"):
-        backends.choose("triton", (LAYER, replace(LAYER, dtype=torch.float64)))
+        backends.choose("triton", (LAYER, LAYER._replace(dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_auto_leaves_it_to_torch_where_nobody_has_measured(gpu, monkeypatch, training):
-    layer = replace(LAYER, training=training)
+    layer = LAYER._replace(training=training)
     monkeypatch.setattr(tiling, "MEASURED", {})
     choice = backends.choose("auto", (layer,))
     assert choice.name == "torch"
     assert "measured" in dict(choice.reasons)["triton"]
     assert "backend='triton'" in dict(choice.reasons)["triton"]
-    assert backends.choose("auto", (layer,), extended=True).name == "reference"
+    assert backends.choose("auto", (layer,), Situation(extended=True)).name == "reference"
     monkeypatch.setattr(tiling, "MEASURED", {(9, 0): 132})
     backends.choose.cache_clear()
     choice = backends.choose("auto", (layer,))
     assert choice.name == "triton"
     assert "split" in str(choice)
-    assert backends.choose("auto", (layer,), extended=True).name == "triton"
+    assert backends.choose("auto", (layer,), Situation(extended=True)).name == "triton"
 
 
 def test_auto_leaves_it_to_torch_on_a_slice_of_a_gpu(gpu):
     """What was measured is the whole device."""
     gpu(sms=16)
-    layer = replace(LAYER, hidden_size=128)
+    layer = LAYER._replace(hidden_size=128)
     assert backends.choose("auto", (layer,)).name == "torch"
     assert backends.choose("triton", (layer,)).name == "triton"
 
@@ -157,12 +157,12 @@ def test_auto_leaves_it_to_torch_on_a_slice_of_a_gpu(gpu):
 )
 def test_auto_by_class(gpu, kind, expected):
     """As the rows in bench/results say; what ATen's LSTM does not have goes to the kernels whatever its size."""
-    layer = replace(LAYER, **kind)
+    layer = LAYER._replace(**kind)
     choice = backends.choose("auto", (layer,))
     assert choice.name == expected
     if expected == "torch":
         assert "cuDNN was measured faster" in dict(choice.reasons)["triton"]
-    assert backends.choose("auto", (layer,), extended=True).name == "triton"
+    assert backends.choose("auto", (layer,), Situation(extended=True)).name == "triton"
 
 
 def test_on_the_cpu(compiled_triton):
@@ -204,8 +204,12 @@ def test_triton_is_new_enough(fresh_choices, monkeypatch, compiled_triton):
 def test_a_broken_triton_is_reported(fresh_choices, monkeypatch):
     """One that is there and cannot be imported: the reason is passed on."""
 
+    real = importlib.import_module
+
     def fail(name):
-        raise ImportError("libtriton.so: undefined symbol")
+        if name == "lstmcore.kernels.gpu.backend":
+            raise ImportError("libtriton.so: undefined symbol")
+        return real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.9.0")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
@@ -215,7 +219,7 @@ def test_a_broken_triton_is_reported(fresh_choices, monkeypatch):
 
 def test_auto_does_not_load_triton_for_the_cpu(fresh_choices, monkeypatch):
     load, loaded = backends.load, []
-    monkeypatch.setattr(backends, "load", lambda name: loaded.append(name) or load(name))
+    monkeypatch.setattr(choice, "load", lambda name: loaded.append(name) or load(name))
     module = lstmcore.LSTM(3, 17)
     for steps in (5, 200):
         for extended in (False, True):

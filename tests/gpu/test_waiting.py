@@ -39,12 +39,12 @@ PAYLOADS = {
 def split(triton_kernels, monkeypatch):
     """The backend with two slices of units, impatient, so that a value taken for "not yet" shows at once."""
     gpu_designs.use(monkeypatch, share=TWO_SLICES)
-    monkeypatch.setattr(triton_kernels, "PATIENCE", 3)
+    monkeypatch.setattr(triton_kernels.launch, "PATIENCE", 3)
     return triton_kernels
 
 
 def gave_up(kernels) -> bool:
-    return bool(kernels._Status.word(CPU).item())
+    return bool(kernels.status.word(CPU).item())
 
 
 def put(tensor: torch.Tensor, bits: int, *where: int) -> None:
@@ -134,7 +134,7 @@ def test_a_wait_that_does_not_end(split, dtype, monkeypatch):
     assert output[2:].isnan().all()
     assert got["h_n"].isnan().all()
     with pytest.raises(RuntimeError, match=r"gave up waiting.*NaN.*backend='torch'"):
-        good(p.given["input"], None, None, p.given_weights, p.rows)
+        good(p.call)
     contract.assert_same(split, named(p, call_forward(split, p), None), expected)  # told once, and over
 
 
@@ -177,15 +177,16 @@ class NotTogether:
 
     def __init__(self, kernel, refusal: str) -> None:
         self.kernel, self.refusal, self.launches = kernel, refusal, []
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid):
-        def launch(*args, **constants):
+        def launch(**constants):
             for hint in ("enable_fp_fusion", "maxnreg"):  # the interpreter has no compiler to take them
                 constants.pop(hint, None)
             self.launches.append(constants.pop("launch_cooperative_grid", False))
             if self.launches[-1]:
                 raise RuntimeError(self.refusal)
-            self.kernel[grid](*args, **constants)
+            self.kernel[grid](**constants)
 
         return launch
 
@@ -195,21 +196,22 @@ def test_step_by_step_where_a_device_cannot_hold_all_programs(split, backward, m
     """One refused launch, then one a step, in which nobody waits: the same results."""
     p = pose(SETUP)
     expected = contract.solve(split, p)
-    monkeypatch.setattr(split, "INTERPRETED", SimpleNamespace(value=False))
-    kernels = {}
+    monkeypatch.setattr(split.launch, "INTERPRETED", SimpleNamespace(value=False))
+    kernels, split_kernels = {}, split.launch.split
     for name in ("lstm_fwd_kernel", "lstm_bwd_kernel"):
-        kernel = getattr(split.split, name)
+        kernel = getattr(split_kernels, name)
         kernels[name] = NotTogether(kernel, "Triton Error [CUDA]: too many blocks in cooperative launch")
-        monkeypatch.setattr(split.split, name, kernels[name])
+        monkeypatch.setattr(split_kernels, name, kernels[name])
     contract.assert_same(split, contract.solve(split, p), expected)
     kernel = kernels["lstm_bwd_kernel" if backward else "lstm_fwd_kernel"]
     assert kernel.launches == [True] + [False] * SETUP.T
 
 
 def test_other_errors_of_a_launch_are_not_hidden(split, monkeypatch):
-    monkeypatch.setattr(split, "INTERPRETED", SimpleNamespace(value=False))
-    kernel = NotTogether(split.split.lstm_fwd_kernel, "Triton Error [CUDA]: out of memory")
-    monkeypatch.setattr(split.split, "lstm_fwd_kernel", kernel)
+    monkeypatch.setattr(split.launch, "INTERPRETED", SimpleNamespace(value=False))
+    split_kernels = split.launch.split
+    kernel = NotTogether(split_kernels.lstm_fwd_kernel, "Triton Error [CUDA]: out of memory")
+    monkeypatch.setattr(split_kernels, "lstm_fwd_kernel", kernel)
     with pytest.raises(RuntimeError, match="out of memory"):
         call_forward(split, pose(SETUP))
     assert kernel.launches == [True]
@@ -237,10 +239,10 @@ def test_what_is_not_needed_does_not_wait_either(split):
 
 def test_a_device_seen_first_under_inference_mode(triton_kernels):
     """What a kernel says there can be told, and cleared, by a call outside of it."""
-    triton_kernels._Status.words.clear()
+    triton_kernels.status._words.clear()
     with torch.inference_mode():
-        triton_kernels._Status.check(CPU)
-    triton_kernels._Status.word(CPU).fill_(1)
+        triton_kernels.status.check(CPU)
+    triton_kernels.status.word(CPU).fill_(1)
     with pytest.raises(RuntimeError, match="gave up waiting"):
-        triton_kernels._Status.check(CPU)
-    triton_kernels._Status.check(CPU)
+        triton_kernels.status.check(CPU)
+    triton_kernels.status.check(CPU)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import pathlib
 import re
 import shutil
@@ -15,10 +16,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 # Each imports only what is before it.
 LAYERS = (
-    "kernels", "init", "recording", "routing", "scripting", "checks", "reference", "aten", "direct", "backends", "onnx",
-    "ops", "autograd", "functional", "module", "rnn", "flow",
+    "kernels", "init", "recording", "routing", "scripting", "checks", "backends", "direct", "ops", "onnx", "transforms",
+    "autograd", "functional", "explaining", "module", "flow", "cli",
 )  # fmt: skip
+PACKAGES = ("backends", "flow")  # whose files may know each other
 FREE = ("_version",)  # holds a constant; anyone may
+HOUSE = {"lstmcore", "kernels", "bench", "tests", "examples", *(path.stem for path in (ROOT / "examples").iterdir())}
 SOURCES = {path: path.relative_to(ROOT) for name in ("lstmcore", "kernels") for path in (ROOT / name).rglob("*.py")}
 
 
@@ -38,7 +41,7 @@ def imported(path: pathlib.Path) -> set[str]:
             base = package_of(path)[: len(package_of(path)) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
-    return {name for name in found if name.split(".")[0] in ("lstmcore", "kernels", "bench", "tests", "examples")}
+    return {name for name in found if name.split(".")[0] in HOUSE}
 
 
 def owner(module: str) -> str:
@@ -50,10 +53,7 @@ def owner(module: str) -> str:
 def test_imports_go_one_way(layer):
     paths = [p for p, r in SOURCES.items() if layer in (r.parts[0], *r.with_suffix("").parts[1:2])]
     assert paths, f"there is no {layer}"
-    allowed = (
-        *LAYERS[: LAYERS.index(layer) + (layer == "flow")],
-        *FREE,
-    )  # flow is a package: its files may know others
+    allowed = (*LAYERS[: LAYERS.index(layer) + (layer in PACKAGES)], *FREE)
     for path in paths:
         names = imported(path)
         assert all(name.split(".")[0] == "lstmcore" for name in names), f"{SOURCES[path]} imports {names}"
@@ -62,6 +62,30 @@ def test_imports_go_one_way(layer):
                 assert owner(name) == "kernels", f"{SOURCES[path]} imports {name}: kernels know nothing of lstmcore"
             else:
                 assert owner(name) in allowed, f"{SOURCES[path]} imports {name}: the arrow goes back"
+
+
+def knows(paths: list[pathlib.Path]) -> dict[str, set[str]]:
+    """By the name of each of these modules: which others of them it imports, at its top or later."""
+    names = {".".join([*package_of(path), path.stem]): path for path in paths if path.stem != "__init__"}
+    return {name: imported(path) & (names.keys() - {name}) for name, path in names.items()}
+
+
+@pytest.mark.parametrize("room", ["kernels", "flow"])
+def test_no_module_waits_for_itself(room):
+    """Inside of a package, too, imports go one way: none comes back to where it started, not even one in a function."""
+    modules = knows([path for path, relative in SOURCES.items() if room in relative.parts[:-1]])
+    assert len(modules) > 5
+    assert any(modules.values())
+    graphlib.TopologicalSorter(modules).prepare()  # CycleError names the circle
+
+
+def test_a_circle_is_seen(tmp_path, monkeypatch):
+    for name, line in (("a", "from .b import f"), ("b", "def f():\n    from . import a")):
+        path = tmp_path / f"{name}.py"
+        path.write_text(line)
+        monkeypatch.setitem(SOURCES, path, pathlib.PurePath("kernels", f"{name}.py"))
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(knows([tmp_path / "a.py", tmp_path / "b.py"])).prepare()
 
 
 @pytest.mark.parametrize(("room", "stranger"), [("cpu", "gpu"), ("gpu", "cpu")])
@@ -80,6 +104,24 @@ def test_what_all_backends_share_knows_none():
                 assert name.split(".")[2:3] not in (["cpu"], ["gpu"]), f"{relative} imports {name}"
 
 
+@pytest.mark.parametrize(
+    "file", ["backends/choice", "autograd", "checks", "explaining", "functional", "ops", "recording", "transforms"]
+)
+def test_only_the_registry_knows_backends_by_name(file):
+    """A new backend is a module and an entry there.  (Sentences for people may name one.)"""
+    for node in ast.walk(ast.parse((ROOT / "lstmcore" / f"{file}.py").read_text())):
+        if isinstance(node, ast.Constant):
+            assert node.value not in ("triton", "numba", "torch", "reference"), f"{file}, line {node.lineno}"
+
+
+def test_gates_are_counted_in_one_place():
+    """Four of them, in ``Layer``: nothing else takes 4H apart."""
+    for path, relative in SOURCES.items():
+        if relative.parts[0] == "lstmcore":
+            text = ast.unparse(ast.parse(path.read_text()))
+            assert "// 4" not in text, relative
+
+
 def test_the_parser_sees_an_arrow_back(tmp_path, monkeypatch):
     """The test above can fail: in every form of an import."""
     for line in (
@@ -87,6 +129,7 @@ def test_the_parser_sees_an_arrow_back(tmp_path, monkeypatch):
         "import lstmcore.module",
         "from . import module",
         "from .module import LSTM",
+        "from gradient_flow import module",
     ):
         path = tmp_path / "backends.py"
         path.write_text(f"def f():\n    {line}\n")
@@ -177,7 +220,7 @@ def wheel(tmp_path_factory) -> pathlib.Path:
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("lstmcore", "kernels", "tests", "bench"):
+    for name in ("lstmcore", "kernels", "tests", "bench", "examples"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", target, source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -192,7 +235,8 @@ def test_wheel_contents(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"lstmcore"}
     assert len(tops) == 2
     expected = {f"lstmcore/{path.name}" for path in (ROOT / "lstmcore").glob("*.py")} | {"lstmcore/py.typed"}
-    expected |= {f"lstmcore/flow/{path.name}" for path in (ROOT / "lstmcore" / "flow").glob("*.py")}
+    for package in PACKAGES:
+        expected |= {f"lstmcore/{package}/{path.name}" for path in (ROOT / "lstmcore" / package).glob("*.py")}
     expected |= {f"lstmcore/{SOURCES[path]}" for path in (ROOT / "kernels").rglob("*.py")}
     assert {name for name in names if name.startswith("lstmcore/")} == expected
     assert any(name.endswith("LICENSE") for name in names)
@@ -214,6 +258,17 @@ print(lstmcore.__version__)
     done = python(program, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in wheel.name
+
+
+def test_wheel_says_where_the_demonstration_is(wheel, tmp_path):
+    """It needs the source: one sentence instead of a traceback."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    command = [sys.executable, "-m", "lstmcore", "flow", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert not done.stdout
+    assert re.fullmatch(r"lstmcore flow: the demonstration is not installed .*examples/gradient_flow.*\n", done.stderr)
+    assert {path.name for path in tmp_path.iterdir() if not path.name.endswith(".dist-info")} == {"lstmcore"}
 
 
 def test_every_public_name_is_there():

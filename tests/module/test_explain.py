@@ -128,6 +128,6 @@ def test_the_number_of_threads_decides_short_calls(threads):
     ],
 )
 def test_auto_by_class_on_the_cpu(steps, batch, hidden, training, expected):
-    """As the measurements say that ``faster_than_torch`` tells of, with several threads."""
+    """As the measurements say that ``rules.faster_than_aten`` tells of, with several threads."""
     layer = Layer(torch.device("cpu"), torch.float32, steps, batch, hidden, hidden, training=training)
     assert backends.choose("auto", (layer,)).name == expected

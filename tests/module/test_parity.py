@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lstmcore
-from lstmcore import aten
+from lstmcore.backends import aten
 
 from ..support.cases import BY_NAME, CASES, DTYPES, draw, run
 from ..support.oracle import RowByRow, assert_parity, judge

@@ -9,7 +9,7 @@ import importlib
 from dataclasses import dataclass, field
 
 import torch
-from lstmcore.kernels.contract import Forward, Gradients, Needs, Rows, Weights, state_dtype
+from lstmcore.kernels.contract import Call, Forward, Gradients, GradOutputs, Needs, Rows, Weights, state_dtype
 from torch import Tensor
 
 from . import tolerances
@@ -95,6 +95,15 @@ class Problem:
     index: Tensor  # (N,) position of packed rows in (T * B)
     given: dict[str, Tensor | None] = field(default_factory=dict)
     given_weights: tuple[Weights, ...] = ()
+
+    @property
+    def call(self) -> Call:
+        g = self.given
+        return Call.of(g["input"], g["h_0"], g["c_0"], self.given_weights, self.rows, g["reset"])
+
+    @property
+    def grads(self) -> GradOutputs:
+        return GradOutputs(*(self.given[f"grad_{name}"] for name in GradOutputs._fields))
 
     def to_rows(self, dense: Tensor, padding: float = 0.0) -> Tensor:
         """(T, B, ·) as the backend's tensors lie: packed, or padded with garbage, contiguous or not."""
@@ -191,33 +200,13 @@ def expected_of(p: Problem) -> dict[str, Tensor]:
 
 
 def call_forward(backend, p: Problem, save: bool = True) -> Forward:
-    g = p.given
-    return backend.forward(
-        g["input"], g["h_0"], g["c_0"], p.given_weights, p.rows, reset=g["reset"], save=save, cells=p.setup.cells
-    )
+    return backend.forward(p.call, save=save, cells=p.setup.cells)
 
 
 def call_backward(
     backend, p: Problem, forward: Forward, needs: Needs = EVERYTHING, norms: bool = True, gate_rows: int = 0
 ) -> Gradients:
-    g = p.given
-    return backend.backward(
-        g["grad_output"],
-        g["grad_h_n"],
-        g["grad_c_n"],
-        g["grad_cells"],
-        input=g["input"],
-        h_0=g["h_0"],
-        c_0=g["c_0"],
-        weights=p.given_weights,
-        rows=p.rows,
-        reset=g["reset"],
-        output=forward.output,
-        saved=forward.saved,
-        needs=needs,
-        norms=norms,
-        gate_rows=gate_rows,
-    )
+    return backend.backward(p.call, p.grads, forward.output, forward.saved, needs, norms=norms, gate_rows=gate_rows)
 
 
 def named(p: Problem, forward, gradients) -> dict[str, Tensor]:

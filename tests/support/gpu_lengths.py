@@ -21,11 +21,15 @@ class Changed:
     def __init__(self, kernels, change=on_device) -> None:
         self.kernels, self.change = kernels, change
 
-    def forward(self, input, h_0, c_0, weights, rows, **options):
-        return self.kernels.forward(input, h_0, c_0, weights, self.change(rows), **options)
+    def changed(self, call):
+        rows = self.change(call.rows)
+        return call._replace(rows=rows, layer=call.layer._replace(ragged=rows.ragged))
 
-    def backward(self, *grads, rows, **options):
-        return self.kernels.backward(*grads, rows=self.change(rows), **options)
+    def forward(self, call, **options):
+        return self.kernels.forward(self.changed(call), **options)
+
+    def backward(self, call, *given, **options):
+        return self.kernels.backward(self.changed(call), *given, **options)
 
 
 def roomy(rows: Rows) -> Rows:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from lstmcore.kernels.contract import Forward, GateStatistics, Gradients, WeightGradients
+from lstmcore.kernels.contract import Call, Forward, GateStatistics, Gradients, GradOutputs, WeightGradients
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -215,29 +215,18 @@ class OnDevice:
         held = tensor.to(DEVICE)
         return torch.stack([held, torch.full_like(held, torch.nan)], -1).flatten(-2)[..., ::2]
 
-    def move(self, weights) -> tuple:
-        return tuple(type(w)(*map(self.there, w)) for w in weights)
+    def move(self, call: Call) -> Call:
+        layer = call.layer._replace(device=torch.device(DEVICE, 0))
+        return Call.with_tensors(layer, call.rows, [self.there(each) for each in call.tensors])
 
-    def forward(self, input, h_0, c_0, weights, rows, *, reset=None, **options) -> Forward:
-        given = self.there(input), self.there(h_0), self.there(c_0), self.move(weights), rows
-        result = self.kernels.forward(*given, reset=self.there(reset), **options)
+    def forward(self, call: Call, **options) -> Forward:
+        result = self.kernels.forward(self.move(call), **options)
         assert result.output.device.type == torch.device(DEVICE).type
         return Forward(*(None if t is None else t.cpu() for t in result[:4]), result.saved)
 
-    def backward(self, *grads, input, h_0, c_0, weights, rows, reset, output, saved, needs, **flow) -> Gradients:
-        result = self.kernels.backward(
-            *map(self.there, grads),
-            input=self.there(input),
-            h_0=self.there(h_0),
-            c_0=self.there(c_0),
-            weights=self.move(weights),
-            rows=rows,
-            reset=self.there(reset),
-            output=self.there(output),
-            saved=saved,
-            needs=needs,
-            **flow,
-        )
+    def backward(self, call: Call, grads, output, saved, needs, **flow) -> Gradients:
+        grads = GradOutputs(*map(self.there, grads))
+        result = self.kernels.backward(self.move(call), grads, self.there(output), saved, needs, **flow)
         back = [None if t is None else t.cpu() for t in (result.input, result.h_0, result.c_0, result.norms)]
         weights = tuple(WeightGradients(*(None if t is None else t.cpu() for t in w)) for w in result.weights)
         gates = None if result.gates is None else GateStatistics(*(each.cpu() for each in result.gates))
@@ -270,7 +259,7 @@ def solve_on_device(kind: str, setup: Setup) -> dict[str, Tensor]:
 def race(p: Layers, data: Data, jitter: int) -> dict[str, Tensor]:
     """The results of ``p`` by kernels that sleep for random times of up to ``jitter`` nanoseconds in every step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends.load("triton"), "JITTER", jitter)
+        patch.setattr(backends.load("triton").launch, "JITTER", jitter)
         return ours(p, data)
 
 

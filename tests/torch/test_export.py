@@ -418,7 +418,7 @@ def test_packed_sequences_are_refused(onnx):
 )
 def test_what_onnx_does_not_have(changes, says):
     """As the operator's schema hands it over."""
-    from lstmcore import onnx
+    from lstmcore import onnx, ops
 
     call: dict[str, Any] = {
         **dict.fromkeys(("h_0", "c_0", "reset", "batch_sizes", "lengths")),
@@ -426,7 +426,7 @@ def test_what_onnx_does_not_have(changes, says):
         "batch_first": False, "cells": False, "save": False, "backend": "auto",
     }  # fmt: skip
     with pytest.raises(ValueError, match=says):
-        onnx.layer(**call | changes)
+        onnx.layer(*ops.Arguments(**call | changes))
 
 
 def test_onnx_of_an_exported_program(onnx):

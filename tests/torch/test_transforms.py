@@ -14,7 +14,9 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstmcore
-from lstmcore import aten, backends, ops
+from lstmcore import backends, ops
+from lstmcore.backends import aten
+from lstmcore.checks import Options
 
 from ..support.tolerances import ORDER_OF_SUMS, ORDER_OF_SUMS_F32, assert_same, error
 
@@ -102,7 +104,7 @@ def test_vmap_is_one_call_of_the_kernels(monkeypatch):
     kernels = backends.load("numba")
     forward = kernels.forward
     monkeypatch.setattr(
-        kernels, "forward", lambda *args, **kwargs: seen.append(args[0].shape) or forward(*args, **kwargs)
+        kernels, "forward", lambda *args, **kwargs: seen.append(args[0].input.shape) or forward(*args, **kwargs)
     )
     vmap(pair.ours)(pair.input(V))
     assert seen == [(T, B * V, I)]
@@ -248,7 +250,7 @@ class Cudnn(torch.autograd.Function):
     def forward(ctx, options, input, *rest):
         ctx.save_for_backward(input, *rest)
         ctx.options = options
-        return aten.run(input, None, rest[-2:], rest[:-2], *options)
+        return aten.run(input, None, rest[-2:], rest[:-2], options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -269,13 +271,13 @@ def test_a_gradient_like_cudnns_can_be_differentiated_again(options, monkeypatch
     theirs = nn.LSTM(I, H, **options, dtype=F64)
     states = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
     data = [torch.randn(T, B, I, dtype=F64), *torch.randn(2, states, B, H, dtype=F64)]
-    flags = (theirs.bias, theirs.num_layers, 0.0, True, theirs.bidirectional)
+    flags = Options(theirs.bias, theirs.num_layers, 0.0, True, theirs.bidirectional)
     results = []
     for kind in ("plain", "hooked", "once"):
         leaves = [*(value.clone().requires_grad_() for value in data), *theirs.parameters()]
         x, h_0, c_0, *params = leaves
         if kind == "plain":
-            outputs = aten.run(x, None, (h_0, c_0), params, *flags)
+            outputs = aten.run(x, None, (h_0, c_0), params, flags)
         else:
             outputs = Cudnn.apply(flags, x, *params, h_0, c_0)
         if kind == "hooked":
@@ -295,7 +297,7 @@ def test_the_hook_leaves_dropout_alone():
     """cuDNN's masks are not known; its first gradient is right, and torch refuses the second."""
     x, states = torch.randn(T, B, I, requires_grad=True), tuple(torch.zeros(2, 2, B, H))
     assert torch.is_grad_enabled()
-    assert aten._again(x, None, states, [], (True, 2, 0.5, True, False), (), ()) is None
+    assert aten._again(x, None, states, [], Options(True, 2, 0.5, True), (), ()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -340,6 +342,6 @@ def test_functions_and_operators_agree_on_what_a_call_is():
     """Field by field, what ``ops`` takes apart by position."""
     schema = torch.ops.lstmcore.layer.default._schema
     names = [argument.name for argument in schema.arguments]
-    assert names == [*ops.Tensors._fields, "weights", *ops.Call._fields]
+    assert names == list(ops.Arguments._fields)
     backward = [argument.name for argument in torch.ops.lstmcore.layer_backward.default._schema.arguments]
     assert backward[6:] == names

@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from lstmcore.kernels import cell
 from lstmcore.kernels.contract import (
+    Call,
     Forward,
     GateStatistics,
     Gradients,
+    GradOutputs,
     Layer,
     Needs,
-    Rows,
     WeightGradients,
     Weights,
     state_dtype,
@@ -48,15 +49,14 @@ class Trace:
     The norms are written when the pass is differentiated.
     """
 
-    def __init__(self, rows: Rows, weights: Sequence[Weights], like: Tensor, gate_rows: int) -> None:
-        self._rows = rows
+    def __init__(self, call: Call, gate_rows: int) -> None:
+        self._rows = rows = call.rows
         self._hooks: list[Any] = []
         starting = rows.batch if rows.batch_sizes is None else int(rows.batch_sizes[0])
         self._sample = torch.tensor(list(sampled_rows(starting, gate_rows)), dtype=torch.int64)
-        state = state_dtype(like.dtype)
-        directions, hidden = len(weights), weights[0].weight_hh.shape[0] // 4
-        self._norms = like.new_zeros((2, directions, rows.steps, rows.batch), dtype=torch.float64)
-        self._gates = like.new_zeros((3, directions, rows.steps, len(self._sample), hidden), dtype=state)
+        state, directions, hidden = state_dtype(call.layer.dtype), call.layer.directions, call.layer.hidden_size
+        self._norms = call.input.new_zeros((2, directions, rows.steps, rows.batch), dtype=torch.float64)
+        self._gates = call.input.new_zeros((3, directions, rows.steps, len(self._sample), hidden), dtype=state)
 
     def step(self, d: int, t: int, gates: tuple[Tensor, ...], h: Tensor, c: Tensor) -> None:
         """One step of one direction; gates and c (n, H), h (n, P)."""
@@ -95,62 +95,40 @@ class Trace:
         return statistics(self._gates, alive)
 
 
-def forward(
-    input: Tensor,  # (T, B, I) or (N, I)
-    h_0: Tensor | None,  # (D, B, P); None for zeros
-    c_0: Tensor | None,  # (D, B, H); None for zeros
-    weights: Sequence[Weights],
-    rows: Rows,
-    *,
-    reset: Tensor | None = None,  # (T, B) or (N,), bool
-    save: bool = False,
-    cells: bool = False,
-    trace: Trace | None = None,
-) -> Forward:
-    """One layer, differentiable in every floating-point argument; ``save`` is accepted and means nothing here.
+def forward(call: Call, *, save: bool = False, cells: bool = False, trace: Trace | None = None) -> Forward:
+    """One layer, differentiable in every floating-point tensor; ``save`` is accepted and means nothing here.
 
     16-bit types compute in float32 and round where the kernels do: h_t, because the next step and the caller read it.
     ``trace`` takes down what happens on the way.
     """
-    rows = rows.on_host()
-    gates, width = weights[0].weight_hh.shape  # (4H, P)
-    if h_0 is None:
-        h_0 = input.new_zeros(len(weights), rows.batch, width)
-    if c_0 is None:
-        c_0 = input.new_zeros(len(weights), rows.batch, gates // 4)
+    rows, input = call.rows.on_host(), call.input
+    h_0 = input.new_zeros(call.layer.h_shape) if call.h_0 is None else call.h_0
+    c_0 = input.new_zeros(call.layer.c_shape) if call.c_0 is None else call.c_0
     if rows.order is not None:
         h_0, c_0 = h_0.index_select(1, rows.order.to(h_0.device)), c_0.index_select(1, rows.order.to(c_0.device))
-    inputs = _split(input, rows)
-    resets = [None] * rows.steps if reset is None else _split(reset[..., None], rows)
+    inputs = rows.split(input)
+    resets = [None] * rows.steps if call.reset is None else rows.split(call.reset[..., None])
     outputs = [
         _direction(inputs, h, c, direction, resets, trace, d)
-        for d, (h, c, direction) in enumerate(zip(h_0, c_0, weights, strict=True))
+        for d, (h, c, direction) in enumerate(zip(h_0, c_0, call.weights, strict=True))
     ]
     h_n = torch.stack([h for _, _, h, _ in outputs])
     c_n = torch.stack([c for _, _, _, c in outputs])
     if rows.order is not None:
         unsort = torch.argsort(rows.order).to(h_n.device)
         h_n, c_n = h_n.index_select(1, unsort), c_n.index_select(1, unsort)
-    output = torch.cat([_join(h, rows) for h, _, _, _ in outputs], dim=-1)
-    all_cells = torch.cat([_join(c, rows) for _, c, _, _ in outputs], dim=-1) if cells else None
+    output = torch.cat([rows.join(h) for h, _, _, _ in outputs], dim=-1)
+    all_cells = torch.cat([rows.join(c) for _, c, _, _ in outputs], dim=-1) if cells else None
     return Forward(output, h_n, c_n.to(input.dtype), all_cells, ())
 
 
 def backward(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    grad_cells: Tensor | None,
-    *,
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Weights],
+    call: Call,
+    grads: GradOutputs,
     output: Tensor,
     saved: tuple[Tensor, ...],
-    rows: Rows,
-    reset: Tensor | None = None,
     needs: Needs = Needs(),  # noqa: B008 (immutable)
+    *,
     norms: bool = False,
     gate_rows: int = 0,
 ) -> Gradients:
@@ -158,46 +136,29 @@ def backward(
 
     Under grad mode the gradients have a graph of their own, and so can be differentiated in turn.
     """
-    grads = (grad_output, grad_h_n, grad_c_n, grad_cells)
     if not norms and not gate_rows:
-        return differentiate(forward, grads, input, h_0, c_0, weights, rows, reset, needs)
-    rows = rows.on_host()
-    trace = Trace(rows, weights, input, gate_rows)
-    traced = functools.partial(forward, trace=trace)
-    result = differentiate(traced, grads, input, h_0, c_0, weights, rows, reset, needs)
+        return differentiate(forward, call, grads, needs)
+    call = call._replace(rows=call.rows.on_host())
+    trace = Trace(call, gate_rows)
+    result = differentiate(functools.partial(forward, trace=trace), call, grads, needs)
     trace.end()
     return result._replace(norms=trace.norms if norms else None, gates=trace.gates)
 
 
-def differentiate(
-    forward: Callable[..., Forward],
-    grads: tuple[Tensor | None, ...],  # of output, h_n, c_n, cells
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Weights],
-    rows: Rows,
-    reset: Tensor | None,
-    needs: Needs,
-) -> Gradients:
+def differentiate(forward: Callable[..., Forward], call: Call, grads: GradOutputs, needs: Needs) -> Gradients:
     """The gradients of ``forward``, which autograd differentiates; with a graph of their own under grad mode."""
-    width = len(Weights._fields)
-    tensors = [input, h_0, c_0, *(getattr(each, name) for each in weights for name in Weights._fields)]
+    reset, *tensors = call.tensors
 
-    def run(x: Tensor, h: Tensor | None, c: Tensor | None, *fields: Any) -> tuple[Tensor | None, ...]:
-        own = [Weights(*fields[at : at + width]) for at in range(0, len(fields), width)]
-        return forward(x, h, c, own, rows, reset=reset, cells=grads[3] is not None)[:4]
+    def run(*values: Tensor | None) -> tuple[Tensor | None, ...]:
+        own = Call.with_tensors(call.layer, call.rows, (reset, *values))
+        return forward(own, cells=grads.cells is not None)[:4]
 
     found = pull(run, tensors, grads)
     wanted = [needs.input, needs.h_0, needs.c_0, *[needs.weights] * (len(tensors) - 3)]
     result = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
-    return Gradients(
-        result[0],
-        result[1],
-        result[2],
-        tuple(WeightGradients(*result[at : at + width]) for at in range(3, len(result), width)),
-        None,
-    )
+    width = len(Weights._fields)
+    weights = tuple(WeightGradients(*result[at : at + width]) for at in range(3, len(result), width))
+    return Gradients(result[0], result[1], result[2], weights)
 
 
 def pull(
@@ -264,26 +225,3 @@ def _direction(
         hs[t], cs[t] = h_t, c_t
         h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
     return hs, cs, h, c
-
-
-def _split(tensor: Tensor, rows: Rows) -> list[Tensor]:
-    """A tensor of these rows, (N, ·) or (T, B, ·), as T tensors (n, ·) of the alive rows, sorted."""
-    if rows.packed:
-        assert rows.batch_sizes is not None
-        return list(tensor.split(rows.batch_sizes.tolist()))
-    if rows.batch_sizes is None:
-        return list(tensor.unbind(0))
-    if rows.order is not None:
-        tensor = tensor.index_select(1, rows.order.to(tensor.device))
-    return [step[:n] for step, n in zip(tensor.unbind(0), rows.batch_sizes.tolist(), strict=True)]
-
-
-def _join(steps: Sequence[Tensor], rows: Rows) -> Tensor:
-    """The inverse of :func:`_split`; padded positions read zero."""
-    if rows.packed:
-        return torch.cat(list(steps))
-    padded = [pad(step, (0, 0, 0, rows.batch - step.shape[0])) for step in steps]
-    tensor = torch.stack(padded, 1).transpose(0, 1) if rows.batch_first else torch.stack(padded)
-    if rows.order is not None:
-        tensor = tensor.index_select(1, torch.argsort(rows.order).to(tensor.device))
-    return tensor

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import _VF, Tensor
 
-from lstmcore import reference
-from lstmcore.kernels.contract import Forward, Gradients, Layer, Needs, Rows, Weights, directions_of
+from lstmcore.backends import reference
+from lstmcore.checks import Options
+from lstmcore.kernels.contract import Call, Forward, Gradients, GradOutputs, Layer, Needs, Rows, Weights
 
 
 def supports(layer: Layer) -> str | None:
@@ -37,26 +37,25 @@ def run(
     batch_sizes: Tensor | None,  # (T,)
     hx: tuple[Tensor, Tensor],  # (L * D, B, P), (L * D, B, H)
     params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.lstm``: output, h_n, c_n."""
-    options = (has_biases, num_layers, dropout, train, bidirectional)
+    """``torch.lstm``: output, h_n, c_n; time comes first, whatever the options say."""
     if batch_sizes is None:
-        return _VF.lstm(input, hx, params, *options, False)  # type: ignore[call-overload]
-    return _VF.lstm(input, batch_sizes, hx, params, *options)  # type: ignore[call-overload]
+        results = _VF.lstm(input, hx, params, *options[:5], False)  # type: ignore[call-overload]
+    else:
+        results = _VF.lstm(input, batch_sizes, hx, params, *options[:5])  # type: ignore[call-overload]
+    if results[0].is_cuda and results[0].requires_grad:
+        _differentiable_again(results, input, batch_sizes, hx, params, options)
+    return results
 
 
-def differentiable_again(
+def _differentiable_again(
     results: tuple[Tensor, Tensor, Tensor],
     input: Tensor,
     batch_sizes: Tensor | None,
     hx: tuple[Tensor, Tensor],
     params: Sequence[Tensor],
-    *options: Any,
+    options: Options,
 ) -> None:
     """Lets cuDNN's gradient, of the :func:`run` that gave ``results``, be differentiated in turn.
 
@@ -76,24 +75,23 @@ def _again(
     batch_sizes: Tensor | None,
     hx: tuple[Tensor, Tensor],
     params: Sequence[Tensor],
-    options: tuple[Any, ...],
+    options: Options,
     grad_inputs: tuple[Tensor | None, ...],  # of input, the parameters, h_0 and c_0; None where not needed
     grad_outputs: tuple[Tensor | None, ...],  # of output, h_n, c_n, and of what else the node puts out
 ) -> tuple[Tensor | None, ...] | None:
-    _, num_layers, dropout, train, bidirectional = options
-    masked = dropout and train and num_layers > 1  # by masks that cuDNN alone knows: its gradient stays as it is
+    L, D = options.num_layers, options.directions
+    masked = options.dropout and options.train and L > 1  # cuDNN alone knows the masks: its gradient stays as it is
     if masked or not torch.is_grad_enabled():
         return None
-    directions = 2 if bidirectional else 1
     steps, batch = input.shape[:2]
     rows = Rows(steps, batch) if batch_sizes is None else Rows.from_packed(batch_sizes)
 
     def run(output: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        h_ns, c_ns, each = [], [], len(params) // num_layers
-        for index in range(num_layers):
-            weights = directions_of(rest[index * each : (index + 1) * each], directions)
-            states = [state[index * directions : (index + 1) * directions] for state in rest[-2:]]
-            result = reference.forward(output, states[0], states[1], weights, rows)
+        h_ns, c_ns, each = [], [], len(params) // L
+        for index in range(L):
+            weights = Weights.by_direction(rest[index * each : (index + 1) * each], D)
+            h_0, c_0 = (state[index * D : (index + 1) * D] for state in rest[-2:])
+            result = reference.forward(Call.of(output, h_0, c_0, weights, rows))
             output = result.output
             h_ns.append(result.h_n)
             c_ns.append(result.c_n)
@@ -110,52 +108,31 @@ def _again(
     )
 
 
-def forward(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Weights],
-    rows: Rows,
-    *,
-    reset: Tensor | None = None,
-    save: bool = False,
-    cells: bool = False,
-) -> Forward:
+def forward(call: Call, *, save: bool = False, cells: bool = False) -> Forward:
     """See the contract, but for what ATen does not have: ``reset``, ``cells`` and ragged rows that are not packed."""
-    assert reset is None
+    layer, rows = call.layer, call.rows
+    assert call.reset is None
     assert not cells
     assert rows.packed or not rows.ragged
-    gates, width = weights[0].weight_hh.shape
-    if h_0 is None:
-        h_0 = input.new_zeros(len(weights), rows.batch, width)
-    if c_0 is None:
-        c_0 = input.new_zeros(len(weights), rows.batch, gates // 4)
-    flat = [param for direction in weights for param in direction if param is not None]
-    biases = weights[0].bias_ih is not None
-    output, h_n, c_n = run(input, rows.batch_sizes, (h_0, c_0), flat, biases, 1, 0.0, False, len(weights) == 2)
+    h_0 = call.input.new_zeros(layer.h_shape) if call.h_0 is None else call.h_0
+    c_0 = call.input.new_zeros(layer.c_shape) if call.c_0 is None else call.c_0
+    params = [param for direction in call.weights for param in direction if param is not None]
+    options = Options(layer.bias, bidirectional=layer.directions == 2)
+    output, h_n, c_n = run(call.input, rows.batch_sizes, (h_0, c_0), params, options)
     return Forward(output, h_n, c_n, None, ())
 
 
 def backward(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    grad_cells: Tensor | None,
-    *,
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Weights],
+    call: Call,
+    grads: GradOutputs,
     output: Tensor,
     saved: tuple[Tensor, ...],
-    rows: Rows,
-    reset: Tensor | None = None,
     needs: Needs = Needs(),  # noqa: B008 (immutable)
+    *,
     norms: bool = False,
     gate_rows: int = 0,
 ) -> Gradients:
     """See the contract: by computing forward anew and differentiating it; nothing can be recorded."""
     assert not norms
     assert not gate_rows
-    grads = (grad_output, grad_h_n, grad_c_n, grad_cells)
-    return reference.differentiate(forward, grads, input, h_0, c_0, weights, rows, reset, needs)
+    return reference.differentiate(forward, call, grads, needs)

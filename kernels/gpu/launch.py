@@ -1,0 +1,164 @@
+"""From a layer to the launch of its recurrence: the design, the kernel, its arguments by name, the compiler's options.
+
+What compiles kernels without running them takes the same arguments from here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..contract import Layer
+from . import persistent, split, tiling
+from .device import INTERPRETED
+from .flat_rows import FlatRows
+from .tiling import Design
+
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+BITS = {2: torch.int16, 4: torch.int32}  # integers of a dtype's size
+# How often a program looks for another's data before it gives up; a look takes about a microsecond.
+PATIENCE = 4_000_000
+JITTER = 0  # nanoseconds of random delay a step, for tests
+
+
+@functools.lru_cache(maxsize=64)
+def sms(device: torch.device) -> int:
+    """How many programs can wait for each other: one an SM."""
+    return 16 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=64)
+def shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program may use."""
+    if INTERPRETED.value:
+        return tiling.SHARED
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs leave this one out
+    return properties.shared_memory_per_block_optin
+
+
+def tf32() -> bool:
+    """Whether torch's setting for RNNs allows TF32."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def design_of(layer: Layer, backward: bool) -> Design:
+    """The design of a layer's recurrence on its device; ValueError where none fits."""
+    precision = tiling.precision_of(layer.dtype, tf32())
+    sizes = layer.hidden_size, layer.batch, layer.directions
+    return tiling.plan(*sizes, precision, sms(layer.device), backward, shared=shared(layer.device))
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A recurrence, as a kernel is compiled for it."""
+
+    design: Design
+    dtype: torch.dtype
+    hidden: int  # H
+    precision: str  # see tiling.precision_of
+    backward: bool
+    reset: bool
+    ragged: bool
+    given: tuple[str, ...]  # which of the kernel's SAVE, HAS_... and NORMS are set
+
+    @property
+    def module(self) -> ModuleType:
+        return persistent if self.design.kind == "resident" else split
+
+    @property
+    def kernel(self) -> Any:
+        return self.module.lstm_bwd_kernel if self.backward else self.module.lstm_fwd_kernel
+
+    @property
+    def row(self) -> int:
+        """H': entries of a row that is read 16 bytes at a time."""
+        return (self.hidden + 7) // 8 * 8
+
+    @property
+    def bits(self) -> torch.dtype:
+        """Integers of the dtype's size."""
+        return BITS[self.dtype.itemsize]
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Any]:
+        """The kernel's constants by name."""
+        design = self.design
+        every = {
+            "H": self.hidden, "H_ROW": self.row, "D": design.directions, "U": design.units, "BT": design.tile,
+            "KW": design.warps, "K": design.chunk, "NK": design.chunks, "STREAM": design.stream,
+            "HAS_RESET": self.reset, "RAGGED": self.ragged, "DTYPE": DTYPES[self.dtype], "JITTER": 0,
+            "BITS": tl.int16 if self.bits == torch.int16 else tl.int32,
+            "PRECISION": "tf32x3" if self.precision == "float32" else "tf32",
+        }  # fmt: skip
+        names = self.kernel.arg_names
+        flags = [name for name in names if name in ("SAVE", "NORMS") or name.startswith("HAS_")]
+        every = {name: name in self.given for name in flags} | every
+        return {name: value for name, value in every.items() if name in names}
+
+    def options(self) -> dict[str, Any]:
+        """For the compiler, which left alone aims at two programs an SM: on half the registers, some kernels spill."""
+        warps = self.design.warps
+        options = {"num_warps": warps, "enable_fp_fusion": True, "maxnreg": min(255, 65536 // (32 * warps))}
+        return options | ({"launch_cooperative_grid": True} if self.design.kind == "split" else {})
+
+    def pointers(self) -> dict[str, torch.dtype]:
+        """The dtypes of the kernel's tensors by name."""
+        state, words = dict.fromkeys(("c", "cells", "dc", "dcells"), torch.float32), torch.int32
+        kinds = state | dict.fromkeys(("status", "h_words", "dz_words", "w_words", "reset"), words)
+        kinds |= {"offsets": torch.int64, "norms": torch.float64}
+        if self.design.kind == "split":
+            kinds |= {"h": self.bits, "dz": self.bits}
+        rest = {*self.module.SIZES, *self.constants}
+        return {name: kinds.get(name, self.dtype) for name in self.kernel.arg_names if name not in rest}
+
+    def launch(self, rows: FlatRows, tensors: Mapping[str, Tensor | None], entered: bool = False) -> None:
+        """Runs it; ``tensors``: the kernel's by name, None where there is none.
+
+        ``entered`` (forward): what h_0 adds is in z already.
+        """
+        design, options = self.design, {} if INTERPRETED.value else self.options()
+        nothing = next(each for each in tensors.values() if each is not None)
+        given: dict[str, Any] = {
+            name: nothing if each is None else each
+            for name, each in {**tensors, "reset": rows.reset, "offsets": rows.offsets}.items()
+        }
+        given |= {"T": rows.steps, "B": rows.batch, "N": rows.total, "step": rows.step, "stride": rows.stride}
+        if not self.backward:
+            given["entered"] = int(entered)
+        kernel, device = self.kernel[(design.programs,)], nothing.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            if design.kind == "resident":
+                kernel(**given, **self.constants, **options)
+                return
+            constants = self.constants | {"JITTER": JITTER}
+            given |= {"groups": design.groups, "tiles": design.tiles, "rows": design.rows, "patience": PATIENCE}
+            if design.slices == 1 or not INTERPRETED.value:
+                try:
+                    kernel(**given, begin=0, end=rows.steps, **constants, **options)
+                    return
+                except RuntimeError as error:
+                    if "cooperative" not in str(error):
+                        raise
+                    del options["launch_cooperative_grid"]
+            for i in range(rows.steps):  # a launch a step waits for nobody
+                kernel(**given, begin=i, end=i + 1, **constants, **options)
+
+
+_recurrence = functools.lru_cache(maxsize=1024)(Recurrence)  # for its constants, which are found once
+
+
+def recurrence_of(layer: Layer, rows: FlatRows, backward: bool, given: tuple[str, ...]) -> Recurrence:
+    """Of a layer, over these rows."""
+    precision = tiling.precision_of(layer.dtype, tf32())
+    return _recurrence(
+        design_of(layer, backward), layer.dtype, layer.hidden_size, precision, backward, rows.reset is not None,
+        rows.ragged, given,
+    )  # fmt: skip

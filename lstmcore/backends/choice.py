@@ -1,0 +1,151 @@
+"""The one place that chooses a backend, and says why.  It knows what the registry's entries say, and none by name."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from lstmcore.backends.registry import AUTO, REGISTRY, Backend, check_name, load
+from lstmcore.kernels.contract import Layer
+from lstmcore.kernels.cpu import process, threads
+
+LONG, SOME = 1024, 32  # steps, and rows or inputs, that stand for unknown ones
+_LOST_THREADS = (
+    "in this forked child it may wait for ever for threads of torch's that the fork left behind; "
+    "torch.set_num_threads(1) lets it compute here"
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs a call, and what was said about each one considered (name, reason), best first."""
+
+    name: str
+    reasons: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"backend {self.name!r} runs this call"]
+        lines += [f"  {name:<10}{'chosen' if name == self.name else 'not used'}: {why}" for name, why in self.reasons]
+        return "\n".join(lines)
+
+    def with_threads(self) -> Choice:
+        """The same, saying whose threads a backend of the CPU would use: that may change from call to call."""
+        backend = REGISTRY[self.name]
+        if backend.device != "cpu":
+            return self
+        whose = "one thread" if threads.count() == 1 else f"{threads.count()} threads, {threads.describe()}"
+        reasons = tuple((name, f"{why} ({whose})" if name == self.name else why) for name, why in self.reasons)
+        return Choice(self.name, reasons)
+
+
+class Situation(NamedTuple):
+    """What a choice depends on besides the layers."""
+
+    extended: bool = False  # the call uses what torch's LSTM does not have: lengths, reset, cells, a recording
+    opaque: bool = False  # its tensors are of a subclass, or torch.jit traces it
+    orphan: bool = False  # torch may wait for threads that stayed with the parent process
+    several: bool = True  # there is more than one thread
+
+    @staticmethod
+    def now(extended: bool, opaque: bool = False) -> Situation:
+        """Of a call in this process and thread."""
+        return Situation(extended, opaque, process.torch_would_hang(), threads.count() > 1)
+
+
+def _why_not(backend: Backend, layers: tuple[Layer, ...], situation: Situation) -> str | None:
+    """One sentence on why a backend cannot run these layers here, or None when it can."""
+    dtype = layers[0].dtype
+    if situation.extended and not backend.extended:
+        return "it has no lengths, reset or return_cells, and nothing to record; use backend='auto'"
+    if situation.opaque and backend.fused:
+        return (
+            "tensor subclasses do not enter kernels, and torch.jit's tracer does not see them; use plain tensors, or "
+            "backend='torch' or 'reference'"
+        )
+    if backend.dtypes is not None and dtype not in backend.dtypes:
+        names = ", ".join(str(each).removeprefix("torch.") for each in backend.dtypes)
+        return f"it computes in {names}, not in {dtype}; convert the module and the input, or use backend='torch'"
+    try:
+        module = load(backend.name)
+    except ImportError as error:
+        return f"it could not be loaded: {error}"
+    return next((reason for layer in layers if (reason := module.supports(layer)) is not None), None)
+
+
+def _declined(backend: Backend, layers: tuple[Layer, ...], situation: Situation) -> str | None:
+    """One sentence on why ``"auto"`` does not take a backend for these layers, or None when it does."""
+    device = layers[0].device
+    if backend.device not in (None, device.type):  # known without loading a compiler
+        return f"it runs on {backend.device}, not on {device}"
+    if (reason := _why_not(backend, layers, situation)) is not None:
+        return reason
+    if (reason := backend.unproven(load(backend.name), layers[0])) is not None:
+        return reason
+    if situation.orphan and backend.torch_threads and device.type == "cpu":
+        return _LOST_THREADS
+    if situation.extended or situation.orphan:  # none of the faster ones would run it
+        return None
+    return next((why for layer in layers if (why := backend.slower(layer, situation.several)) is not None), None)
+
+
+def _described(backend: Backend, layers: tuple[Layer, ...], why: str) -> str:
+    """``why`` with how the backend would run the first layer, where it tells."""
+    describe = getattr(load(backend.name), "describe", None)
+    return why if describe is None else f"{why}: {describe(layers[0])}"
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(name: str, layers: tuple[Layer, ...], situation: Situation = Situation()) -> Choice:  # noqa: B008 (immutable)
+    """The backend for a stack of layers: the first one, and the others' common sizes where there are more.
+
+    A named backend that cannot run them raises RuntimeError with the reason; ``"auto"`` always finds one.
+    """
+    check_name(name)
+    if name != AUTO:
+        backend = REGISTRY[name]
+        reason = _why_not(backend, layers, situation)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
+        return Choice(name, ((name, _described(backend, layers, "asked for by name")),))
+
+    reasons: list[tuple[str, str]] = []
+    for candidate, backend in REGISTRY.items():
+        reason = _declined(backend, layers, situation)
+        if reason is None:
+            why = (
+                backend.why if not situation.orphan else f"{backend.why} without the threads that a forked child lacks"
+            )
+            return Choice(candidate, (*reasons, (candidate, _described(backend, layers, why))))
+        reasons.append((candidate, reason))
+    # Only a dtype that no backend of ours computes, with an argument that ATen's LSTM does not have.
+    raise RuntimeError("no backend can run this call:\n" + "\n".join(f"  {name}: {why}" for name, why in reasons))
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(name: str, layer: Layer, num_layers: int, situation: Situation) -> Choice:
+    """:func:`choose` for a stack that begins with ``layer``; cached, because it runs once a call."""
+    return choose(name, (layer,) if num_layers == 1 else (layer, layer.after()), situation)
+
+
+def in_graph(name: str, layer: Layer, extended: bool) -> str:
+    """The backend of a layer in a compiled or exported graph, or under a transform: chosen once, for every T and B.
+
+    As for a long sequence of some rows: steps and batch may be symbols there.  The hidden size becomes a constant.
+    """
+    fixed = layer._replace(
+        steps=LONG, batch=SOME, input_size=SOME, hidden_size=int(layer.hidden_size), proj_size=int(layer.proj_size)
+    )
+    return plan(name, fixed, 1, Situation(extended, orphan=process.torch_would_hang())).name
+
+
+def own_cell(name: str, device: torch.device) -> str | None:
+    """The backend whose own single step a cell runs; None where it is an LSTM of one step."""
+    check_name(name)
+    orphan = device.type == "cpu" and process.torch_would_hang()
+    for candidate, backend in REGISTRY.items():
+        if backend.cell and (name == candidate or (name == AUTO and not (orphan and backend.torch_threads))):
+            return candidate
+    return None

@@ -1,0 +1,133 @@
+"""The backends there are: one entry each, the fastest first, in the order in which ``"auto"`` considers them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lstmcore.backends import rules
+from lstmcore.kernels.contract import Layer
+
+AUTO = "auto"
+OLDEST_TRITON = (3, 6)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A module that answers the contract of :mod:`lstmcore.kernels`, and what is known of it before it is loaded."""
+
+    name: str
+    module: str
+    why: str  # in a choice of "auto": what speaks for it, to people
+    device: str | None = None  # the type of device that it runs on; None: any
+    dtypes: tuple[torch.dtype, ...] | None = FLOATS  # None: any
+    missing: Callable[[], str | None] = lambda: None  # one sentence where it cannot be imported, or must not be
+    # One sentence where "auto" does not take it although it supports the layer: it was never seen to work there, or a
+    # later one in the registry was measured faster (``several``: there is more than one thread).
+    unproven: Callable[[Any, Layer], str | None] = lambda module, layer: None
+    slower: Callable[[Layer, bool], str | None] = lambda layer, several: None
+    fused: bool = True  # opaque to autograd, tracers, modes and tensor subclasses; else made of torch's operations
+    extended: bool = True  # it has lengths, reset and cells, and can be recorded
+    whole: bool = False  # it has ``run``, which computes all layers of a call at once, with a graph of its own
+    cell: bool = False  # it has a single step of its own, torch's
+    device_lengths: bool = False  # it takes rows whose lengths the host does not know
+    torch_threads: bool = False  # on the CPU it waits for threads of torch's, which a forked child lacks
+
+
+def _triton_missing() -> str | None:
+    found = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"it needs Triton {oldest} or newer, found {found}; pip install triton"
+    return None
+
+
+def _numba_missing() -> str | None:
+    if importlib.import_module("numba").config.DISABLE_JIT:
+        return "Numba's compiler is switched off; unset NUMBA_DISABLE_JIT before Python starts"
+    return None
+
+
+def _unmeasured(module: Any, layer: Layer) -> str | None:
+    if module.measured(layer.device):
+        return None
+    return (
+        "its kernels have not been measured on a device of this kind yet (make gpu does that); "
+        "backend='triton' runs them"
+    )
+
+
+_ENTRIES = (
+    Backend(
+        "triton",
+        "lstmcore.kernels.gpu.backend",
+        "the fused GPU kernels cover this call",
+        device="cuda",
+        missing=_triton_missing,
+        unproven=_unmeasured,
+        slower=rules.slower_than_cudnn,
+        device_lengths=True,
+    ),
+    Backend(
+        "numba",
+        "lstmcore.kernels.cpu.backend",
+        "the fused CPU kernels cover this call",
+        device="cpu",
+        missing=_numba_missing,
+        slower=rules.slower_than_aten,
+    ),
+    Backend(
+        "torch",
+        "lstmcore.backends.aten",
+        "ATen's LSTM, as torch.nn.LSTM runs it",
+        dtypes=None,
+        fused=False,
+        extended=False,
+        whole=True,
+        cell=True,
+        torch_threads=True,
+    ),
+    Backend(
+        "reference",
+        "lstmcore.backends.reference",
+        "the plain step loop computes what no other backend does",
+        fused=False,
+    ),
+)
+REGISTRY: dict[str, Backend] = {each.name: each for each in _ENTRIES}
+REFERENCE = "reference"  # the twin of all others, which can be differentiated any number of times
+
+
+def names() -> tuple[str, ...]:
+    """What ``backend=`` may be."""
+    return (AUTO, *REGISTRY)
+
+
+def check_name(name: str) -> None:
+    """ValueError unless ``name`` is one of :func:`names`."""
+    if name != AUTO and name not in REGISTRY:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(map(repr, names()))}")
+
+
+@functools.cache
+def load(name: str) -> Any:
+    """The module of a backend, imported on first use (Numba alone takes a third of a second).
+
+    Raises ImportError, which says what would help, where a package that it needs is missing, too old or switched off.
+    """
+    backend = REGISTRY[name]
+    if (reason := backend.missing()) is not None:
+        raise ImportError(reason)
+    try:
+        return importlib.import_module(backend.module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"it needs a package that is missing ({error}); pip install {name}") from error

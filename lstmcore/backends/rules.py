@@ -1,0 +1,83 @@
+"""When ``"auto"`` leaves a layer to torch: what was measured, as rules by class of shape.
+
+T steps, B rows, H hidden units.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from lstmcore.kernels.contract import Layer
+
+
+@functools.cache
+def _bfloat16_hardware() -> bool:
+    """Whether this CPU multiplies bfloat16 (AVX512-BF16 or AMX), which ATen's LSTM then does."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def faster_than_aten(layer: Layer, several: bool = True) -> bool:
+    """Whether the Numba kernels beat ATen for this class of layer: what measurements say, as a rule.
+
+    ``several``: they share the work out among threads.
+
+    * Dense float32 and bfloat16: ATen calls oneDNN, which wins where a call is over in a few steps, or the layer is so
+      small that nothing is left to gain; in inference of a wide layer both are level for longer.  Measured behind an
+      operation of torch's for T 1 to 160, B 1, 8, 32 and H 16 to 512, on two kinds of processor: what this rule picks
+      is 0.99 to 2.6 times as fast in training with two threads and 1.0 to 3.7 in inference, with one thread 1.0 to 1.6
+      and 0.99 to 1.95 (AMD EPYC, Zen 3, AVX2); 0.97 to 1.9 and 1.01 to 2.5 with two threads (Intel Xeon, AVX-512).
+    * What oneDNN does not cover (packed, projections, float64, float16) ATen runs step by step, at some 50
+      microseconds a step; what is laid out anew for each batch of lengths costs 0.3 ms a pass.
+    * bfloat16 on a CPU that multiplies it: oneDNN uses that, our kernels compute in float32; ours win while the cell
+      and the overhead of a step outweigh its products.
+    """
+    steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
+    if layer.ragged:
+        return steps >= (10 if layer.training else 20)
+    if layer.proj_size or layer.dtype not in (torch.float32, torch.bfloat16):
+        return steps >= (4 if layer.training else 6)
+    if layer.dtype == torch.bfloat16 and _bfloat16_hardware() and batch * hidden > 128:
+        return False
+    if layer.training and hidden >= 256:
+        return steps >= (1 if hidden >= 512 else 4)
+    wide = not layer.training and hidden >= 128 and not (hidden >= 512 and batch == 1)
+    size = steps * hidden * min(batch, 16) ** 0.5
+    return steps >= (20 if wide else 10) and size >= (700 if several else 1500)
+
+
+def faster_than_cudnn(layer: Layer) -> bool:
+    """Whether the Triton kernels beat cuDNN for this class of layer: what measurements on an H200 say, as a rule.
+
+    * Where cuDNN launches kernels for each step (bfloat16, float32 of H > 192, packed, projections, an H that is no
+      multiple of 128), a step takes it 13 microseconds forward and 27 backward, whatever its size up to H 1024 and 64
+      rows, most of it that host's: ours are 2 to 14 times as fast there.  A call costs us 0.2 ms more in inference and
+      1 to 2 ms in training, and cuDNN wins where products count: H 2048 (0.95), 256 rows of H 1024 (0.73 to 0.86);
+      float32 of H 1024 is level.
+    * Where it keeps one kernel running (float16, and float32 of H <= 192), ours are 1.05 to 2.8 times as fast over 1024
+      steps, but for inference of 16 rows of H 768 (0.87).
+    """
+    steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
+    if hidden > 1024 or batch > 256 or (hidden > 512 and batch > 64):
+        return False
+    if layer.dtype == torch.float32 and (hidden > 512 or batch > 64):
+        return False
+    stepwise = layer.ragged or layer.proj_size > 0 or layer.dtype == torch.bfloat16
+    if not stepwise and hidden <= 192:
+        return steps >= 1000
+    if not stepwise and layer.dtype == torch.float16 and hidden % 128 == 0:
+        return steps >= 1000 and (layer.training or batch > 16)
+    return steps >= (100 if layer.training else 32)
+
+
+def slower_than_aten(layer: Layer, several: bool) -> str | None:
+    """One sentence where ATen is faster than the Numba kernels."""
+    return None if faster_than_aten(layer, several) else "ATen was measured faster for this class of shape"
+
+
+def slower_than_cudnn(layer: Layer, several: bool) -> str | None:
+    """One sentence where cuDNN is faster than the Triton kernels, or may be."""
+    if faster_than_cudnn(layer):
+        return None
+    return "cuDNN was measured faster for this class of shape, or ours was not measured on it"
