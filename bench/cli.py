@@ -19,8 +19,8 @@ from bench.cases import CASES, GROUPS, MODES, Case, select
 from bench.experiments import EXPERIMENTS, MAIN
 from bench.measure import NO_GPU, Experiment, Task
 from bench.timing import Effort
+from lstmcore.backends import names
 
-BACKENDS = ("auto", "triton", "numba", "torch", "reference")
 QUICK_RESULTS, GPU_RESULTS = Path("out/bench"), Path("out/gpu")
 DESCRIPTION = """\
 Times lstmcore.LSTM against torch.nn.LSTM by turns, on cases whose outputs and gradients were just checked: each call
@@ -63,7 +63,7 @@ def _common() -> argparse.ArgumentParser:
     how = common.add_argument_group("how")
     how.add_argument(
         "--backend",
-        choices=BACKENDS,
+        choices=names(),
         help="the backend of lstmcore (default: what the command is about, mostly auto); on a CPU, rows of one named "
         "here are shown, not saved",
     )

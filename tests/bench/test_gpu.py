@@ -41,7 +41,7 @@ from bench.measure import NOTHING, Task
 from bench.rows import RESULTS, Row
 from bench.session import LOST, LOST_AT
 from bench.timing import Effort
-from lstmcore import backends
+from lstmcore.backends import choice
 
 QUICK_LIMIT_S = 240  # what the quick benchmark may take of a visit
 
@@ -323,7 +323,7 @@ def test_run_goes_on_after_a_failure(pretended_gpu, registry, monkeypatch, tmp_p
 
 
 def test_run_reports_what_a_backend_refuses(pretended_gpu, registry, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(backends, "_why_not", lambda name, *_: f"no {name} here")
+    monkeypatch.setattr(choice, "_why_not", lambda backend, *_: f"no {backend.name} here")
     assert run_pretended(registry, tmp_path / "rows.csv", TINY, task=replace(TASK, backend="triton")) == 0
     assert "not measured: tiny: backend 'triton' cannot run this call" in " ".join(capsys.readouterr().out.split())
 
@@ -404,7 +404,7 @@ def test_smoke(pretended_gpu, monkeypatch, capsys):
     assert smoke.run(unchecked=True) == 0
     assert "6 of 6 small cases ran" in capsys.readouterr().out
     monkeypatch.setattr(smoke, "BACKEND", "triton")
-    monkeypatch.setattr(backends, "_why_not", lambda name, *_: f"no {name} here")
+    monkeypatch.setattr(choice, "_why_not", lambda backend, *_: f"no {backend.name} here")
     assert smoke.run(unchecked=False) == NOTHING
     assert "not run: backend 'triton' cannot run this call" in capsys.readouterr().out
 
