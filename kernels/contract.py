@@ -124,8 +124,8 @@ class Layer(NamedTuple):
         return self.directions, self.batch, self.hidden_size
 
     def as_called(self, ragged: bool, training: bool) -> Layer:
-        """The same, of a call that is ragged, or trained, or neither."""
-        return Layer(*self[:-2], ragged, training)
+        """These sizes, as they are of a call that is neither ragged nor trained, for one that may be."""
+        return Layer(*self[:-2], ragged, training) if ragged or training else self
 
     def after(self) -> Layer:
         """The next layer of a stack, whose input is the output of this one."""
