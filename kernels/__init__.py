@@ -1,28 +1,28 @@
-"""Backends of one LSTM layer.  Installed as ``lstmcore.kernels``; knows arrays and launches, nothing of modules.
+"""Backends of one LSTM layer.  Installed as ``lstmcore.kernels``; knows arrays and launches, but no modules.
 
 The contract
 ------------
 A backend computes one layer of an LSTM, in one direction or both, over a batch of ragged rows.  It is a module with
-five functions; the types they exchange are in :mod:`lstmcore.kernels.contract`.  It may have more: ``describe(layer:
-Layer) -> str`` says how such a layer would run, for people to read.
+five functions; the types they exchange are in :mod:`lstmcore.kernels.contract`.  It may have a
+sixth, ``describe(layer: Layer) -> str``, which says how such a layer would run, as text for users.
 
 * ``supports(layer: Layer) -> str | None``:
-  None when the backend runs such a layer on this machine; otherwise one sentence saying what is missing and what would
+  None if the backend runs such a layer on this machine; otherwise one sentence saying what is missing and what would
   help.  Cheap: it compiles nothing.
 * ``forward(call: Call, *, save, cells) -> Forward``:
   the whole layer, input projection included (so that a backend may fuse it).  With ``save=False`` (inference) nothing
-  is kept for a backward; with ``save=True`` the result carries whatever ``backward`` will want.
+  is kept for a backward; with ``save=True`` the result has everything that ``backward`` needs.
 * ``backward(call: Call, grads: GradOutputs, output, saved, needs: Needs, *, norms, gate_rows) -> Gradients``:
   the gradients of everything that ``needs`` asks for, from the gradients of what forward returned (None: of a result
-  that nobody used), the call that forward had, its ``output`` and what it ``saved``.
+  that was not used), forward's call, its ``output`` and what it ``saved``.
 * ``saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]``:
-  shape and dtype of each of the tensors that ``forward`` saves of such a layer, with room for ``room`` rows, which may
-  be symbolic.
+  shape and dtype of each tensor that ``forward`` saves for such a layer, with room for ``room`` tokens, a number that
+  may be symbolic.
 * ``prewarm(layer: Layer, *, training) -> None``:
-  compiles what such a layer will need, so that the first call does not wait.
+  compiles what such a layer needs, so that the first call does not wait.
 
-Legend: T time, B batch, N = T * B dense rows or the sum of the packed lengths, I input, H hidden, P projection (H where
-there is none), D directions (1 or 2; direction 1 walks time backwards).
+Legend: T time, B batch, N tokens: (step, row) pairs, T * B if dense, else the sum of the lengths, I input, H hidden,
+P projection (H without one), D directions (1 or 2; direction 1 walks time backwards).
 
 What is computed, per direction, in PyTorch's gate order i, f, g, o:
 
@@ -32,10 +32,11 @@ What is computed, per direction, in PyTorch's gate order i, f, g, o:
     c_t = f c_{t-1} + i g
     h_t = o tanh(c_t)                   with a projection: h_t = W_hr (o tanh(c_t))
 
-Rows.  ``rows`` says which sequences are alive at each step, and how they lie in memory: padded ``(T, B, ·)`` tensors of
-any strides with any lengths, or packed ``(N, ·)`` data.  A backend does no work for padding.  Padded positions of the
-outputs read zero.  Results of a row do not depend on what the other rows of the batch hold, and not on the number of
-threads; on the CPU not on how many there are either (on a GPU the tiles, and so the order of sums, do).
+Rows.  A row is one sequence of the batch; it is active at the steps that it has.  ``rows`` says which rows are active
+at each step, and how tensors are laid out: padded ``(T, B, ·)`` of any strides with any lengths, or packed ``(N, ·)``.
+A backend does no work for padding.  Padded positions of the outputs are zero.  Results of a row depend neither on the
+values of the other rows of the batch nor on the number of threads; on the CPU not on the number of rows either (on a
+GPU that decides the tiles, and so the order of sums).
 
 Resets.  ``reset`` (bool, shaped like input without its last dimension) zeroes h and c of a row *before* step t
 computes: the state that enters that step is zero, and no gradient passes through it.  Direction 1 resets before it
@@ -46,14 +47,14 @@ Cells.  ``cells=True`` also returns every c_t, in the state dtype; ``grads.cells
 Norms.  ``norms=True`` makes backward also return, per direction, step and row, the Euclidean norms of the gradients
 that arrive at h_t and at c_t (shape ``(2, D, T, B)``; first h, then c): as exact as the gradients themselves, however
 small these are.  ``gate_rows=R`` makes it return ``GateStatistics`` over R rows, evenly spread over the batch.  Both
-are free when off.
+cost nothing if off.
 
 Dtypes.  float32, float64, bfloat16, float16; all tensors of a call share one.  The cell state and every accumulation
 are float32 for the 16-bit types; ``state_dtype`` in ``contract`` says so.
 
 Allocation.  A backend allocates all that it returns; its ``saved`` tensors belong to the graph of the caller, which
 must keep them unchanged between forward and backward, and may call backward more than once.  It never writes to its
-inputs. It keeps no reference to a tensor after it returns; scratch memory it may keep and reuse.
+inputs and keeps no reference to a tensor after it returns; it may keep scratch memory and reuse it.
 
 Non-finite values propagate as in the formula; they never hang a kernel.
 """

@@ -1,7 +1,7 @@
-"""The arithmetic of the LSTM cell, forward and backward, once.
+"""The arithmetic of the LSTM cell, forward and backward, for all backends.
 
-Pure functions of ``+ - *`` on whatever implements them: tensors (the reference), LLVM vectors (the Numba kernels),
-Triton blocks.  The activations are the caller's, because each backend has its own; everything between them is here.
+Pure functions of ``+ - *`` on any type that implements them: tensors (the reference), LLVM vectors (the Numba kernels),
+Triton blocks.  Each backend has its own activations; everything between them is here.
 
 Equations: Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, in PyTorch's gate order i, f, g, o.
 All arguments are element-wise and of one shape.
@@ -14,12 +14,12 @@ def cell_state(i, f, g, c_prev):
 
 
 def hidden_state(o, tanh_c):
-    """h_t = o tanh(c_t) (before a projection, where there is one)."""
+    """h_t = o tanh(c_t), before the projection if there is one."""
     return o * tanh_c
 
 
 def cell_grad(dc, dh, o, tanh_c):
-    """All of dL/dc_t: what came from step t + 1 and from c_t itself (``dc``), and what comes through h_t."""
+    """dL/dc_t in full: from step t + 1 and from c_t itself (``dc``), and through h_t."""
     return dc + dh * o * (1.0 - tanh_c * tanh_c)
 
 
@@ -33,5 +33,5 @@ def gate_grads(dc, dh, i, f, g, o, c_prev, tanh_c):
 
 
 def cell_grad_prev(dc, f):
-    """dL/dc_{t-1} along the direct, additive path: the one that does not vanish."""
+    """dL/dc_{t-1} along the direct, additive path, which is scaled by the forget gate alone."""
     return dc * f

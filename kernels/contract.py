@@ -1,6 +1,6 @@
-"""The types that a caller and a backend exchange; see the package's docstring for what they mean together.
+"""The types that a caller and a backend exchange; the package's docstring says how they work together.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), D directions.
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), D directions.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class Weights(NamedTuple):
 
     @staticmethod
     def by_direction(params: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
-        """The parameters of one layer, in the order of the fields without those that are not there, by direction.
+        """Groups a layer's flat list of parameters by direction.
 
-        How many there are says which: two, with ``weight_hr`` three, with the biases four, with both five.
+        They are in the order of the fields.  Their number per direction says which there are: two, three with
+        ``weight_hr``, four with the biases, five with both.
         """
         fields = len(params) // directions
         result = []
@@ -51,7 +52,7 @@ class Weights(NamedTuple):
 
 
 class WeightGradients(NamedTuple):
-    """The gradients of :class:`Weights`, field by field; None where not asked for, or where there is no such weight."""
+    """The gradients of :class:`Weights`, field by field; None if not requested, or if there is no such weight."""
 
     weight_ih: Tensor | None = None
     weight_hh: Tensor | None = None
@@ -61,7 +62,7 @@ class WeightGradients(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The sizes of a call of one layer: all that chooses a backend and its kernels; no tensor, no pointer."""
+    """The sizes of a call of one layer, which decide the backend and its kernels; no tensor, no pointer."""
 
     device: torch.device
     dtype: torch.dtype
@@ -73,7 +74,7 @@ class Layer(NamedTuple):
     directions: int = 1
     bias: bool = True
     ragged: bool = False
-    training: bool = False  # something will ask for gradients
+    training: bool = False  # gradients will be needed
 
     @staticmethod
     def of(
@@ -102,13 +103,13 @@ class Layer(NamedTuple):
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """The fields of :class:`Weights` that there are."""
+        """The fields of :class:`Weights` that the layer has."""
         every = Weights._fields
         return (*every[:2], *every[2:4] * self.bias, *every[4:] * self.projected)
 
     @property
     def weight_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the weights that there are, in one direction."""
+        """The shapes of the weights of one direction, in the order of ``weight_names``."""
         biases = ((self.gates,),) * 2 if self.bias else ()
         projection = ((self.width, self.hidden_size),) if self.projected else ()
         return ((self.gates, self.input_size), (self.gates, self.width), *biases, *projection)
@@ -133,14 +134,14 @@ class Layer(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One layer over a batch: all that forward is given, and backward once more."""
+    """One layer over a batch: the arguments of forward, which backward gets again."""
 
     layer: Layer
     rows: Rows
     input: Tensor  # rows.shape + (I,)
     h_0: Tensor | None  # (D, B, P); None for zeros
     c_0: Tensor | None  # (D, B, H); None for zeros
-    weights: tuple[Weights, ...]  # of D directions
+    weights: tuple[Weights, ...]  # D of them
     reset: Tensor | None = None  # rows.shape, bool
 
     @staticmethod
@@ -153,13 +154,13 @@ class Call(NamedTuple):
         reset: Tensor | None = None,
         training: bool = False,
     ) -> Call:
-        """A call of these tensors, which fit each other."""
+        """A call of these tensors, which must fit each other."""
         layer = Layer.of(input, weights, rows.steps, rows.batch, rows.ragged, training)
         return Call(layer, rows, input, h_0, c_0, weights, reset)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """reset, input, h_0, c_0, then the weights field by field; None where there is none."""
+        """reset, input, h_0, c_0, then the weights field by field; None for an absent one."""
         return (self.reset, self.input, self.h_0, self.c_0, *chain.from_iterable(self.weights))
 
     @staticmethod
@@ -186,12 +187,12 @@ class Forward(NamedTuple):
     output: Tensor  # rows.shape + (D * P,)
     h_n: Tensor  # (D, B, P)
     c_n: Tensor  # (D, B, H)
-    cells: Tensor | None  # rows.shape + (D * H,), state dtype; when asked for
+    cells: Tensor | None  # rows.shape + (D * H,), state dtype; if requested
     saved: tuple[Tensor, ...]  # for backward; empty without save
 
 
 class GradOutputs(NamedTuple):
-    """The gradients of what forward returned, of the same shapes; None of a result that nobody used."""
+    """The gradients of what forward returned, of the same shapes; None for a result that was not used."""
 
     output: Tensor | None
     h_n: Tensor | None
@@ -203,22 +204,22 @@ class GateStatistics(NamedTuple):
     """The activations of the gates i, f, o over a sample of rows and all units."""
 
     sums: Tensor  # (3, D, T) float64
-    counts: Tensor  # (3, D, T, 10) int32: how many in [0, 0.1), [0.1, 0.2), ... [0.9, 1]
+    counts: Tensor  # (3, D, T, 10) int32: activations in [0, 0.1), [0.1, 0.2), ... [0.9, 1]
     log_forget: Tensor  # (D, H) float64: sum of ln f of each unit
-    rows: Tensor  # (T,) int64: sampled rows alive at each step
+    rows: Tensor  # (T,) int64: sampled rows active at each step
 
 
 class Gradients(NamedTuple):
-    """What backward returns: None for what was not asked for."""
+    """What backward returns; None for what was not requested."""
 
     input: Tensor | None
     h_0: Tensor | None  # (D, B, P)
     c_0: Tensor | None  # (D, B, H)
-    weights: tuple[WeightGradients, ...]  # one a direction
+    weights: tuple[WeightGradients, ...]  # one per direction
     norms: Tensor | None = None  # (2, D, T, B), state dtype
     gates: GateStatistics | None = None
 
     def of(self, weights: Sequence[Weights]) -> list[Tensor | None]:
-        """The gradients of ``weights``, one for each that is there, in the order of ``Weights.by_direction``."""
+        """The gradients of ``weights``, a flat list in the order of ``Weights.by_direction`` without absent fields."""
         pairs = zip(chain.from_iterable(self.weights), chain.from_iterable(weights), strict=True)
         return [grad for grad, weight in pairs if weight is not None]

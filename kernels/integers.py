@@ -1,4 +1,4 @@
-"""Arithmetic on counts that both kinds of kernels need."""
+"""Arithmetic on counts, for the CPU and the GPU kernels."""
 
 import numpy as np
 
@@ -9,5 +9,5 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def starts_of(sizes: np.ndarray) -> np.ndarray:
-    """How many come before each, and in all: (T + 1,) int64 from (T,)."""
+    """Running totals (T + 1,) int64 of (T,): what comes before each, and the total."""
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))

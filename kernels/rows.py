@@ -1,6 +1,6 @@
-"""Which rows of a batch are alive at each step, how the tensors of a call lie in memory, and the ways between the two.
+"""Which rows of a batch are active at each step, the layout of a call's tensors, and conversions between layouts.
 
-T time, B batch, N alive rows over all steps, n alive rows of one step, R some rows.
+T time, B batch, N tokens: (step, row) pairs, n active rows of one step, R some rows.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows are alive at each step, and how the tensors of a call lie.
+    """Which rows are active at each step, and the layout of a call's tensors.
 
-    Row r of the sorted batch is alive at step t where ``r < batch_sizes[t]`` (None: every row at every step).
+    Row r of the sorted batch is active at step t where ``r < batch_sizes[t]`` (None: every row at every step).
 
     * packed: tensors are ``(N, ·)``; step t holds its ``batch_sizes[t]`` rows after those of the steps before it.
       ``h_0``, ``c_0``, ``h_n``, ``c_n`` are in the sorted order.
     * padded: tensors are ``(T, B, ·)``, of any strides, in the user's order: sorted row r is row ``order[r]`` there
-      (None: row r), also in ``h_0``, ``c_0``, ``h_n``, ``c_n``.  New tensors are laid out batch-first in memory when
-      ``batch_first`` is set (their shape is ``(T, B, ·)`` all the same).
+      (None: row r), also in ``h_0``, ``c_0``, ``h_n``, ``c_n``.  New tensors are batch-first in memory if
+      ``batch_first`` is set (their shape is ``(T, B, ·)`` nevertheless).
     * padded, with ``lengths`` on the device instead of ``batch_sizes`` and ``order``: the host does not know them, and
-      need not wait for them.  Only a backend of that device takes such rows; :meth:`on_host` is for the others.  All
-      that it returns of a row whose length is out of range is NaN, and a later call raises ValueError.
+      need not wait for them.  Only a backend of that device takes such rows; for others there is :meth:`on_host`.  The
+      results of a row whose length is out of range are NaN, and a later call raises ValueError.
     """
 
     steps: int  # T
@@ -38,7 +38,7 @@ class Rows:
     packed: bool = False
     batch_first: bool = False
     lengths: Tensor | None = None  # (B,) integers on the device, not checked
-    roomy: bool = False  # what forward saves has room for padded steps too: its sizes depend on no values
+    roomy: bool = False  # what forward saves has room for padding too: its sizes depend on no values
 
     @staticmethod
     def from_packed(batch_sizes: Tensor) -> Rows:
@@ -49,7 +49,7 @@ class Rows:
     def from_lengths(lengths: Tensor, steps: int, batch_first: bool = False, roomy: bool = False) -> Rows:
         """The rows of a padded batch with these ``lengths`` (B,): integers from 0 to ``steps`` in any order.
 
-        Dense ones where none ends early.  Raises ValueError for others.
+        They are dense if no row ends early.  Raises ValueError for lengths out of range.
         """
         # NumPy's operations take a tenth of torch's time on a few numbers; through a list, because a transform of
         # torch.func may have wrapped the tensor
@@ -64,13 +64,13 @@ class Rows:
         return Rows(steps, len(each), sizes, order, batch_first=batch_first, roomy=roomy)
 
     def on_host(self) -> Rows:
-        """These rows with their lengths known to the host, which waits for them where they are on a device."""
+        """These rows with their lengths known to the host, which waits for them if they are on a device."""
         if self.lengths is None:
             return self
         return Rows.from_lengths(self.lengths, self.steps, self.batch_first, self.roomy)
 
     def row_lengths(self) -> Tensor:
-        """(B,) int64: how many steps each row has, in the order of ``h_0``; on the CPU, or where ``lengths`` are."""
+        """(B,) int64: the steps of each row, in the order of ``h_0``; on the CPU, or on the device of ``lengths``."""
         if self.lengths is not None:
             return self.lengths
         if self.batch_sizes is None:
@@ -85,12 +85,12 @@ class Rows:
 
     @functools.cached_property
     def total(self) -> int:
-        """N, the number of (step, row) pairs that are computed; T * B where the host does not know it."""
+        """N, the number of tokens; T * B if the host does not know it."""
         return self.steps * self.batch if self.batch_sizes is None else int(self.batch_sizes.sum())
 
     @property
     def room(self) -> int:
-        """How many rows what forward saves has room for."""
+        """The number of tokens that what forward saves has room for."""
         return self.steps * self.batch if self.roomy and not self.packed else self.total
 
     @property
@@ -99,37 +99,37 @@ class Rows:
         return (self.total,) if self.packed else (self.steps, self.batch)
 
     def new(self, like: Tensor, width: int, dtype: torch.dtype | None = None, *, zero: bool = True) -> Tensor:
-        """An uninitialised tensor of these rows, where padded zero (or to be cleared); (N, width) or (T, B, width)."""
+        """A new tensor of these rows, (N, width) or (T, B, width): uninitialised, but zero at padding if ``zero``."""
         make = like.new_zeros if zero and self.ragged and not self.packed else like.new_empty
         if self.batch_first and not self.packed:
             return make((self.batch, self.steps, width), dtype=dtype).transpose(0, 1)
         return make((*self.shape, width), dtype=dtype)
 
-    # Between the caller's order and the flat one: (N, ·), step by step, the alive rows of each sorted
+    # Between the caller's layout and the flat one: (N, ·), step by step, the active rows of each step sorted
 
     @functools.cached_property
     def _places(self) -> tuple[Tensor, Tensor] | None:
-        """(N,) each: the step and the caller's row of each flat row; None where flat rows lie as the caller's do."""
+        """(N,) each: the step and the caller's row of each token; None if the caller's layout is flat already."""
         if self.batch_sizes is None or self.packed:
             return None
         steps, rows = (torch.arange(self.batch, device="cpu") < self.batch_sizes[:, None]).nonzero(as_tuple=True)
         return steps, rows if self.order is None else self.order[rows]
 
     def flat(self, tensor: Tensor) -> Tensor:
-        """(N, ·): the alive rows of a tensor of these rows."""
+        """(N, ·): the tokens of a tensor of these rows."""
         if self._places is not None:
             return tensor[self._places]
         return tensor.reshape(self.total, *tensor.shape[len(self.shape) :])
 
     def unflat(self, flat: Tensor, target: Tensor) -> None:
-        """Writes (N, ·) to a tensor of these rows: the inverse of :meth:`flat`; what is padded stays as it is."""
+        """Writes (N, ·) to a tensor of these rows: the inverse of :meth:`flat`; padding stays as it is."""
         if self._places is not None:
             target[self._places] = flat
         else:
             target.copy_(flat.view(*self.shape, *flat.shape[1:]))
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """T tensors (n, ·): the alive rows of each step, sorted; autograd differentiates it."""
+        """T tensors (n, ·): the active rows of each step, sorted; autograd differentiates it."""
         if self.packed:
             assert self.batch_sizes is not None
             return list(tensor.split(self.batch_sizes.tolist()))
@@ -140,7 +140,7 @@ class Rows:
         return [step[:n] for step, n in zip(tensor.unbind(0), self.batch_sizes.tolist(), strict=True)]
 
     def join(self, steps: Sequence[Tensor]) -> Tensor:
-        """The inverse of :meth:`split`; padded positions read zero."""
+        """The inverse of :meth:`split`; zero at padding."""
         if self.packed:
             return torch.cat(list(steps))
         padded = [pad(step, (0, 0, 0, self.batch - step.shape[0])) for step in steps]
@@ -150,11 +150,11 @@ class Rows:
         return tensor
 
     def users(self, rows: range, device: torch.device) -> Tensor | slice:
-        """Where the caller has these rows of the sorted batch: an index (R,) on ``device``, or a slice."""
+        """The caller's index of these rows of the sorted batch: (R,) on ``device``, or a slice."""
         return slice(rows.start, rows.stop, rows.step) if self.order is None else self.order[list(rows)].to(device)
 
     def of_some(self, tensor: Tensor, rows: range) -> Tensor:
-        """(T, R, ·): what these rows of the sorted batch have at each step; anything where they are not alive."""
+        """(T, R, ·): the values of these rows of the sorted batch at each step; arbitrary where they are not active."""
         if not self.packed:
             return tensor[:, self.users(rows, tensor.device)]
         assert self.batch_sizes is not None

@@ -1,6 +1,6 @@
 """The autograd Function of one layer, one or both directions.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), D directions.
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), D directions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lstmcore.kernels.contract import Call, GradOutputs, Layer, Needs, Rows
 
 
 class _Run(NamedTuple):
-    """How a call is run, and all of it that is not a tensor."""
+    """How a call is run, and those of its arguments that are not tensors."""
 
     layer: Layer
     rows: Rows
@@ -31,12 +31,12 @@ class _Run(NamedTuple):
 def layer(
     backend: str, call: Call, cells: bool = False, source: recording.Source | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(output, h_n, c_n, cells) of one layer; with a graph only when autograd will want one."""
+    """(output, h_n, c_n, cells) of one layer; with a graph only if autograd needs one."""
     entry, rows = REGISTRY[backend], call.rows
     sized = rows.total and call.layer.input_size and call.layer.hidden_size
     # autograd's own graph of the plain loop cannot be recorded
     plain = not entry.fused and (source is None or not recording.watched(source.module()))
-    if plain or not sized:  # kernels want every size to be 1 at least
+    if plain or not sized:  # kernels need every size to be at least 1
         kernels = backends.load(backend if plain else REFERENCE)
         return kernels.forward(call, cells=cells)[:4]
     if rows.lengths is not None and not entry.device_lengths:
@@ -59,10 +59,10 @@ class _Layer(Function):
     def forward(ctx: Any, run: _Run, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         call = Call.with_tensors(run.layer, run.rows, tensors)
         result = backends.load(run.backend).forward(call, save=True, cells=run.cells)
-        ctx.run, ctx.given = run, len(tensors)
+        ctx.run, ctx.inputs = run, len(tensors)
         ctx.save_for_backward(*tensors, result.output, *result.saved)
         ctx.sizes = [(each.shape, each.dtype) for each in result.saved]
-        ctx.set_materialize_grads(False)  # an output nobody used has no gradient, and costs nothing
+        ctx.set_materialize_grads(False)  # an unused output has no gradient, and costs nothing
         return result[:4]
 
     @staticmethod
@@ -77,20 +77,20 @@ class _Layer(Function):
 
 def _backward(ctx: Any, grads: GradOutputs) -> tuple[Tensor | None, ...]:
     run: _Run = ctx.run
-    # what a saved-tensors hook brings may be a view with a pending negation
+    # a saved-tensors hook may return a view with a pending negation
     kept = guards.plain(ctx.saved_tensors)
     call, output, saved = (
-        Call.with_tensors(run.layer, run.rows, kept[: ctx.given]),
-        kept[ctx.given],
-        kept[ctx.given + 1 :],
+        Call.with_tensors(run.layer, run.rows, kept[: ctx.inputs]),
+        kept[ctx.inputs],
+        kept[ctx.inputs + 1 :],
     )
-    wanted = ctx.needs_input_grad[2:]  # behind the run and reset: input, h_0, c_0, the weights
+    wanted = ctx.needs_input_grad[2:]  # after the run and reset: input, h_0, c_0, the weights
     needs = Needs(wanted[0], wanted[1], wanted[2], any(wanted[3:]))
     if torch._C._are_functorch_transforms_active():  # vmap over a backward
         found = transforms.of_saved(run.backend, call, grads, needs, (output, *saved))
         return None, None, *found
     watching = recording.watchers(run.source)
-    # create_graph=True: the gradient itself has to be differentiable; is_grads_batched=True: grads lie nowhere
+    # create_graph=True: the gradient itself has to be differentiable; is_grads_batched=True: grads have no storage
     plain = torch.is_grad_enabled() or not all(grad is None or torch._C._has_storage(grad) for grad in grads)
     if not plain:
         grads = GradOutputs(*guards.plain(grads))

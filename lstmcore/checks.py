@@ -1,8 +1,8 @@
-"""What a caller can get wrong: looked at here, and made ready to run.
+"""Validates everything that a caller passes, and brings it into one form.
 
-Types and wording are torch's where torch raises.
+Errors have torch's types and wording wherever torch raises too.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), L layers,
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), L layers,
 D directions.
 """
 
@@ -24,7 +24,7 @@ from lstmcore.kernels.contract import Layer, Weights
 
 
 class Options(NamedTuple):
-    """What ``torch.lstm`` takes behind the parameters, in its order."""
+    """The arguments of ``torch.lstm`` after the parameters, in its order."""
 
     has_biases: bool = True
     num_layers: int = 1  # L
@@ -40,7 +40,7 @@ class Options(NamedTuple):
 
 
 class Given(NamedTuple):
-    """The arguments of :func:`lstmcore.lstm`, as they came."""
+    """The arguments of :func:`lstmcore.lstm`, as the caller passed them."""
 
     input: Any
     hx: Any
@@ -57,15 +57,15 @@ class Given(NamedTuple):
 
     @property
     def extended(self) -> bool:
-        """Whether there is something that torch's LSTM does not have."""
+        """Whether the call uses something that torch's LSTM does not have."""
         return self.lengths is not None or self.reset is not None or bool(self.return_cells)
 
 
 class Form(NamedTuple):
-    """How the tensors of a call lie, so that results can be given back as they came."""
+    """The layout of a call's tensors, so that results are returned in the same layout."""
 
     batched: bool
-    batch_first: bool  # never of packed or unbatched input
+    batch_first: bool  # False for packed or unbatched input
     batch_sizes: Tensor | None = None  # of a PackedSequence: the caller's
     sorted_indices: Tensor | None = None
     unsorted_indices: Tensor | None = None
@@ -75,7 +75,7 @@ class Form(NamedTuple):
         return self.batch_sizes is not None
 
     def of_input(self, tensor: Tensor) -> Tensor | PackedSequence:
-        """A result (T, B, ·) or (N, ·) as the input came."""
+        """Converts a result (T, B, ·) or (N, ·) to the form of the input."""
         if self.packed:
             return PackedSequence(tensor, self.batch_sizes, self.sorted_indices, self.unsorted_indices)
         if not self.batched:
@@ -83,16 +83,16 @@ class Form(NamedTuple):
         return tensor.transpose(0, 1) if self.batch_first else tensor
 
     def of_state(self, tensor: Tensor) -> Tensor:
-        """A state (L * D, B, ·) as ``hx`` comes."""
+        """Converts a state (L * D, B, ·) to the form of ``hx``."""
         if self.unsorted_indices is not None:
             tensor = tensor.index_select(1, self.unsorted_indices)
         return tensor if self.batched else tensor.squeeze(1)
 
 
 class Checked(NamedTuple):
-    """A call whose arguments fit each other: its tensors with time first, and sorted where they are packed."""
+    """A call whose arguments fit each other: its tensors with time first, and sorted if they are packed."""
 
-    layer: Layer  # the first, as if all rows lived for all steps and nothing were trained
+    layer: Layer  # the first, with ragged and training False
     form: Form
     options: Options
     data: Tensor  # (T, B, I) or (N, I)
@@ -100,13 +100,13 @@ class Checked(NamedTuple):
     c_0: Tensor | None  # (L * D, B, H)
     params: list[Tensor]
     first: tuple[Weights, ...]  # of the first layer, by direction
-    sizes: Tensor | None  # (T,) of packed rows: a copy that nobody else can change, where values can be read
+    sizes: Tensor | None  # (T,) of packed rows: a private copy if values can be read
     lengths: Tensor | None  # (B,)
     reset: Tensor | None  # (T, B) or (N,)
     cells: bool | str
 
     def of_layer(self, params: Sequence[Any], index: int) -> Sequence[Any]:
-        """What belongs to one layer in a list like that of the parameters."""
+        """The entries of one layer in a list like that of the parameters."""
         each = len(params) // self.options.num_layers
         return params[index * each : (index + 1) * each]
 
@@ -114,12 +114,12 @@ class Checked(NamedTuple):
         """(h_0, c_0) of one layer, (D, B, ·)."""
         if self.h_0 is None or self.c_0 is None or self.options.num_layers == 1:
             return self.h_0, self.c_0
-        part = slice(index * self.layer.directions, (index + 1) * self.layer.directions)
-        return self.h_0[part], self.c_0[part]
+        own = slice(index * self.layer.directions, (index + 1) * self.layer.directions)
+        return self.h_0[own], self.c_0[own]
 
 
 def call(given: Given, compiling: bool = False) -> Checked:
-    """The call that ``given`` asks for; the errors are those of :func:`lstmcore.lstm`, but for unknown backends."""
+    """The checked call; raises the errors of :func:`lstmcore.lstm`, except for unknown backends."""
     if given.return_cells and given.return_cells not in (True, "all"):
         raise ValueError(f"return_cells should be False, True or 'all', got: {given.return_cells!r}")
     options, params = given.options, list(given.params)
@@ -133,7 +133,7 @@ def call(given: Given, compiling: bool = False) -> Checked:
     weights = _first_weights(params, options)
     layer = Layer.of(data, weights, steps, batch)
     features(data, layer.input_size)
-    of_params = shapes if compiling else known_shapes  # a compiler looks through no cache
+    of_params = shapes if compiling else known_shapes  # a compiler does not trace through a cache
     check_params(params, of_params(layer, options.num_layers), params[0].dtype, data.device)
     if h_0 is not None and c_0 is not None:
         stack = options.num_layers * layer.directions, batch
@@ -153,7 +153,7 @@ def is_autocast(tensor: Tensor) -> bool:
 
 
 def _form(given: Given) -> tuple[Form, Tensor, tuple[Any, Any], Tensor | None]:
-    """How the input lies, its data with time first, (T, B), and a copy of batch sizes."""
+    """The form of the input, its data with time first, (T, B), and a copy of batch sizes."""
     if not isinstance(given.input, PackedSequence):
         data, batched = time_first("LSTM", given.input, given.options.batch_first)
         return Form(batched, batched and given.options.batch_first), data, (data.shape[0], data.shape[1]), None
@@ -164,13 +164,13 @@ def _form(given: Given) -> tuple[Form, Tensor, tuple[Any, Any], Tensor | None]:
     if routing.has_values(batch_sizes):
         data, sizes = packed(data, batch_sizes, form.sorted_indices)
         return form, data, (len(sizes), int(sizes[0])), torch.from_numpy(sizes)
-    first: Any = batch_sizes[0]  # torch.jit's tracer records what becomes of it
+    first: Any = batch_sizes[0]  # torch.jit's tracer records its use
     batch = first if torch._C._get_tracing_state() else int(first)
     return form, data, (batch_sizes.shape[0], batch), batch_sizes
 
 
 def time_first(kind: str, input: Tensor, batch_first: bool) -> tuple[Tensor, bool]:
-    """The input (T, B, I) of a module of this kind, and whether it was batched.  Raises ValueError for a wrong rank."""
+    """The input as (T, B, I), and whether it was batched; ValueError for a wrong rank.  ``kind``: the module's name."""
     if input.dim() == 3:
         return (input.transpose(0, 1) if batch_first else input), True
     if input.dim() != 2:
@@ -191,7 +191,7 @@ def some_steps(steps: int) -> None:
 
 
 def _first_weights(params: Sequence[Tensor], options: Options) -> tuple[Weights, ...]:
-    """Of the first layer; RuntimeError where there are more or fewer parameters than an LSTM has."""
+    """The weights of the first layer by direction; RuntimeError for a wrong number of parameters."""
     directions, fields = options.directions, 4 if options.has_biases else 2
     each, rest = divmod(len(params), options.num_layers * directions)
     if rest or each not in (fields, fields + 1):
@@ -217,16 +217,16 @@ def packed(
     batch_sizes: Tensor,  # (T,)
     sorted_indices: Tensor | None,  # (B,)
 ) -> tuple[Tensor, np.ndarray]:
-    """``data`` without spare rows, and a copy of ``batch_sizes`` that nobody else can change.
+    """``data`` without unused rows, and a private copy of ``batch_sizes``.
 
-    Raises RuntimeError where the fields of a PackedSequence do not fit each other.
+    Raises RuntimeError if the fields of a PackedSequence do not fit each other.
     """
     if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
         raise RuntimeError(
             "batch_sizes of a PackedSequence should be 1-D, of dtype torch.int64 and on the CPU, got "
             f"{batch_sizes.dim()}-D, {batch_sizes.dtype} and {batch_sizes.device}"
         )
-    # a transform of torch.func may have wrapped the tensor, or wrap what NumPy would get
+    # a transform of torch.func may have wrapped the tensor, which NumPy cannot read then
     transformed = torch._C._are_functorch_transforms_active()
     sizes = np.array(batch_sizes.tolist() if transformed else batch_sizes.numpy(), np.int64)
     if not len(sizes):
@@ -310,16 +310,16 @@ def _known_shapes(sizes: tuple[Any, ...], num_layers: int) -> tuple[tuple[int, .
 
 
 def known_shapes(layer: Layer, num_layers: int) -> tuple[tuple[int, ...], ...]:
-    """The same, remembered."""
+    """:func:`shapes`, cached."""
     return _known_shapes(layer[4:9], num_layers)  # I, H, P, D, bias
 
 
 def check_lengths(lengths: Tensor | Sequence[int], packed: bool, batch: int, device: torch.device) -> Tensor:
-    """``lengths`` (B,), checked but for their values."""
+    """``lengths`` (B,) as a tensor, checked except for their values."""
     if packed:
         raise ValueError("lengths go with padded input; a PackedSequence carries its own")
     if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, device="cpu")  # whatever the default device is
+        lengths = torch.tensor(lengths, device="cpu")  # not the default device
         lengths = lengths if lengths.numel() else lengths.to(torch.int64)
     if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
         raise TypeError(f"lengths should be of an integer dtype, got: {lengths.dtype}")
@@ -343,7 +343,7 @@ def check_reset(reset: Tensor, shape: tuple[int, ...], device: torch.device) -> 
 
 
 def cell(input: Tensor, hx: Any, hidden_size: int) -> None:
-    """Raises ValueError, TypeError or RuntimeError unless ``input`` (B, I) or (I,) and ``hx`` fit: ATen trusts them."""
+    """Raises ValueError, TypeError or RuntimeError unless ``input`` (B, I) or (I,) and ``hx`` fit, as ATen assumes."""
     rank = input.dim()
     if rank not in (1, 2):
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {rank}D instead")

@@ -53,9 +53,9 @@ FEATURES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for a failed check, 2 for what cannot be done."""
+    """Runs one command; returns the exit status: 0, 1 for a failed check, 2 for an error."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    end = 1 if argv[:1] == ["flow"] else len(argv)  # what follows is for the demonstration to read
+    end = 1 if argv[:1] == ["flow"] else len(argv)  # the demonstration parses the rest
     arguments = _parser().parse_args(argv[:end], argparse.Namespace(rest=argv[end:]))
     try:
         return arguments.command(arguments)
@@ -64,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A plain table: columns as wide as their contents, a rule under the header."""
-    lines = [header, *rows]
+    lines = [header, *body]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
 
 
@@ -105,24 +105,26 @@ def info(arguments: argparse.Namespace) -> int:
             ],
         )
     )
-    rows = []
+    lines = []
     for name, dtype in DTYPES.items():
         for training in (False, True):
             layer = Layer(torch.device("cpu"), dtype, 1000, 32, 128, 128, training=training)
             choice = backends.choose("auto", (layer,))
-            rows.append((name, "training" if training else "inference", choice.name, dict(choice.reasons)[choice.name]))
+            lines.append(
+                (name, "training" if training else "inference", choice.name, dict(choice.reasons)[choice.name])
+            )
     print("\nbackend='auto' on the CPU, T = 1000, B = 32, I = H = 128:")
-    print(table(("dtype", "mode", "runs", "because"), rows))
+    print(table(("dtype", "mode", "runs", "because"), lines))
     print(f"\nGPU kernels, as an NVIDIA GPU with {GPU_SMS} SMs would run them (bfloat16, training, T = 1000, I = H):")
     print(table(("H", "B", "forward", "backward"), [_designs(h, b) for h, b in GPU_SHAPES]))
     return 0
 
 
 def _designs(hidden: int, batch: int) -> tuple[str, str, str, str]:
-    """What the GPU half of the tiling chooses, which needs no GPU."""
+    """The designs that the GPU's tiling chooses; needs no GPU."""
     from lstmcore.kernels.gpu import tiling
 
-    forward, backward = (tiling.plan(hidden, batch, 1, "16", GPU_SMS, backward) for backward in (False, True))
+    forward, backward = (tiling.choose_design(hidden, batch, 1, "16", GPU_SMS, backward) for backward in (False, True))
     return str(hidden), str(batch), str(forward), str(backward)
 
 
@@ -138,7 +140,7 @@ def prewarm(arguments: argparse.Namespace) -> int:
         inputs.append(directions * (arguments.proj_size or arguments.hidden_size))
     device = torch.device(arguments.device)
     backend = "numba" if device.type == "cpu" else "triton"
-    rows = []
+    lines = []
     for name in arguments.dtype or ["float32"]:
         for training in (False, True) if not arguments.inference else (False,):
             layers = tuple(
@@ -157,55 +159,55 @@ def prewarm(arguments: argparse.Namespace) -> int:
                 )
                 for input_size in inputs
             )
-            backends.choose(backend, layers)  # says why, where it cannot
+            backends.choose(backend, layers)  # raises an error that says why, if it cannot
             start = time.perf_counter()
             for layer in layers:
                 backends.load(backend).prewarm(layer, training=training)
-            rows.append((name, "training" if training else "inference", f"{time.perf_counter() - start:.2f} s"))
-    print(table(("dtype", "mode", "took"), rows))
+            lines.append((name, "training" if training else "inference", f"{time.perf_counter() - start:.2f} s"))
+    print(table(("dtype", "mode", "took"), lines))
     return 0
 
 
 @dataclass(frozen=True)
-class Case:
-    """One comparison of ``check``."""
+class Comparison:
+    """One comparison of the parity check, ``python -m lstmcore check``."""
 
     name: str
     module: dict[str, Any] = field(default_factory=dict)  # arguments of LSTM over those of DEFAULTS
     steps: int = 33
     batch: int = 5
-    kind: str = "padded"  # or "packed", "unbatched"
+    form: str = "padded"  # or "packed", "unbatched"
     dtype: str = "float32"
 
 
 DEFAULTS = {"input_size": 12, "hidden_size": 48}
-CASES = (
-    Case("plain"),
-    Case("long", steps=1000, batch=3),
-    Case("B = 1", batch=1),
-    Case("wide batch", batch=37),
-    Case("odd sizes", {"input_size": 1, "hidden_size": 17}, steps=7, batch=3),
-    Case("H = 256", {"input_size": 256, "hidden_size": 256}, batch=16),
-    Case("no bias", {"bias": False}),
-    Case("batch_first", {"batch_first": True}),
-    Case("unbatched", kind="unbatched"),
-    Case("bidirectional", {"bidirectional": True}),
-    Case("projection", {"proj_size": 20}),
-    Case("3 layers", {"num_layers": 3}),
-    Case("packed", batch=9, kind="packed"),
-    Case("packed, all of it", {"num_layers": 2, "bidirectional": True, "proj_size": 20}, batch=9, kind="packed"),
-    Case("float64", dtype="float64"),
-    Case("bfloat16", dtype="bfloat16"),
-    Case("float16", dtype="float16"),
+COMPARISONS = (
+    Comparison("plain"),
+    Comparison("long", steps=1000, batch=3),
+    Comparison("B = 1", batch=1),
+    Comparison("wide batch", batch=37),
+    Comparison("odd sizes", {"input_size": 1, "hidden_size": 17}, steps=7, batch=3),
+    Comparison("H = 256", {"input_size": 256, "hidden_size": 256}, batch=16),
+    Comparison("no bias", {"bias": False}),
+    Comparison("batch_first", {"batch_first": True}),
+    Comparison("unbatched", form="unbatched"),
+    Comparison("bidirectional", {"bidirectional": True}),
+    Comparison("projection", {"proj_size": 20}),
+    Comparison("3 layers", {"num_layers": 3}),
+    Comparison("packed", batch=9, form="packed"),
+    Comparison("packed, all of it", {"num_layers": 2, "bidirectional": True, "proj_size": 20}, batch=9, form="packed"),
+    Comparison("float64", dtype="float64"),
+    Comparison("bfloat16", dtype="bfloat16"),
+    Comparison("float16", dtype="float16"),
 )
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Compares outputs and all gradients with float64 ``torch.nn.LSTM`` on this machine."""
     warnings.filterwarnings("ignore", message="LSTM with projections")  # torch's, on its own slow path
-    rows, failed = [], 0
+    lines, failed = [], 0
     start = time.perf_counter()
-    for index, case in enumerate(CASES):
+    for index, case in enumerate(COMPARISONS):
         torch.manual_seed(index)
         kwargs: dict[str, Any] = {**DEFAULTS, **case.module}
         oracle = nn.LSTM(**kwargs, dtype=torch.float64)
@@ -218,7 +220,7 @@ def check(arguments: argparse.Namespace) -> int:
         ]
         for module in modules[1:]:
             module.load_state_dict(oracle.state_dict())
-        with torch.no_grad():  # all of them start from what the dtype can hold
+        with torch.no_grad():  # all of them start from values that the dtype can represent
             oracle.load_state_dict({name: value.double().cpu() for name, value in modules[1].state_dict().items()})
         tensors = [tensor.to(dtype).double() for tensor in tensors]
         roundings = 1 if torch.finfo(dtype).bits == 16 else 8  # 16-bit types round what they return, and little else
@@ -228,33 +230,33 @@ def check(arguments: argparse.Namespace) -> int:
             tolerance = 2 * peer + roundings * torch.finfo(dtype).eps  # twice the error of torch's own
             good = error <= tolerance  # False for NaN
             failed += not good
-            rows.append((case.name, case.dtype, what, f"{error:.1e}", f"{tolerance:.1e}", "ok" if good else "FAILED"))
-    print(table(("case", "dtype", "what", "max error", "tolerance", "result"), rows))
+            lines.append((case.name, case.dtype, what, f"{error:.1e}", f"{tolerance:.1e}", "ok" if good else "FAILED"))
+    print(table(("case", "dtype", "what", "max error", "tolerance", "result"), lines))
     seconds = time.perf_counter() - start
-    print(f"\n{len(rows) - failed} of {len(rows)} ok in {seconds:.1f} s (errors relative to the largest value)")
+    print(f"\n{len(lines) - failed} of {len(lines)} ok in {seconds:.1f} s (errors relative to the largest value)")
     return 1 if failed else 0
 
 
-def _tensors(case: Case, oracle: nn.LSTM) -> list[Tensor]:
+def _tensors(case: Comparison, oracle: nn.LSTM) -> list[Tensor]:
     """input, h_0, c_0 and the gradients of output, h_n, c_n, drawn in float64."""
     shape = {
         "padded": (case.batch, case.steps) if oracle.batch_first else (case.steps, case.batch),
         "packed": (case.batch, case.steps),
         "unbatched": (case.steps,),
-    }[case.kind]
+    }[case.form]
     directions = 2 if oracle.bidirectional else 1
     width = oracle.proj_size or oracle.hidden_size
-    rows = () if case.kind == "unbatched" else (case.batch,)
+    rows = () if case.form == "unbatched" else (case.batch,)
     states = (oracle.num_layers * directions, *rows)
     sizes = [(*shape, oracle.input_size), (*states, width), (*states, oracle.hidden_size), (*shape, directions * width)]
     return [torch.randn(size, dtype=torch.float64) for size in (*sizes, sizes[1], sizes[2])]
 
 
-def _run(case: Case, module: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _run(case: Comparison, module: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
     """output, h_n, c_n, then the gradients of input, h_0, c_0 and every parameter."""
     like = next(module.parameters())
     input, h_0, c_0, *grads = (tensor.to(like).detach().requires_grad_() for tensor in tensors)
-    if case.kind == "packed":
+    if case.form == "packed":
         lengths = [1 + (7 * row) % case.steps for row in range(case.batch)]  # unsorted
         packed = pack_sequence([sequence[:n] for sequence, n in zip(input, lengths, strict=True)], enforce_sorted=False)
         output, states = module(packed, (h_0, c_0))
@@ -268,13 +270,13 @@ def _run(case: Case, module: nn.Module, tensors: Sequence[Tensor]) -> list[Tenso
 
 
 def _error(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest error of any tensor, relative to the largest value of its true tensor; NaN if there is one."""
+    """The largest error of any tensor, relative to the largest value of the true one; NaN if any value is."""
     errors = [(a - b).abs().max() / b.abs().max().clamp_min(1e-12) for a, b in zip(ours, truth, strict=True)]
     return float(torch.stack(errors).max())
 
 
 def flow(arguments: argparse.Namespace) -> int:
-    """Runs the demonstration of the gradient flow, which a checkout has beside the package, with options of its own."""
+    """Runs the demonstration of the gradient flow, which is in a checkout only and has options of its own."""
     examples = Path(lstmcore.__file__).parents[1] / "examples"
     if not (examples / "gradient_flow").is_dir():
         raise RuntimeError(

@@ -1,12 +1,12 @@
-"""Calls that are handed to ATen as others like them were: one is looked at in full, those after it are not.
+"""A fast path to ATen: the first call of a kind is checked in full, later calls with the same key are not.
 
-A call of a few steps goes to ATen's LSTM, and is over in the time that it takes to check it and to choose.  Behind an
-operation of torch's, when what Python needs has left the caches, a call of one step took 215 microseconds where
-``torch.nn.LSTM`` takes 191 (Intel Xeon with AVX-512, two threads, T = B = 1, I = H = 16).
+A call of a few steps goes to ATen's LSTM, and takes no longer than checking it and choosing a backend.  After another
+operation of torch's, which has displaced Python's data from the caches, a call of one step took 215 microseconds, and
+``torch.nn.LSTM`` 191 (Intel Xeon with AVX-512, two threads, T = B = 1, I = H = 16).
 
-What such calls have in common is in a key; what may change behind its back is asked every time.
+The key has what such calls have in common; conditions that may change otherwise are tested at every call.
 
-T time, B batch, I input, H hidden, P projection (H where there is none), L layers, D directions.
+T time, B batch, I input, H hidden, P projection (H without one), L layers, D directions.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from lstmcore.checks import Given, Options
 from lstmcore.kernels.contract import Layer
 from lstmcore.kernels.cpu import process
 
-MOST = 1024  # keys; then all are forgotten
+MOST = 1024  # keys; beyond that all are dropped
 
-# looked up once: every call asks
+# looked up once: every call uses them
 _autocasting = torch._C._is_any_autocast_enabled
 _compiling = torch.compiler.is_compiling
 
 
 class Known(NamedTuple):
-    """What was found out about calls of a key."""
+    """What is known about calls with one key."""
 
     h: tuple[int, int, int]  # (L * D, B, P)
     c: tuple[int, int, int]  # (L * D, B, H)
     shapes: Sequence[tuple[int, ...]]  # of the parameters
-    training: set[bool]  # whether gradients were wanted where ATen was chosen
+    training: set[bool]  # whether gradients were needed in calls for which ATen was chosen
 
 
 _known: dict[tuple[Any, ...], Known] = {}
@@ -50,8 +50,8 @@ def _key(input: Tensor, hx: tuple[Tensor, Tensor] | None, options: tuple[Any, ..
     return input.shape, input.dtype, torch.get_num_threads(), options, h_0.shape, h_0.dtype, c_0.shape, c_0.dtype
 
 
-def _kind(backend: str, options: Options) -> tuple[Any, ...]:
-    """What is not of the tensors, but for dropout: masks are ATen's in any case."""
+def _options_key(backend: str, options: Options) -> tuple[Any, ...]:
+    """The options of a key; without dropout, whose masks are ATen's in any case."""
     return backend, options.has_biases, options.num_layers, options.bidirectional, options.batch_first
 
 
@@ -68,9 +68,9 @@ def _ordinary(input: Any, hx: Any) -> bool:
 
 
 def remember(given: Given, backend: str, layer: Layer) -> None:
-    """A call that was checked went to ATen: those like it do.  ``layer``: the first."""
+    """Remembers that a checked call went to ATen, so that calls with its key do; ``layer``: the first."""
     if _ordinary(given.input, given.hx):
-        key = _key(given.input, given.hx, _kind(backend, given.options))
+        key = _key(given.input, given.hx, _options_key(backend, given.options))
         known = _known.get(key)
         if known is None:
             if len(_known) >= MOST:
@@ -85,12 +85,12 @@ def remember(given: Given, backend: str, layer: Layer) -> None:
 def call(
     module: Any, input: Any, hx: Any, params: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """output, h_n, c_n of a call that is known to go to ATen; None of others."""
-    # (A compiler is asked for first: it would guard a graph by all that is known.)
+    """output, h_n, c_n of a call that is known to go to ATen; None for others."""
+    # (Compiling is tested first: the compiler would guard a graph on all entries of _known.)
     if _compiling() or not _known or not _ordinary(input, hx):
         return None
-    kind = backend, module.bias, module.num_layers, module.bidirectional, module.batch_first  # as in _kind
-    known = _known.get(_key(input, hx, kind))
+    options_key = backend, module.bias, module.num_layers, module.bidirectional, module.batch_first
+    known = _known.get(_key(input, hx, options_key))
     if known is None or not routing.undisturbed() or _autocasting() or recording.watched(module):
         return None
     if process.torch_would_hang():
@@ -100,7 +100,7 @@ def call(
         wanted = wanted or hx[0].requires_grad or hx[1].requires_grad
     if len(params) != len(known.shapes):
         return None
-    for param, shape in zip(params, known.shapes):  # somebody may have put others there  # noqa: B905 (lengths are equal)
+    for param, shape in zip(params, known.shapes):  # they may have been replaced  # noqa: B905 (lengths are equal)
         if type(param) is not Parameter or param.shape != shape or param.dtype is not dtype or not param.is_cpu:
             return None
         wanted = wanted or param.requires_grad

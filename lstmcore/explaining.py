@@ -1,4 +1,4 @@
-"""What a call would run, and why, without running it.
+"""Which backend a call would run, and why, without running it.
 
 T time, B batch, I input.
 """
@@ -19,7 +19,7 @@ _CELL = "ATen's fused cell: one step has no recurrence for a kernel to keep in c
 
 
 def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended: bool = False) -> Choice:
-    """Which backend ``module(input)`` would run, and why; print it.
+    """Which backend ``module(input)`` would run, and why; print the result.
 
     Args:
         module: an :class:`lstmcore.LSTM` or ``LSTMCell``, or one of ``torch.nn`` (taken as ``backend="auto"``).
@@ -29,7 +29,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended
 
     Raises:
         RuntimeError: the module names a backend that cannot run the call.
-        ValueError, RuntimeError: as the call itself, where the input does not fit the module.
+        ValueError, RuntimeError: as the call itself, if the input does not fit the module.
     """
     m: Any = module
     backend = getattr(module, "backend", AUTO)
@@ -46,4 +46,4 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended
     call = checks.call(given)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (given.data, *params))
     layer = call.layer.as_called(call.form.packed, training)
-    return backends.plan(backend, layer, call.options.num_layers, Situation.now(extended)).with_threads()
+    return backends.chosen(backend, layer, call.options.num_layers, Situation.now(extended)).with_threads()

@@ -1,6 +1,6 @@
-"""The LSTM as a function: what comes in is checked, a backend chosen, then layer after layer is run.
+"""The LSTM as a function: check the arguments, choose a backend, run layer by layer.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), L layers,
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), L layers,
 D directions.
 """
 
@@ -23,10 +23,10 @@ from lstmcore.kernels.contract import Call, Layer, Rows, Weights
 from lstmcore.ops import Arguments
 from lstmcore.routing import Way
 
-# What is checked here does not end up in a trace; torch keeps quiet about its own checks in the same way.
+# The checks here do not become part of a trace; torch suppresses the warnings about its own checks in the same way.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"lstmcore\.(functional|checks)")
 
-_dense_rows = functools.lru_cache(maxsize=1024)(Rows)  # finding a frozen dataclass is quicker than building one
+_dense_rows = functools.lru_cache(maxsize=1024)(Rows)  # looking up a frozen dataclass is faster than building one
 
 
 def lstm(
@@ -66,17 +66,17 @@ def lstm(
         train: whether there is any dropout.
         bidirectional: whether D is 2.
         batch_first: input, output and ``reset`` have B before T; the states are not affected.
-        lengths: (B,), how many steps each row has, integers from 0 to T in any order.  Row b computes what it would
-            compute alone, cut to ``lengths[b]`` steps; what lies beyond is not read, and reads zero in the output.  A
-            row of length 0 ends in its initial state.  The Triton kernels do not wait for lengths on the GPU: values
-            out of range make the next call on that device raise, and the row's results NaN.
+        lengths: (B,), the number of steps of each row, integers from 0 to T in any order.  Row b gives the results of
+            its first ``lengths[b]`` steps alone; steps beyond are not read, and their outputs are zero.  A row of
+            length 0 ends in its initial state.  The Triton kernels do not wait for lengths on the GPU: a value out of
+            range makes the row's results NaN and the next call on that device raise.
         reset: bool, (T, B), (B, T) when batch_first, (T,) unbatched, or packed (N,); where True, h and c of that row
-            are zeroed before step t computes, in every layer and direction, and no gradient passes.  Of a rollout with
-            ``done[t]`` (the episode ended with the action of step t) it is ``reset[t] = done[t - 1]``, and ``reset[0]``
-            the last ``done`` of the rollout before.  With packed input it is packed like the data, in the same order.
+            are zeroed before step t computes, in every layer and direction, and no gradient passes.  For a rollout with
+            ``done[t]`` (the episode ended with the action of step t), ``reset[t] = done[t - 1]``, and ``reset[0]`` is
+            the last ``done`` of the previous rollout.  With packed input it is packed like the data, in the same order.
         return_cells: also return every c_t of the last layer; ``"all"``: of every layer.
         backend: ``"auto"``, ``"triton"``, ``"numba"``, ``"torch"`` or ``"reference"``.
-        module: whose call this is, for :func:`lstmcore.record_gradient_flow`; None cannot be recorded.
+        module: the module that makes this call, for :func:`lstmcore.record_gradient_flow`; None: not recorded.
 
     Returns:
         ``output, h_n, c_n``, and with ``return_cells`` also ``cells``.  output: like ``input``, with D * P features
@@ -99,7 +99,7 @@ def _lstm(given: Given, backend: str, module: torch.nn.Module | None) -> tuple[A
     if compiling:
         packed = isinstance(given.input, PackedSequence)
         if torch.compiler.is_dynamo_compiling() and (packed or recording.watched(module)):
-            return _beside_the_graph(given, backend, module)
+            return _outside_the_graph(given, backend, module)
         if torch.compiler.is_exporting() and packed:
             raise RuntimeError(
                 "a PackedSequence cannot be exported, because its sizes are values: pass padded input, and lengths="
@@ -109,14 +109,14 @@ def _lstm(given: Given, backend: str, module: torch.nn.Module | None) -> tuple[A
             return _lstm(_autocast(given), backend, module)
 
     call = checks.call(given, compiling)
-    plan = _plan(call, given.extended, backend, module, compiling)
-    if plan.rows is not None and _whole(plan.backend):
-        output, h_n, c_n = _at_once(call, plan)
+    route = _route(call, given.extended, backend, module, compiling)
+    if route.rows is not None and _whole(route.backend):
+        output, h_n, c_n = _at_once(call, route)
         cells: list[Tensor] = []
-        if plan.way is Way.EAGER and not given.extended:
-            direct.remember(given, backend, plan.layer)
+        if route.way is Way.EAGER and not given.extended:
+            direct.remember(given, backend, route.layer)
     else:
-        output, h_n, c_n, cells = _layer_by_layer(call, plan, module)
+        output, h_n, c_n, cells = _layer_by_layer(call, route, module)
 
     form = call.form
     results = form.of_input(output), form.of_state(h_n), form.of_state(c_n)
@@ -126,7 +126,7 @@ def _lstm(given: Given, backend: str, module: torch.nn.Module | None) -> tuple[A
     return *results, all_cells if given.return_cells == "all" else all_cells[0]
 
 
-_beside_the_graph = torch._disable_dynamo(_lstm)  # torch.compiler.disable would import the compiler
+_outside_the_graph = torch._disable_dynamo(_lstm)  # torch.compiler.disable would import the compiler
 
 
 def _whole(backend: str) -> bool:
@@ -134,28 +134,28 @@ def _whole(backend: str) -> bool:
     return backend in REGISTRY and REGISTRY[backend].whole
 
 
-class Plan(NamedTuple):
+class Route(NamedTuple):
     """How a call is run."""
 
     way: Way
-    backend: str  # "auto" where the operators choose
-    rows: Rows | None  # None where the operators make them: sizes may be symbols
+    backend: str  # "auto" if the operators choose
+    rows: Rows | None  # None if the operators make them: sizes may be symbols
     layer: Layer  # the first
 
 
-def _plan(call: Checked, extended: bool, backend: str, module: torch.nn.Module | None, compiling: bool) -> Plan:
-    """The way, and the backend; RuntimeError where a named one cannot run the call."""
+def _route(call: Checked, extended: bool, backend: str, module: torch.nn.Module | None, compiling: bool) -> Route:
+    """How to run the call; RuntimeError if a named backend cannot."""
     tensors = (call.data, call.h_0, call.c_0, *call.params)
     fused = backend not in REGISTRY or REGISTRY[backend].fused
     way = Way.GRAPH if compiling else routing.way(tensors, fused)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     if way in (Way.GRAPH, Way.TRANSFORMED):
-        return Plan(way, backend, None, call.layer.as_called(False, training))
+        return Route(way, backend, None, call.layer.as_called(False, training))
     rows = _rows(call)
     layer = call.layer.as_called(rows.ragged, training)
     wanted = REFERENCE if way is Way.FORWARD_MODE and fused else backend
     situation = backends.Situation.now(extended or recording.watched(module), opaque=way is Way.OPERATIONS)
-    name = backends.plan(wanted, layer, call.options.num_layers, situation).name
+    name = backends.chosen(wanted, layer, call.options.num_layers, situation).name
     if not _whole(name) and (call.form.packed or call.lengths is not None) and torch._C._get_tracing_state():
         raise RuntimeError(
             f"backend {name!r} runs this call as a loop, in which torch.jit.trace would record the lengths as "
@@ -163,8 +163,8 @@ def _plan(call: Checked, extended: bool, backend: str, module: torch.nn.Module |
             "reset and return_cells, or use torch.export, which keeps lengths= dynamic"
         )
     if REGISTRY[name].fused and torch._C._len_torch_dispatch_stack():
-        way = Way.GRAPH  # who looks at operators finds one
-    return Plan(way, name, rows, layer)
+        way = Way.GRAPH  # a mode that intercepts operators sees one
+    return Route(way, name, rows, layer)
 
 
 def _rows(call: Checked) -> Rows:
@@ -173,46 +173,46 @@ def _rows(call: Checked) -> Rows:
         return Rows(steps, batch, call.sizes, packed=True)
     if call.lengths is None:
         return _dense_rows(steps, batch, batch_first=batch_first)
-    if call.lengths.device.type != "cpu":  # not to be waited for; a copy, because backward reads them again
+    if call.lengths.device.type != "cpu":  # the host does not wait for them; a copy, because backward reads them again
         return Rows(steps, batch, batch_first=batch_first, lengths=call.lengths.to(torch.int64, copy=True))
     return Rows.from_lengths(call.lengths, steps, batch_first)
 
 
-def _at_once(call: Checked, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """output, h_n, c_n of all layers, by a backend that runs them together."""
-    h_0, c_0, layer = call.h_0, call.c_0, plan.layer
+def _at_once(call: Checked, route: Route) -> tuple[Tensor, Tensor, Tensor]:
+    """output, h_n, c_n of all layers, from a backend that runs them at once."""
+    h_0, c_0, layer = call.h_0, call.c_0, route.layer
     if h_0 is None or c_0 is None:
         stack = call.options.num_layers * layer.directions, layer.batch
         h_0 = call.data.new_zeros(*stack, layer.width)
         c_0 = h_0 if layer.width == layer.hidden_size else call.data.new_zeros(*stack, layer.hidden_size)
-    run = backends.load(plan.backend).run
+    run = backends.load(route.backend).run
     return run(call.data, call.form.batch_sizes, (h_0, c_0), call.params, call.options)
 
 
 def _layer_by_layer(
-    call: Checked, plan: Plan, module: torch.nn.Module | None
+    call: Checked, route: Route, module: torch.nn.Module | None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """output, h_n, c_n, and the cells of the layers that are asked for them."""
-    output, layer, options, form = call.data, plan.layer, call.options, call.form
+    """output, h_n, c_n, and the cells of the layers for which they were requested."""
+    output, layer, options, form = call.data, route.layer, call.options, call.form
     h_ns, c_ns, cells = [], [], []
     for index in range(options.num_layers):
         last = index == options.num_layers - 1
         wanted = call.cells == "all" or (last and bool(call.cells))
-        by_row = form.batch_first and last  # time-major between layers, as torch: dropout masks depend on it
+        by_row = form.batch_first and last  # time first between layers, as in torch: dropout masks depend on it
         params, (h_0, c_0) = call.of_layer(call.params, index), call.states(index)
-        if plan.rows is None or plan.way is Way.GRAPH:
+        if route.rows is None or route.way is Way.GRAPH:
             given = Arguments(
                 output, h_0, c_0, call.reset, form.batch_sizes, call.lengths, params, layer.batch, layer.directions,
-                by_row, wanted, layer.training, plan.backend,
+                by_row, wanted, layer.training, route.backend,
             )  # fmt: skip
-            run = transforms.transformed if plan.way is Way.TRANSFORMED else transforms.in_graph
+            run = transforms.transformed if route.way is Way.TRANSFORMED else transforms.in_graph
             output, h, c, c_all = run(given)
         else:
-            rows = plan.rows if by_row == plan.rows.batch_first else replace(plan.rows, batch_first=by_row)
+            rows = route.rows if by_row == route.rows.batch_first else replace(route.rows, batch_first=by_row)
             weights = Weights.by_direction(params, layer.directions) if index else call.first
             source = recording.source(module, index, form.unsorted_indices)
             one = Call(layer, rows, output, h_0, c_0, weights, call.reset)
-            output, h, c, c_all = autograd.layer(plan.backend, one, wanted, source)
+            output, h, c, c_all = autograd.layer(route.backend, one, wanted, source)
         if options.dropout and options.train and not last:
             output = torch.dropout(output, options.dropout, True)
         h_ns.append(h)
@@ -226,7 +226,7 @@ def _layer_by_layer(
 
 
 def _autocast(given: Given) -> Given:
-    """The tensors as autocast wants them: padded calls in its dtype, packed ones in that of input, as torch returns."""
+    """Casts the tensors as torch does under autocast: to its dtype, packed calls to that of input."""
     packed, data = isinstance(given.input, PackedSequence), given.data
     dtype = data.dtype if packed else torch.get_autocast_dtype(data.device.type)
 

@@ -1,8 +1,8 @@
-"""A layer's tensors before their addresses are taken: that they fit each other, and lie in memory.
+"""Checks of a layer's tensors before their addresses are taken: they fit each other, and their memory exists.
 
-Types and wording are torch's where torch raises.
+Errors have torch's types and wording wherever torch raises too.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), D directions.
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), D directions.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from lstmcore.kernels.contract import Call, Layer, Weights, state_dtype
 
 
 def plain(tensors: tuple[Any, ...]) -> Any:
-    """The same, their values in memory as they are: no negation that is still to be done, no zeros by name only.
+    """The same tensors with their values in memory: no pending negation, no symbolic zeros.
 
-    The very same tuple where nothing had to change.
+    The very same tuple if nothing had to change.
     """
     result: list[Any] | None = None
     for index, tensor in enumerate(tensors):
@@ -32,9 +32,9 @@ def plain(tensors: tuple[Any, ...]) -> Any:
 
 
 def in_memory(tensors: Iterable[Tensor | None]) -> None:
-    """Raises RuntimeError where a tensor's storage does not hold all that its shape and strides say.
+    """Raises RuntimeError if a tensor's storage is smaller than its shape and strides say.
 
-    Storages can be freed or resized under a tensor (sharded training does that), and nobody tells the tensor.
+    A storage can be freed or resized without the tensor noticing (sharded training does that).
     """
     for tensor in tensors:
         if tensor is not None and tensor.untyped_storage().nbytes() < _end(tensor):
@@ -45,7 +45,7 @@ def in_memory(tensors: Iterable[Tensor | None]) -> None:
 
 
 def _end(tensor: Tensor) -> Any:
-    """How many bytes of its storage ``tensor`` needs."""
+    """The number of bytes of its storage that ``tensor`` needs."""
     if tensor.is_contiguous():
         return tensor.storage_offset() * tensor.itemsize + tensor.nbytes
     if not tensor.numel():
@@ -55,7 +55,7 @@ def _end(tensor: Tensor) -> Any:
 
 
 class Kept(NamedTuple):
-    """What a backward is given beside its call."""
+    """The arguments of a backward in addition to its call."""
 
     output: Tensor | None = None
     grads: Sequence[Tensor | None] = ()  # of output, h_n, c_n, cells
@@ -64,7 +64,7 @@ class Kept(NamedTuple):
 
 
 def weights(params: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
-    """The parameters of one layer by direction; RuntimeError where their number or a rank is wrong."""
+    """The parameters of one layer by direction; RuntimeError if their number or a rank is wrong."""
     if directions not in (1, 2) or len(params) // directions not in (2, 3, 4, 5) or len(params) % directions:
         raise RuntimeError(f"Expected 2 to 5 weights in each of 1 or 2 directions, got {len(params)} in {directions}")
     grouped = Weights.by_direction(params, directions)
@@ -79,21 +79,22 @@ def weights(params: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
 
 
 def layer(call: Call, kept: Kept = Kept()) -> None:  # noqa: B008 (immutable)
-    """Raises RuntimeError unless all tensors of a call, and of its backward, fit its sizes and lie in memory.
+    """Raises RuntimeError unless all tensors of a call, and of its backward, fit its sizes and have memory.
 
-    Between forward and backward a parameter's ``.data`` may be swapped, a saved-tensors hook may bring something else.
+    Between forward and backward a parameter's ``.data`` may be replaced, or a saved-tensors hook may return something
+    else.
     """
     if len(kept.saved) != len(kept.sizes):
         raise RuntimeError(f"Expected {len(kept.sizes)} tensors that forward saved, got {len(kept.saved)}")
     device = call.layer.device
     expected = _expected(call.layer, call.rows.shape)
     pairs = zip((*call.tensors, kept.output, *kept.grads), expected, strict=False)
-    for tensor, (shape, kind) in chain(pairs, zip(kept.saved, kept.sizes, strict=True)):
+    for tensor, (shape, dtype) in chain(pairs, zip(kept.saved, kept.sizes, strict=True)):
         if tensor is None:
             continue
-        if tensor.shape != shape or tensor.dtype is not kind or tensor.device != device:
+        if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
             raise RuntimeError(
-                f"Expected a tensor of shape {tuple(shape)}, {kind} and on {device}, got {tuple(tensor.shape)}, "
+                f"Expected a tensor of shape {tuple(shape)}, {dtype} and on {device}, got {tuple(tensor.shape)}, "
                 f"{tensor.dtype} and on {tensor.device}; between forward and backward it must stay what it was"
             )
         if tensor.untyped_storage().nbytes() < _end(tensor):
@@ -103,10 +104,10 @@ def layer(call: Call, kept: Kept = Kept()) -> None:  # noqa: B008 (immutable)
 @functools.lru_cache(maxsize=1024)
 def _expected(layer: Layer, rows: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shapes and dtypes of ``Call.tensors``, then of the output and the gradients of output, h_n, c_n and cells."""
-    there = iter(layer.weight_shapes)
-    fields = [next(there) if name in layer.weight_names else () for name in Weights._fields]
+    weights = iter(layer.weight_shapes)
+    fields = [next(weights) if name in layer.weight_names else () for name in Weights._fields]
     output, cells = (*rows, layer.directions * layer.width), (*rows, layer.directions * layer.hidden_size)
     before = [rows, (*rows, layer.input_size), layer.h_shape, layer.c_shape, *fields * layer.directions]
     shapes = [*before, output, output, layer.h_shape, layer.c_shape, cells]
-    kinds = [torch.bool, *[layer.dtype] * (len(shapes) - 2), state_dtype(layer.dtype)]
-    return tuple(zip(shapes, kinds, strict=True))
+    dtypes = [torch.bool, *[layer.dtype] * (len(shapes) - 2), state_dtype(layer.dtype)]
+    return tuple(zip(shapes, dtypes, strict=True))

@@ -1,7 +1,7 @@
 """Initialisations that let an LSTM remember: forget biases of one, and chrono.
 
-With torch's default the forget gates start near one half, so the product of them, which is what a gradient crosses the
-sequence on, halves with every step.  H hidden units.
+With torch's default the forget gates start near one half, so their product, which scales a gradient on its way through
+the sequence, halves with every step.  H hidden units.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def forget_bias_(module: nn.RNNBase, value: float = 1.0) -> nn.RNNBase:
         >>> lstm.bias_ih_l0[32:64].unique().item()
         1.0
     """
-    check(value, None)
+    check_options(value, None)
     with torch.no_grad():
         for ih, hh in biases(module):
             _set(ih, {1: float(value)})
@@ -51,8 +51,8 @@ def chrono_(module: nn.RNNBase, max_lag: int, generator: torch.Generator | None 
     """Chrono initialisation for dependencies of up to ``max_lag`` steps, in place (Tallec & Ollivier 2018).
 
     In every layer and direction b_f = ln(u), u uniform in [1, max_lag - 1], and b_i = -b_f: unit by unit the forget
-    gates start with time constants spread over all lags up to ``max_lag``, and input gates that let in as little as
-    that leaves room for.  The other biases stay as they are.
+    gates start with time constants spread over all lags up to ``max_lag``, and the input gates with 1 - f.  The other
+    biases stay as they are.
 
     Args:
         module: an ``lstmcore.LSTM`` or ``torch.nn.LSTM``.
@@ -66,12 +66,12 @@ def chrono_(module: nn.RNNBase, max_lag: int, generator: torch.Generator | None 
         ValueError: a module without the biases of an LSTM or with computed ones; ``max_lag`` below 3.
         TypeError: a ``max_lag`` that is no integer.
     """
-    check(None, max_lag)
-    device = "cpu" if generator is None else generator.device  # whatever the default device is
+    check_options(None, max_lag)
+    device = "cpu" if generator is None else generator.device  # not the default device
     with torch.no_grad():
         for ih, hh in biases(module):
             if ih.is_meta:
-                continue  # nothing to set, so nothing is drawn: as torch's initialisations
+                continue  # nothing to set, so nothing is drawn, as in torch's initialisations
             lags = torch.empty(len(ih) // GATES, dtype=torch.float64, device=device)
             lags.uniform_(1, int(max_lag) - 1, generator=generator)
             _set(ih, {0: -lags.log(), 1: lags.log()})
@@ -79,7 +79,7 @@ def chrono_(module: nn.RNNBase, max_lag: int, generator: torch.Generator | None 
     return module
 
 
-def check(forget_bias: float | None, chrono: int | None, bias: bool = True) -> None:
+def check_options(forget_bias: float | None, chrono: int | None, bias: bool = True) -> None:
     """Raises ValueError or TypeError for what ``lstmcore.LSTM`` cannot take as its arguments of these names."""
     if bias is False and not (forget_bias is None and chrono is None):
         raise ValueError(_NO_BIASES)
@@ -98,7 +98,7 @@ def check(forget_bias: float | None, chrono: int | None, bias: bool = True) -> N
 
 
 def biases(module: nn.RNNBase) -> list[tuple[Tensor, Tensor]]:
-    """(bias_ih, bias_hh) of every layer and direction; ValueError where there are none that could be set."""
+    """(bias_ih, bias_hh) of every layer and direction; ValueError if there are none that can be set."""
     if getattr(module, "mode", None) != "LSTM":
         raise ValueError(f"expected an lstmcore.LSTM or torch.nn.LSTM, got {type(module).__name__}")
     if not module.bias:
@@ -109,7 +109,7 @@ def biases(module: nn.RNNBase) -> list[tuple[Tensor, Tensor]]:
 
 
 def _own(module: nn.Module, name: str) -> Tensor:
-    """The module's tensor ``name``; what is computed from others at each access would forget what it is set to."""
+    """The module's own tensor ``name``; one that is computed from others at each access could not be set."""
     for own in (module._parameters, module._buffers):
         tensor = own.get(name)
         if tensor is not None:
@@ -121,15 +121,15 @@ def _own(module: nn.Module, name: str) -> Tensor:
 
 
 def _set(bias: Tensor, gates: dict[int, Tensor | float]) -> None:
-    """Writes the parts of a bias (4H,) that belong to some of the gates i, f, g, o: ``gates`` holds values by index."""
-    sharded: Any = bias if hasattr(bias, "full_tensor") else None  # a DTensor, of which slices are no views
+    """Writes the bias (4H,) of some of the gates i, f, g, o: ``gates`` has values by the gate's index."""
+    sharded: Any = bias if hasattr(bias, "full_tensor") else None  # a DTensor, whose slices are not views
     whole = bias if sharded is None else sharded.full_tensor()
-    parts = whole.chunk(GATES)
+    gates_of_bias = whole.chunk(GATES)
     for index, value in gates.items():
         if isinstance(value, Tensor):
-            parts[index].copy_(value)
+            gates_of_bias[index].copy_(value)
         else:
-            parts[index].fill_(value)
+            gates_of_bias[index].fill_(value)
     if sharded is not None:
         from torch.distributed.tensor import distribute_tensor
 

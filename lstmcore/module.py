@@ -1,6 +1,6 @@
-"""LSTM and LSTMCell: the parameters, names and state_dict of torch.nn's, over :func:`lstmcore.lstm`.
+"""LSTM and LSTMCell: parameters, names and state_dict of torch.nn's modules, computed by :func:`lstmcore.lstm`.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), L layers,
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), L layers,
 D directions.
 """
 
@@ -37,12 +37,12 @@ class LSTM(nn.RNNBase):
         dtype: of the parameters; float32, float64, bfloat16 and float16 have kernels.
         backend: ``"auto"`` picks the fastest that runs the call; ``"triton"``, ``"numba"``, ``"torch"`` and
             ``"reference"`` insist on one.  :func:`lstmcore.explain` says what runs and why.
-        forget_bias: what the forget gates' bias of every layer and direction starts at (Jozefowicz et al. 2015);
+        forget_bias: the initial bias of the forget gates of every layer and direction (Jozefowicz et al. 2015);
             see :func:`lstmcore.init.forget_bias_`.
         chrono: the longest lag in steps that the memory has to span; the biases of the forget and input gates start
             with time constants spread up to it (Tallec & Ollivier 2018); see :func:`lstmcore.init.chrono_`.
 
-    ``forget_bias`` and ``chrono`` are part of :meth:`reset_parameters`; what is loaded or copied stays as it is.
+    ``forget_bias`` and ``chrono`` are part of :meth:`reset_parameters`; loaded or copied parameters stay as they are.
 
     Raises:
         ValueError, TypeError: as ``torch.nn.LSTM``; ValueError for an unknown backend, for both of ``forget_bias`` and
@@ -77,7 +77,7 @@ class LSTM(nn.RNNBase):
         chrono: int | None = None,
     ) -> None:
         backends.check_name(backend)
-        init.check(forget_bias, chrono, bias)
+        init.check_options(forget_bias, chrono, bias)
         # before RNNBase.__init__, which calls reset_parameters()
         if forget_bias is not None:
             self.forget_bias = float(forget_bias)
@@ -108,12 +108,12 @@ class LSTM(nn.RNNBase):
         reset: Tensor | None = None,
         return_cells: bool | Literal["all"] = False,
     ) -> tuple[Any, ...]:
-        """The LSTM over whole sequences; :func:`lstmcore.lstm` says more of the arguments, the shapes and the errors.
+        """The LSTM over whole sequences; :func:`lstmcore.lstm` has more on the arguments, the shapes and the errors.
 
         Args:
             input: (T, B, I), (B, T, I) when batch_first, (T, I) unbatched; or a ``PackedSequence`` of (N, I).
             hx: the initial states, (L * D, B, P) and (L * D, B, H), without B when unbatched; None for zeros.
-            lengths: (B,), the steps that each row of a padded batch has; None: all T.
+            lengths: (B,), the number of steps of each row of a padded batch; None: all T.
             reset: bool, (T, B), (B, T) when batch_first, (T,) unbatched, or packed (N,): where True, the states of that
                 row are zeroed before the step.
             return_cells: also return every c_t of the last layer; ``"all"``: of every layer.
@@ -156,20 +156,20 @@ class LSTM(nn.RNNBase):
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def flatten_parameters(self) -> None:
-        """Does nothing; callers of RNNs call it.  Parameters are read one by one, wherever they lie."""
+        """Does nothing: parameters need not be contiguous.  It exists for code written for ``torch.nn.LSTM``."""
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in the place of this module: torch's, on the same parameters."""
+        """The module that ``torch.jit.script`` compiles instead: torch's, with the same parameters."""
         return scripting.stand_in(self, LSTM, nn.LSTM)
 
     def reset_parameters(self) -> None:
-        """Draws all parameters as ``torch.nn.LSTM`` does, then sets what ``forget_bias`` or ``chrono`` say.
+        """Draws all parameters as ``torch.nn.LSTM`` does, then applies ``forget_bias`` or ``chrono``.
 
         Raises:
-            ValueError: they are given and the biases cannot be set; nothing is drawn then.
+            ValueError: one of them is set and the biases cannot be; nothing is drawn then.
         """
         if self.forget_bias is not None or self.chrono is not None:
-            init.check(self.forget_bias, self.chrono)
+            init.check_options(self.forget_bias, self.chrono)
             init.biases(self)
         nn.RNNBase.reset_parameters(self)
         if self.forget_bias is not None:
@@ -249,7 +249,7 @@ class LSTMCell(nn.RNNCellBase):
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in the place of this module: torch's, on the same parameters."""
+        """The module that ``torch.jit.script`` compiles instead: torch's, with the same parameters."""
         return scripting.stand_in(self, LSTMCell, nn.LSTMCell)
 
     def extra_repr(self) -> str:

@@ -1,17 +1,17 @@
-"""A layer in ONNX: what ``torch.onnx.export`` puts in the place of the operator ``layer`` of ``ops.py``.
+"""A layer in ONNX: ``torch.onnx.export`` replaces the operator ``layer`` of ``ops.py`` by it.
 
-ONNX has an operator LSTM that runtimes have kernels for: it becomes one node a layer, both directions in one.  What it
-does not have (projection, reset, the c_t of every step) ``backend="reference"`` exports as plain operators, unrolled
-over a fixed number of steps.
+ONNX has an operator LSTM for which runtimes have kernels: a layer becomes one node, with both directions.  What it does
+not have (projection, reset, the c_t of every step) ``backend="reference"`` exports as plain operators, unrolled over a
+fixed number of steps.
 
-The weights are brought into ONNX's order by operators of the graph.  The exporter's optimizer computes those of small
-weights (8192 entries) once and for all; onnxruntime computes the others when it loads the model.  To have them in the
-file, too: ``onnxscript.optimizer.optimize(program.model, input_size_limit=2**40, output_size_limit=2**40)``.
+Operators of the graph bring the weights into ONNX's order.  For small weights (8192 entries) the exporter's optimizer
+computes them in advance; onnxruntime computes the others when it loads the model.  To store those in the file, too:
+``onnxscript.optimizer.optimize(program.model, input_size_limit=2**40, output_size_limit=2**40)``.
 
-What stands for the node while torch looks computes nothing, so ``torch.onnx.export(verify=True)``, which runs it, finds
-a difference: compare with the model itself.
+The node's placeholder in torch computes nothing, so ``torch.onnx.export(verify=True)``, which runs it, finds a
+difference: compare with the model itself.
 
-T time, B batch, I input, H hidden, P projection (H where there is none), D directions.
+T time, B batch, I input, H hidden, P projection (H without one), D directions.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lstmcore.backends import REFERENCE, reference
 from lstmcore.kernels.contract import GATES, Call, Rows, Weights
 from lstmcore.ops import Arguments
 
-_OPSET = 14  # the LSTM that is meant; opset 22 added bfloat16 to it, which the exporter's default does not reach
+_OPSET = 14  # of the LSTM operator; opset 22 added bfloat16 to it, which the exporter's default does not reach
 _DTYPES = (torch.float32, torch.float64, torch.float16)
 
 
 def layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """What ``torch.ops.lstmcore.layer`` takes and, without ``save``, returns: output, h_n, c_n, [cells].
+    """Replaces ``torch.ops.lstmcore.layer`` without ``save``: output, h_n, c_n, [cells].
 
-    Raises ValueError for what cannot be exported.
+    Raises ValueError for calls that cannot be exported.
     """
     given = Arguments(*args)
     if given.packed:
@@ -47,7 +47,7 @@ def layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
 
 
 def _refuse(given: Arguments, weights: Sequence[Weights]) -> None:
-    """ValueError for what ONNX's LSTM does not have."""
+    """Raises ValueError for features that ONNX's LSTM does not have."""
     names = {
         "projection (proj_size)": weights[0].weight_hr is not None,
         "reset": given.reset is not None,
@@ -65,15 +65,15 @@ def _refuse(given: Arguments, weights: Sequence[Weights]) -> None:
 
 
 def _node(given: Arguments, weights: Sequence[Weights]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """One node."""
+    """One node for the whole layer."""
     input, h_0, c_0, lengths, directions = given.input, given.h_0, given.c_0, given.lengths, given.directions
     hidden = weights[0].weight_hh.shape[1]
 
     def ordered(name: str) -> Tensor:
         """A parameter of all directions, with the gates i, f, g, o in ONNX's order i, o, f, g: (D, 4H, ·)."""
         each = [getattr(direction, name) for direction in weights]
-        # Slices, and not chunks: the exporter's optimizer computes nothing that has several outputs.
-        gates = [part for w in each for part in (w[:hidden], w[3 * hidden :], w[hidden : 3 * hidden])]
+        # Slices, not chunks: the exporter's optimizer does not evaluate operators with several outputs.
+        gates = [gate for w in each for gate in (w[:hidden], w[3 * hidden :], w[hidden : 3 * hidden])]
         return torch.cat(gates).unflatten(0, (directions, GATES * hidden))
 
     biased = weights[0].bias_ih is not None
@@ -90,11 +90,11 @@ def _node(given: Arguments, weights: Sequence[Weights]) -> tuple[Tensor, Tensor,
         shapes=[(steps, directions, given.batch, hidden), state, state],
         version=_OPSET,
     )
-    # The stand-in's results are on the CPU, whatever its inputs; the real one's will be where the runtime computes.
+    # The placeholder's results are always on the CPU; the real ones will be on the runtime's device.
     output, h_n, c_n = found if device.type == "cpu" else [each.to(device) for each in found]
     output = output.squeeze(1) if directions == 1 else output.transpose(1, 2).flatten(2)  # (T, B, D * H)
     if lengths is not None and h_0 is not None and c_0 is not None:
-        # ONNX does not say where a row of no steps ends: onnxruntime's end in zeros, ours where they started.
+        # ONNX does not define the end of a row without steps: onnxruntime returns zeros, we the initial state.
         some = (lengths > 0)[:, None]
         h_n, c_n = torch.where(some, h_n, h_0), torch.where(some, c_n, c_0)
     return output, h_n, c_n, []
@@ -102,7 +102,7 @@ def _node(given: Arguments, weights: Sequence[Weights]) -> tuple[Tensor, Tensor,
 
 def _unrolled(given: Arguments, weights: tuple[Weights, ...]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The steps one by one, in plain operators."""
-    if given.lengths is not None:  # their values would decide which operators there are
+    if given.lengths is not None:  # their values would decide the operators
         raise ValueError("backend='reference' cannot be exported to ONNX with lengths=: use backend='auto'")
     steps = given.input.shape[0]
     if isinstance(steps, torch.SymInt):

@@ -1,15 +1,15 @@
-"""One layer as ``torch.library`` operators, for everything that looks at a call instead of running it.
+"""One layer as ``torch.library`` operators, for everything that traces or transforms a call instead of running it.
 
 ``torch.ops.lstmcore.layer`` and ``layer_backward`` are one node each in a graph of ``torch.compile`` or
-``torch.export``: opaque to the compiler, with fake kernels that know every shape whatever the values, so that steps and
+``torch.export``: opaque to the compiler, with fake kernels whose shapes do not depend on values, so that steps and
 batch stay symbolic.  ``torch.func`` transforms go through the same two (``transforms.py``, which also gives them their
-derivatives).  An ordinary call does not come through here: ``autograd.py`` has the same layer as a plain autograd
+derivatives).  An ordinary call does not use them: ``autograd.py`` has the same layer as a plain autograd
 Function, which costs less.
 
-What the schema calls ``kept`` is, behind the cells where they are asked for, what forward saves for backward; without
-``save`` (inference, exported graphs, transforms) nothing, and backward then computes forward anew.
+The schema's ``kept`` has the cells if they were requested, then what forward saves for backward; without ``save``
+(inference, exported graphs, transforms) nothing is saved, and backward computes forward again.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), D directions.
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), D directions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lstmcore.guards import Kept
 from lstmcore.kernels.contract import Call, GradOutputs, Layer, Needs, Rows, Weights, state_dtype
 
 _previous: Any = vars(torch.ops.lstmcore).get("library")
-if _previous is not None:  # lstmcore is imported anew, as notebooks do: what the first import registered goes
+if _previous is not None:  # lstmcore is imported again, as notebooks do: drop what the first import registered
     _previous._destroy()
 LIBRARY = torch.library.Library("lstmcore", "DEF")
 vars(torch.ops.lstmcore)["library"] = LIBRARY
@@ -43,7 +43,7 @@ LIBRARY.define(
 
 
 class Arguments(NamedTuple):
-    """What ``layer`` takes, in the order of the schema."""
+    """The arguments of ``layer``, in the order of the schema."""
 
     input: Tensor  # (T, B, I), or (N, I) with batch_sizes
     h_0: Tensor | None  # (D, B, P)
@@ -74,7 +74,7 @@ class Arguments(NamedTuple):
         return Arguments._make([*inputs, weights, *self[BEFORE_WEIGHTS + 1 :]])
 
     def without_tensors(self) -> Arguments:
-        """What is not a tensor: to be kept where tensors have another place."""
+        """The arguments without tensors, for contexts that store tensors separately."""
         return self.with_tensors([None] * BEFORE_WEIGHTS)
 
     def rows(self) -> Rows:
@@ -93,7 +93,7 @@ class Arguments(NamedTuple):
         return Rows(steps, batch, batch_first=self.batch_first, lengths=self.lengths, roomy=True)
 
     def call(self, rows: Rows) -> Call:
-        """The call of a backend; RuntimeError where there are too many weights, or too few."""
+        """The call of a backend; RuntimeError for a wrong number of weights."""
         weights = guards.weights(self.weights, self.directions)
         return Call.of(self.input, self.h_0, self.c_0, weights, rows, self.reset, self.save)
 
@@ -106,11 +106,11 @@ BEFORE_WEIGHTS = Arguments._fields.index("weights")
 
 
 class BackwardArguments(NamedTuple):
-    """What ``layer_backward`` takes."""
+    """The arguments of ``layer_backward``."""
 
     grads: GradOutputs
     needs: Needs
-    kept: Sequence[Tensor]  # output and what forward saved; nothing: it is computed anew
+    kept: Sequence[Tensor]  # output and what forward saved; if empty, backward computes forward again
     of_layer: Arguments
 
     @staticmethod
@@ -128,34 +128,34 @@ class BackwardArguments(NamedTuple):
         return (*self.grads, *self.of_layer.tensors, *self.kept)
 
     def with_tensors(self, tensors: Sequence[Any], weights: int) -> BackwardArguments:
-        """The same with other :attr:`tensors`, of which so many are weights."""
+        """The same with other :attr:`tensors`, of which ``weights`` are weights."""
         end = 4 + BEFORE_WEIGHTS + weights
         of_layer = self.of_layer.with_tensors(tensors[4:end])
         return BackwardArguments(GradOutputs(*tensors[:4]), self.needs, list(tensors[end:]), of_layer)
 
     def without_tensors(self) -> BackwardArguments:
-        """What is not a tensor: to be kept where tensors have another place."""
+        """The arguments without tensors, for contexts that store tensors separately."""
         return self._replace(grads=GradOutputs(None, None, None), kept=(), of_layer=self.of_layer.without_tensors())
 
 
-# What runs
+# The operators
 
 
 def _backend(given: Arguments, layer: Layer) -> Any:
-    """The module that a graph with this call in it is made for: the same whatever the values of lengths."""
+    """The backend of this call in a graph: it does not depend on the values of lengths."""
     ragged = given.packed or given.lengths is not None
     return backends.load(backends.in_graph(given.backend, layer._replace(ragged=ragged), given.extended))
 
 
 def _kernels(given: Arguments, call: Call) -> Any:
-    """The module that runs the call: the reference where there is nothing to compute, or no kernel for these sizes."""
+    """The backend that runs the call: the reference if there is nothing to compute, or no kernel for these sizes."""
     kernels = _backend(given, call.layer)
     sized = call.rows.total and call.layer.input_size and call.layer.hidden_size
     return kernels if sized and kernels.supports(call.layer) is None else backends.load(REFERENCE)
 
 
-def _laid_out(tensor: Tensor, rows: Rows) -> Tensor:
-    """``tensor`` with the strides that the fake kernels tell."""
+def _with_layout(tensor: Tensor, rows: Rows) -> Tensor:
+    """``tensor`` with the strides that the fake kernels give it."""
     if rows.packed or not rows.batch_first:
         return tensor.contiguous()
     return tensor.transpose(0, 1).contiguous().transpose(0, 1)
@@ -174,15 +174,15 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     call = given.call(rows)
     guards.layer(call)
     result = _kernels(given, call).forward(call, save=given.save, cells=given.cells)
-    kept = [] if result.cells is None else [_laid_out(result.cells, rows)]
+    kept = [] if result.cells is None else [_with_layout(result.cells, rows)]
     if given.save:
         kept += result.saved or _unsaved(given, call.layer, rows.room)
-    return _laid_out(result.output, rows), result.h_n.contiguous(), result.c_n.contiguous(), kept
+    return _with_layout(result.output, rows), result.h_n.contiguous(), result.c_n.contiguous(), kept
 
 
 @contextmanager
 def _autograd_inside() -> Iterator[None]:
-    """Lets an operator's own code use autograd, which a dispatch mode around it has switched off."""
+    """Lets an operator's own code use autograd, which an enclosing dispatch mode has switched off."""
     exclude = torch._C._dispatch_tls_local_exclude_set()
     for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
         exclude = exclude.remove(getattr(torch._C.DispatchKey, key))
@@ -196,7 +196,7 @@ def _backward(*args: Any) -> list[Tensor]:
     call = given.call(rows)
     output, *saved = kept or [None]  # type: ignore[list-item]
     sizes = []
-    if kept:  # with room for padded steps; without, where the eager Function has run forward
+    if kept:  # with room for padding; without, if the eager Function has run forward
         saves = _backend(given, call.layer).saves
         exact = [tuple(each.shape) for each in saved] == [size for size, _ in saves(call.layer, rows.total)]
         sizes = saves(call.layer, rows.total if exact else rows.room)
@@ -207,22 +207,22 @@ def _backward(*args: Any) -> list[Tensor]:
         output, saved = done.output, done.saved
     with _autograd_inside(), torch.no_grad():
         found = kernels.backward(call, grads, output, tuple(saved), needs)
-    result = [] if found.input is None else [_laid_out(found.input, rows)]
+    result = [] if found.input is None else [_with_layout(found.input, rows)]
     memory = set()
     for grad in (found.h_0, found.c_0, *found.of(call.weights)):
         if grad is not None:
             grad = grad.contiguous()
             at = grad.untyped_storage().data_ptr()
-            result.append(grad.clone() if at in memory else grad)  # operators return nothing twice; ATen does
+            result.append(grad.clone() if at in memory else grad)  # operators may not return one twice
             memory.add(at)
     return result
 
 
-# What a compiler sees of it: shapes, whatever the values
+# The fake kernels: shapes, independently of values
 
 
 def _like_rows(given: Arguments, width: Any, dtype: torch.dtype) -> Tensor:
-    """A new tensor of the rows of ``input``: (N, width) or (T, B, width), in memory as ``Rows.new`` lays it out."""
+    """A new tensor of the rows of ``input``: (N, width) or (T, B, width), in the layout of ``Rows.new``."""
     if given.packed:
         return given.input.new_empty((given.input.shape[0], width), dtype=dtype)
     steps, batch, _ = given.input.shape

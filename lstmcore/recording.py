@@ -1,7 +1,7 @@
-"""Who watches which module's backward pass: the meeting point of the autograd Functions and the recordings.
+"""Recordings of backward passes: the interface between the autograd Functions and the recordings.
 
-A module hands its forward pass a :class:`Source`; the node that it leaves in the graph asks :func:`watchers` in
-backward, and shows them an :class:`Observation`.  Nobody watching costs the look into an empty dictionary.
+A module passes a :class:`Source` to its forward pass; its node in the graph asks for :func:`watchers` in backward, and
+shows them an :class:`Observation`.  Without a recording this costs one test of a flag.
 
 T steps, B rows, R of them sampled, D directions, P features of h.
 """
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from lstmcore.kernels.contract import GateStatistics, Rows
 from lstmcore.kernels.gate_statistics import sampled_rows
 
-SAMPLE = 4  # rows of the batch of which `entering` is taken
+SAMPLE = 4  # rows of the batch for which `entering` is computed
 
 
 class Source(NamedTuple):
-    """Where a node of the graph comes from."""
+    """The origin of a node of the graph."""
 
     module: weakref.ReferenceType[nn.Module]  # weak: a graph may outlive it, and a module may hold a graph's output
     layer: int
-    unsorted: Tensor | None = None  # (B,) of a PackedSequence: where each row of the caller's lies in the sorted batch
+    unsorted: Tensor | None = None  # (B,) of a PackedSequence: each row's index in the sorted batch
 
 
 class Observation(NamedTuple):
@@ -37,13 +37,13 @@ class Observation(NamedTuple):
     source: Source
     norms: Tensor  # (2, D, T, B) of dL/dh_t and dL/dc_t; (1, D, T, B) of a plain RNN; in the caller's order of rows
     lengths: Tensor | None  # (B,) int64 on the CPU; None: every row has T steps
-    entering: Tensor  # (D, T, R) of a sample of rows: the norms of what comes to h_t and c_t from outside of the layer
+    entering: Tensor  # (D, T, R) of a sample of rows: the norms of what comes to h_t and c_t from outside the layer
     entering_lengths: Tensor | None  # (R,) int64 on the CPU
     gates: GateStatistics | None
 
 
 class Watcher(Protocol):
-    """Somebody who records."""
+    """A recording."""
 
     gate_rows: int  # rows of the batch whose gates are wanted; 0 for none
 
@@ -51,11 +51,11 @@ class Watcher(Protocol):
         """Whether this backward pass is recorded; asked once by each node that runs."""
 
     def observe(self, observation: Observation) -> None:
-        """Takes what a node shows; the tensors are the watcher's to keep."""
+        """Receives what a node shows; the watcher may keep the tensors."""
 
 
 _watched: dict[nn.Module, tuple[Watcher, ...]] = {}
-_watching = False  # whether there are any: a compiler guards on it, where it would not on what a dictionary holds
+_watching = False  # whether there are any: a compiler guards on it, but not on the content of a dictionary
 _lock = threading.Lock()
 
 
@@ -69,7 +69,7 @@ def watch(modules: Sequence[nn.Module], watcher: Watcher) -> None:
 
 
 def unwatch(watcher: Watcher) -> None:
-    """``watcher`` sees no more."""
+    """Stops showing backward passes to ``watcher``."""
     global _watching
     with _lock:
         for module, present in list(_watched.items()):
@@ -82,7 +82,7 @@ def unwatch(watcher: Watcher) -> None:
 
 
 def watched(module: nn.Module | None) -> bool:
-    """Whether anybody watches ``module``: its forward pass must then leave nodes that can be watched."""
+    """Whether ``module`` is recorded: its forward pass must then leave nodes that can be."""
     return _watching and module in _watched
 
 
@@ -92,7 +92,7 @@ def source(module: nn.Module | None, layer: int, unsorted: Tensor | None = None)
 
 
 def watchers(source: Source | None) -> list[Watcher]:
-    """Those who record this backward pass of ``source``."""
+    """The watchers that record this backward pass of ``source``."""
     if not _watching or source is None:
         return []
     module = source.module()
@@ -107,7 +107,7 @@ def show(
     gates: GateStatistics | None,
     grads: tuple[Tensor | None, ...],  # of output (T, B, D * P) or (N, D * P), h_n (D, B, P), c_n (D, B, H)
 ) -> None:
-    """Shows an observation to everyone in ``watching``; ``norms`` (·, D, T, B) in the order of ``rows``."""
+    """Shows an observation to each of ``watching``; ``norms`` (·, D, T, B) in the order of ``rows``."""
     rows = rows.on_host()
     lengths = sampled = None
     if rows.ragged:
@@ -133,7 +133,7 @@ def _entering(
     directions: int,
     device: torch.device,
 ) -> Tensor:
-    """(D, T, R): the norms of the gradients that come to each step from outside of the layer.
+    """(D, T, R): the norms of the gradients that come to each step from outside the layer.
 
     Norms of what comes from different sides (output, h_n, c_n) are added up.
     """

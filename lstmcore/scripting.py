@@ -1,4 +1,4 @@
-"""What ``torch.jit.script`` and ``torch.fx`` see of a module: what they see of torch's own."""
+"""``torch.jit.script`` and ``torch.fx`` support: they see of a module what they see of torch's own."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from torch.fx.proxy import TraceError
 
 
 def leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A node ``call_module`` in the graph of the ``torch.fx`` tracer whose proxies came in, in place of a call.
+    """A node ``call_module`` in the graph of the ``torch.fx`` tracer of the proxies in ``args``, instead of a call.
 
-    ``kwargs``: those that were given; None and False are not.  Raises TraceError where ``module`` is the traced model.
+    ``kwargs`` that are None or False are left out.  Raises TraceError if ``module`` is the traced model itself.
     """
     while args and args[-1] is None:
         args = args[:-1]
-    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    passed = {name: value for name, value in kwargs.items() if value is not None and value is not False}
     tracer = args[0].tracer
     path = tracer.path_of_module(module)
     if not path:
         raise TraceError(f"{type(module).__name__} is a leaf for torch.fx: trace a module that holds it")
-    return tracer.create_proxy("call_module", path, args, given)
+    return tracer.create_proxy("call_module", path, args, passed)
 
 
 def stand_in(module: nn.Module, own: type[nn.Module], stock: type[nn.Module]) -> nn.Module:
     """``module``, an ``own``, for ``torch.jit.script`` to compile: with the code of ``stock``, over the same state.
 
-    ``torch.jit.script`` leaves it in the place of ``module`` in the model that it was given.  So it shares everything
-    that ``module`` holds, and turns back into what that is when it is called or copied.  A subclass of ``own`` with a
-    forward of its own stands for itself.
+    ``torch.jit.script`` leaves it in the place of ``module`` in the model.  So it shares all state of ``module``, and
+    turns back into its class when it is called or copied.  A subclass of ``own`` with a forward of its own is
+    returned as it is.
     """
-    kind: Any = type(module)
-    if kind.forward is not own.forward:
+    cls: Any = type(module)
+    if cls.forward is not own.forward:
         return module
 
     def back(self: Any) -> Any:
-        self.__class__ = kind
+        self.__class__ = cls
         return self
 
     disguise: Any = type(
         stock.__name__,
-        (kind,),
+        (cls,),
         {name: value for name, value in vars(stock).items() if callable(value) and not name.startswith("__")}
         | {
-            # where the compiler finds the source, and the overloads that it holds
+            # where the compiler finds the source, and the overloads in it
             "__module__": stock.__module__,
             "__qualname__": stock.__qualname__,
             "__annotations__": next(filter(None, (vars(base).get("__annotations__") for base in stock.__mro__))),

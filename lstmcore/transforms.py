@@ -1,11 +1,11 @@
 """Derivatives, autocast and ``torch.func`` transforms of the operators of ``ops.py``.
 
 vmap over inputs, states, lengths or resets folds the mapped dimension into the batch: one call of the kernels.  Over
-weights (ensembles), and where the gradients of the weights are wanted one by one (per-sample gradients), it calls the
-kernels once a member.  The derivative of the backward is that of the reference's, to any order.
+weights (ensembles), and for separate gradients of the weights (per-sample gradients), it calls the kernels once per
+entry of the mapped dimension.  The derivative of the backward is that of the reference's, to any order.
 
-T time, B batch, N alive rows over all steps, I input, H hidden, P projection (H where there is none), D directions,
-V members of a vmap.
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), D directions,
+V entries of a mapped dimension.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ GRADS = len(GradOutputs._fields)
 
 
 def in_graph(given: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(output, h_n, c_n, cells or None): one node in the graph of whoever is looking."""
+    """(output, h_n, c_n, cells or None): one node in the graph of the compiler, exporter or mode that traces."""
     run: Any = torch.ops.lstmcore.layer
     if torch.compiler.is_exporting():
-        given = given._replace(save=False)  # mostly for inference; a training computes forward anew
-        if torch.onnx.is_in_onnx_export():  # here for inference mode, below for programs that were exported before
+        given = given._replace(save=False)  # mostly for inference; training then computes forward again
+        if torch.onnx.is_in_onnx_export():  # here for inference mode, below for previously exported programs
             from lstmcore import onnx
 
             run = onnx.layer
@@ -48,7 +48,7 @@ def transformed(given: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor | None
 def of_saved(
     backend: str, call: Call, grads: GradOutputs, needs: Needs, kept: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of input, h_0, c_0 and of the weights field by field, from what an eager forward kept."""
+    """The gradients of input, h_0, c_0 and of the weights field by field, from what an eager forward saved."""
     rows, weights = call.rows, [weight for each in call.weights for weight in each]
     lengths = None if rows.packed or not rows.ragged else rows.row_lengths()
     given = Arguments(
@@ -84,7 +84,7 @@ class _Layer(Function):
         saved = kept[ctx.plain.cells :]
         ctx.count = len(tensors)
         ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)  # an output nobody used has no gradient, and costs nothing
+        ctx.set_materialize_grads(False)  # an unused output has no gradient, and costs nothing
         ctx.save_for_backward(*tensors, *((y, *saved) if ctx.plain.save else ()))
 
     @staticmethod
@@ -124,7 +124,7 @@ class _Backward(Function):
         at = [k for k, tensor in enumerate(tensors) if tensor is not None and tensor.is_floating_point()]
 
         def first(*values: Tensor) -> tuple[Tensor, ...]:
-            """What ``layer_backward`` computes, of all tensors that it can be differentiated in."""
+            """What ``layer_backward`` computes, as a function of all tensors that it is differentiable in."""
             own: list[Any] = [None] * len(tensors)
             for k, value in zip(at, values, strict=True):
                 own[k] = value
@@ -142,7 +142,7 @@ class _Backward(Function):
 
 
 def _by_reference(given: BackwardArguments, own: list[Any], rows: Rows) -> tuple[Tensor, ...]:
-    """The gradients that ``given`` asks for, in operations that can be differentiated, of the tensors ``own``."""
+    """The gradients that ``given`` needs, computed from the tensors ``own`` in differentiable operations."""
     reset, directions, needs = given.of_layer.reset, given.of_layer.directions, given.needs
     used = [k for k in range(GRADS) if own[k] is not None]
     first_weight = GRADS + BEFORE_WEIGHTS
@@ -164,15 +164,15 @@ def _by_reference(given: BackwardArguments, own: list[Any], rows: Rows) -> tuple
     return tuple(grad for k, grad in found.items() if wanted.get(k, needs.weights))
 
 
-# vmap: of the Functions, whose ``apply`` a transform further out may look at again, and of the operators
+# vmap: of the Functions, whose ``apply`` an outer transform may intercept again, and of the operators
 
 
 def _mapped_layer(
     run: Callable[..., Any], V: int, dims: Sequence[int | None], plain: Arguments, *tensors: Any
 ) -> tuple[Any, Any]:
-    # what is saved in one call cannot be taken apart
+    # what one call saves cannot be split among the entries
     if plain.save or any(dim is not None for dim in dims[BEFORE_WEIGHTS:]):
-        return _stacked([run(plain, *_member(tensors, dims, v)) for v in range(V)])
+        return _stacked([run(plain, *_entry(tensors, dims, v)) for v in range(V)])
     folded = _fold(plain.with_tensors(tensors), dims, V)
     places = (0, 1, 1, 0) if folded.packed else (1, 1, 1, 1)
     return _unfold(run(folded.without_tensors(), *folded.tensors), places, V)
@@ -190,12 +190,12 @@ def _mapped_backward(
     given, needs = plain.with_tensors(tensors, weights), plain.needs
     if needs.weights or given.kept or any(dim is not None for dim in dims[GRADS + BEFORE_WEIGHTS :]):
         kept: Sequence[Tensor] = ()
-        same = not given.kept and all(dim is None for dim in dims[GRADS:])  # the forward, for all members
+        same = not given.kept and all(dim is None for dim in dims[GRADS:])  # one forward for all entries
         if same and not torch._C._are_functorch_transforms_active():
             of_layer = plain.of_layer._replace(save=True)
             output, _, _, *kept = _Layer.forward(of_layer, *tensors[GRADS:])
             kept = (output, *kept[of_layer.cells :])
-        return _stacked([run(plain, weights, *_member(tensors, dims, v), *kept) for v in range(V)])
+        return _stacked([run(plain, weights, *_entry(tensors, dims, v), *kept) for v in range(V)])
     row = 0 if given.of_layer.packed else 1
     grads = [
         None if grad is None else _folded(grad, dim, at, V)
@@ -206,19 +206,19 @@ def _mapped_backward(
     return _unfold(results, [at for at, want in zip((row, 1, 1), needs, strict=False) if want], V)
 
 
-def _member(tensors: Sequence[Any], dims: Sequence[int | None], v: int) -> list[Any]:
-    """The tensors of member ``v``."""
+def _entry(tensors: Sequence[Any], dims: Sequence[int | None], v: int) -> list[Any]:
+    """The tensors of entry ``v``."""
     return [each if dim is None else each.select(dim, v) for each, dim in zip(tensors, dims, strict=True)]
 
 
-def _stacked(members: list[tuple[Tensor, ...]]) -> tuple[Any, Any]:
-    """The results of all members, and their mapped dimensions."""
-    results = tuple(torch.stack(each) for each in zip(*members, strict=True))
+def _stacked(entries: list[tuple[Tensor, ...]]) -> tuple[Any, Any]:
+    """The results of all entries, stacked, and their mapped dimensions."""
+    results = tuple(torch.stack(each) for each in zip(*entries, strict=True))
     return results, (0,) * len(results)
 
 
 def _folded(tensor: Tensor, dim: int | None, row: int, V: int) -> Tensor:
-    """``tensor`` with the mapped dimension folded into its dimension ``row``: row b of member v is row b * V + v."""
+    """``tensor`` with the mapped dimension folded into its dimension ``row``: b of entry v becomes b * V + v."""
     if dim is None:
         shape = tensor.shape
         return tensor.unsqueeze(row + 1).expand(*shape[: row + 1], V, *shape[row + 1 :]).flatten(row, row + 1)
@@ -226,7 +226,7 @@ def _folded(tensor: Tensor, dim: int | None, row: int, V: int) -> Tensor:
 
 
 def _fold(given: Arguments, dims: Sequence[int | None], V: int) -> Arguments:
-    """One call for all members; ``dims``: the mapped dimension of each tensor, None for none."""
+    """One call for all entries; ``dims``: the mapped dimension of each tensor, None for none."""
     rows = (0, 1, 1, 0, 0, 0) if given.packed else (1, 1, 1, 1, 0, 0)
     folded = [
         None if tensor is None else _folded(tensor, dim, row, V)
@@ -287,13 +287,13 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
 
 
 def _flat_dims(dims: Any, tensors: Sequence[Tensor]) -> Sequence[int | None]:
-    """The mapped dimension of each in a list; one None stands for a list without any."""
+    """The mapped dimension of each tensor of a list; None stands for none in the whole list."""
     return [None] * len(tensors) if dims is None else dims
 
 
 def _autocast(device: str) -> Any:
     def layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Floating-point tensors but float64 in autocast's dtype, as ``torch.lstm`` takes them."""
+        """Casts floating-point tensors, except float64, to autocast's dtype, as ``torch.lstm`` does."""
         dtype = torch.get_autocast_dtype(device)
 
         def cast(value: Any) -> Any:

@@ -76,7 +76,7 @@ def triton_kernels(monkeypatch):
         kernels = backends.load("triton")
     except ImportError as error:
         pytest.skip(f"Triton cannot be used here: {error}")
-    for name in ("_words", "_wrong_lengths", "_told"):
+    for name in ("_words", "_wrong_lengths", "_reported"):
         monkeypatch.setattr(kernels.status, name, {})
     return kernels
 
@@ -86,7 +86,7 @@ def fresh_choices():
     """No choice of a backend is remembered from before, nor will be after: for tests that change what machine it is."""
 
     def forget() -> None:
-        for cached in (backends.load, backends.choose, backends.plan):
+        for cached in (backends.load, backends.choose, backends.chosen):
             cached.cache_clear()
 
     forget()
@@ -132,10 +132,10 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture
 def fresh_plans():
     """What the CPU kernels are told is laid out anew: for tests that change how, or what machine it is."""
-    from lstmcore.kernels.cpu import layout, problem, tiling
+    from lstmcore.kernels.cpu import prepare, problem, tiling
 
     forget_each = (
-        layout.forget,
+        prepare.forget,
         problem.kernels_of.cache_clear,
         tiling.plan.cache_clear,
         tiling.this_core.cache_clear,

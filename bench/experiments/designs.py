@@ -35,7 +35,7 @@ SHARES = ("kind", "units", "tile", "rows", "groups", "tiles", "slices", "warps",
 
 def designs(hidden: int, batch: int, backward: bool, sms: int, shared: int) -> list[Design]:
     """The tiling's choice, and others of short predicted times."""
-    chosen = tiling.plan(hidden, batch, 1, "16", sms, backward, shared=shared)
+    chosen = tiling.choose_design(hidden, batch, 1, "16", sms, backward, shared=shared)
     others = tiling.split_designs(hidden, batch, 1, "16", sms, backward, shared)
     ordered = sorted((each for each in others if each != chosen), key=lambda each: each.step_time)
     return [chosen, *ordered[: MOST - 1]]

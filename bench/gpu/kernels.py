@@ -86,7 +86,7 @@ def design_of(case: Configuration) -> Design:
     """What the tiling chooses."""
     precision = case.dtype if case.dtype in ("tf32", "float32") else "16"
     sizes = (case.hidden, case.batch, case.directions)
-    return tiling.plan(*sizes, precision, SMS[case.target], case.backward, shared=SHARED[case.target])
+    return tiling.choose_design(*sizes, precision, SMS[case.target], case.backward, shared=SHARED[case.target])
 
 
 def configurations(targets: Sequence[int], quick: bool) -> Iterator[Configuration]:

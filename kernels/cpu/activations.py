@@ -1,6 +1,6 @@
 """tanh and sigmoid on vectors.
 
-Both rest on 2^t of t = x / ln 2 (sigmoid: -x, tanh: 2x)::
+Both use 2^t of t = x / ln 2 (sigmoid: -x, tanh: 2x)::
 
     2^t = 2^n 2^f,  n = round(t),  f = t - n,  2^f = 1 + f q(f)
     sigmoid(x) = 1 / (1 + 2^t);   tanh(x) = m / (m + 2),  m = 2^t - 1 = 2^n f q(f) + (2^n - 1)
@@ -9,8 +9,8 @@ The second form of m keeps tanh accurate near zero, where 1 - 2 / (2^t + 1) woul
 (2^f - 1) / f on |f| <= 1/2: degree 5 (error 1.2e-8) for float32, degree 10 (1e-17) for float64; ``mpmath.chebyfit``
 reproduces the coefficients.  Both are within 2 units in the last place where the result is not denormal and |x| < 10.
 With AVX-512 the reciprocal is the 14-bit estimate and one Newton step (float64: two): a 512-bit division takes 16
-cycles on Intel's cores, five of them would double the cell.  16 instructions a sigmoid, 19 a tanh; forms on base e
-took 22 and 24.
+cycles on Intel's cores, and five of them would double the time of the cell.  Sigmoid takes 16 instructions, tanh 19;
+with base e they took 22 and 24.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from numba.core.extending import intrinsic
 from .jit import inline
 from .vector import I32, I64, SIZE, Vector, fma, join, joining, llvm_call, splat, split
 
-# magic: 1.5 * 2^mantissa bits, which rounds what is added to it to an integer.  1 / ln 2 in two parts (float32 does
-# without the second).  Beyond its limit sigmoid is 0 (a denormal, exactly) and tanh is 1 to the last bit.
+# magic: 1.5 * 2^mantissa bits; adding it to a value rounds that to an integer.  1 / ln 2 as a sum of two numbers
+# (float32 needs only the first).  Beyond its limit sigmoid is 0 (exactly: a denormal) and tanh is 1 to the last bit.
 EXP2 = {
     "float32": SimpleNamespace(
         magic=12582912.0, inverse_ln2=1.4426950408889634, inverse_ln2_low=0.0, sigmoid_limit=87.0, tanh_limit=9.1,
@@ -55,9 +55,9 @@ def _estimate(builder, vector):
     return llvm_call(builder, name, vector.type, [vector, ir.Constant(vector.type, None), everywhere])
 
 
-def _exponents(kind: Vector) -> SimpleNamespace:
-    """What puts a power of two together, and bounds what goes into one."""
-    scalar, lanes, vector, llvm = kind.scalar, kind.lanes, kind, kind.llvm
+def _exponents(vector: Vector) -> SimpleNamespace:
+    """Powers of two, and bounds on their exponents."""
+    scalar, lanes, llvm = vector.scalar, vector.lanes, vector.llvm
     integer = ir.VectorType(I32 if scalar == "float32" else I64, lanes)
     int_element, mantissa = integer.element, 23 if scalar == "float32" else 52
     real = getattr(types, scalar)
@@ -114,9 +114,9 @@ def _exponents(kind: Vector) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def _polynomial(kind: Vector, fast_reciprocal: bool) -> tuple[Any, Any]:
+def _polynomial(vector: Vector, fast_reciprocal: bool) -> tuple[Any, Any]:
     """``series(f)`` and ``reciprocal(v)``."""
-    scalar, lanes, vector, llvm, size = kind.scalar, kind.lanes, kind, kind.llvm, SIZE[kind.scalar]
+    scalar, lanes, llvm, size = vector.scalar, vector.lanes, vector.llvm, SIZE[vector.scalar]
     constants = EXP2[scalar]
 
     @intrinsic
@@ -161,12 +161,12 @@ def _make_fraction(scalar: str) -> Any:
     return fraction
 
 
-def _make_tanh(kind: Vector, fast_reciprocal: bool) -> Any:
+def _make_tanh(vector: Vector, fast_reciprocal: bool) -> Any:
     """``tanh(v)``."""
-    constants, exponents, fraction = EXP2[kind.scalar], _exponents(kind), _make_fraction(kind.scalar)
+    constants, exponents, fraction = EXP2[vector.scalar], _exponents(vector), _make_fraction(vector.scalar)
     magic, inverse_ln2, tanh_limit = constants.magic, constants.inverse_ln2, constants.tanh_limit
     power_of_two, at_least, at_most = exponents.power_of_two, exponents.at_least, exponents.at_most
-    series, reciprocal = _polynomial(kind, fast_reciprocal)
+    series, reciprocal = _polynomial(vector, fast_reciprocal)
 
     @inline
     def tanh(x):
@@ -180,15 +180,15 @@ def _make_tanh(kind: Vector, fast_reciprocal: bool) -> Any:
     return tanh
 
 
-def _make_gates(kind: Vector, fast_reciprocal: bool) -> Any:
-    """``gates(z_i, z_f, z_g, z_o)``: the activations of all four, side by side, which keeps their chains in flight."""
-    constants, exponents, fraction = EXP2[kind.scalar], _exponents(kind), _make_fraction(kind.scalar)
+def _make_gates(vector: Vector, fast_reciprocal: bool) -> Any:
+    """``gates(z_i, z_f, z_g, z_o)``: all four activations interleaved, which overlaps their dependency chains."""
+    constants, exponents, fraction = EXP2[vector.scalar], _exponents(vector), _make_fraction(vector.scalar)
     magic, inverse_ln2 = constants.magic, constants.inverse_ln2
     sigmoid_limit, tanh_limit = constants.sigmoid_limit, constants.tanh_limit
     power_of_two, times_power, zero_below = exponents.power_of_two, exponents.times_power, exponents.zero_below
     at_least, at_most = exponents.at_least, exponents.at_most
-    join_four, split_four = joining(kind, 4)
-    wide_series, wide_reciprocal = _polynomial(Vector(kind.scalar, 4 * kind.lanes), fast_reciprocal)
+    join_four, split_four = joining(vector, 4)
+    wide_series, wide_reciprocal = _polynomial(Vector(vector.scalar, 4 * vector.lanes), fast_reciprocal)
 
     @inline
     def gates(z_i, z_f, z_g, z_o):
@@ -212,6 +212,6 @@ def _make_gates(kind: Vector, fast_reciprocal: bool) -> Any:
     return gates
 
 
-def activations(kind: Vector, fast_reciprocal: bool) -> dict[str, Callable]:
+def activations(vector: Vector, fast_reciprocal: bool) -> dict[str, Callable]:
     """``tanh`` and ``gates``; ``fast_reciprocal`` needs AVX-512 and whole registers of it."""
-    return {"tanh": _make_tanh(kind, fast_reciprocal), "gates": _make_gates(kind, fast_reciprocal)}
+    return {"tanh": _make_tanh(vector, fast_reciprocal), "gates": _make_gates(vector, fast_reciprocal)}

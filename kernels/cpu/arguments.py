@@ -1,8 +1,8 @@
-"""How a kernel gets its arguments: the address of a record, whose fields both sides know by name.
+"""Argument structs of the kernels: a kernel gets the address of one, and both sides know its fields by name.
 
-A record is a NamedTuple of int64 (counts, bytes, addresses; 0 where absent).  The host makes one a member
-(``layout.py``); the kernel reads it once, when it begins (``memory.make_read``), so that what it knows stays in
-registers, or on its stack, whatever it writes elsewhere.
+A struct is a NamedTuple of int64 (counts, bytes, addresses; 0 if absent).  The host makes one per member
+(``prepare.py``); the kernel reads it once, at its start (``memory.make_read``), so that the compiler keeps the fields
+in registers or on the stack and does not reload them after other writes.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import NamedTuple
 
 
 class ForwardArgs(NamedTuple):
-    """What a member of ``lstm_fwd_kernel`` is told (see the package): addresses, bytes, counts."""
+    """Arguments of one member of ``lstm_fwd_kernel`` (see the package): addresses, bytes, counts."""
 
     # outputs
-    y: int  # of this direction, (rows, P)
+    y: int  # of this direction, (N or T * B, P)
     gates: int  # (N, U, 4, lanes); 0: inference
     cells: int  # (N, H'); 0: not wanted
     # state and scratch
     h: int  # (2, B, P')
     c: int  # (B, H')
     m: int  # (B, H'): o tanh(c), before the projection; 0 without one
-    z: int  # see the package; 0: in gates
-    x_stage: int  # (members, rows of a chunk, I): x in the compute dtype; 0: x is
-    table: int  # (members, 2, rows of a chunk) int64
+    z: int  # see the package; 0: gates hold it
+    x_stage: int  # (members, tokens of a chunk, I): x in the compute dtype; 0: x has it already
+    table: int  # (members, 2, tokens of a chunk) int64: addresses of x and z
     # inputs
     x: int
     w_x: int  # gate panels of W_ih
@@ -38,7 +38,7 @@ class ForwardArgs(NamedTuple):
     hidden: int
     width: int  # P
     chunk: int
-    chunk_rows: int
+    chunk_tokens: int
     fused: int
     reverse: int
     batch_sizes: int  # (T,) int64; 0: B
@@ -51,44 +51,44 @@ class ForwardArgs(NamedTuple):
     y_rows: int
     reset_step: int
     reset_rows: int
-    h_rows: int  # (B,) offsets of rows of h
+    h_rows: int  # (B,) int64 offsets in h
     h_half: int  # from h_{t-1} to h_t
     m_rows: int
-    # sharing
+    # partition
     row_begin: int
     row_end: int
     panel_begin: int
     panel_end: int
     column_begin: int  # column panels of P
     column_end: int
-    lockstep: int  # panels are shared out: one hand-off a step
+    lockstep: int  # panels are divided among members: one barrier per step
     member: int
     members: int
     counter: int
-    following: int  # the record that the same thread works off next; 0: none
+    following: int  # the arguments that the same thread processes next; 0: none
 
 
 class BackwardArgs(NamedTuple):
-    """What a member of ``lstm_bwd_kernel`` is told; see ``ForwardArgs``."""
+    """Arguments of one member of ``lstm_bwd_kernel``; see ``ForwardArgs``."""
 
     # outputs
-    dx: int  # (rows, I); 0: not wanted
+    dx: int  # (N or T * B, I); 0: not wanted
     dw_x: int  # gate panels, of this part; 0: weights not wanted
     dw_h: int
     dw_r: int  # (column panels of P, H, panel); 0 without projection
     db: int  # (U, 4, lanes)
-    norms: int  # (2, T, B, blocks of NORM_PANELS panels) float64 sums of squares, zero where not alive; 0: not wanted
+    norms: int  # (2, T, B, groups of NORM_PANELS panels) float64 sums of squares, zero where not active; 0: not wanted
     # state and scratch
     dh: int  # (B, P'): in: dL/dh_n, out: dL/dh_0
     dc: int  # (B, H'): in: dL/dc_n, out: dL/dc_0
     dm: int  # (B, H'); 0 without projection
-    dz: int  # (U, rows of a chunk, 4, lanes)
-    dh_chunk: int  # (column panels of P, rows of a chunk, panel); 0 without projection
-    x_strips: int  # (strips of I, rows of a chunk, columns of a strip); 0: no weights wanted
+    dz: int  # (U, tokens of a chunk, 4, lanes)
+    dh_chunk: int  # (column panels of P, tokens of a chunk, panel); 0 without projection
+    x_strips: int  # (strips of I, tokens of a chunk, columns of a strip); 0: no weights wanted
     h_strips: int  # h_{t-1}, likewise
     m_strips: int  # likewise
-    dx_stage: int  # (rows of a chunk, I): dx in the compute dtype; 0: it is
-    table: int  # (rows of a chunk,) int64: rows of dx
+    dx_stage: int  # (tokens of a chunk, I): dx in the compute dtype; 0: dx has it already
+    table: int  # (tokens of a chunk,) int64: addresses of dx
     # inputs
     dy: int  # 0: none
     dcells: int  # (N, H') in the order of cells; 0: none
@@ -98,7 +98,7 @@ class BackwardArgs(NamedTuple):
     y: int
     h_0: int  # (B, P')
     c_0: int  # (B, H')
-    zero: int  # a row of zeros, as long as the longest
+    zero: int  # zeros, as many as the widest state has columns
     w_h: int  # column panels of W_hh, k in gate order
     w_x: int  # column panels of W_ih, k in gate order
     w_r: int  # column panels of W_hr
@@ -110,8 +110,8 @@ class BackwardArgs(NamedTuple):
     hidden: int
     width: int
     chunk: int  # steps
-    chunk_rows: int
-    chunk_borders: int  # of ragged rows: int64 of where each chunk begins, in steps of the direction's order; else 0
+    chunk_tokens: int
+    chunk_borders: int  # of ragged rows: int64 first step of each chunk, in the direction's order; else 0
     chunks: int
     reverse: int
     batch_sizes: int
@@ -119,7 +119,7 @@ class BackwardArgs(NamedTuple):
     packed: int
     part_begin: int  # rows of this part
     part_end: int
-    part_starts: int  # (T + 1,) int64: k of row ``part_begin`` at step t, counted from the first step; 0: t * rows
+    part_starts: int  # (T + 1,) int64: tokens of the part before step t; 0: t * rows of the part
     # strides and offsets
     x_step: int
     x_rows: int
@@ -133,8 +133,8 @@ class BackwardArgs(NamedTuple):
     reset_rows: int
     h_rows: int
     m_rows: int
-    panel_rows: int  # (rows of a block,) offsets of rows of dz
-    # sharing
+    panel_rows: int  # int64 offsets of the first rows of a panel of dz
+    # partition
     row_begin: int
     row_end: int
     panel_begin: int
@@ -145,16 +145,16 @@ class BackwardArgs(NamedTuple):
     member: int
     members: int
     counter: int
-    following: int  # the record that the same thread works off next; 0: none
+    following: int  # the arguments that the same thread processes next; 0: none
 
 
 class Head(NamedTuple):
-    """What the members of a launch on torch's team share (see ``team.py``)."""
+    """Arguments of a launch on torch's team, common to its members (see ``team.py``)."""
 
     function: int  # the kernel's address
-    records: int  # the members' records, one behind another
+    arguments: int  # the members' argument structs, one after another
     stride: int  # bytes
     members: int
-    thread_num: int  # addresses of the runtime's functions
+    thread_num: int  # addresses of the OpenMP runtime's functions
     num_threads: int
     size: int  # out: threads of the team

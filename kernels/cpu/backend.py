@@ -1,10 +1,11 @@
 """The Numba backend of the contract: host code, from tensors to launches and back.
 
-Tensors are allocated and read here; what the kernels are told of them is laid out once for a kind of call
-(``layout.py``), which then works off three launches: jobs that pack the weights and read the states (``jobs.py``), one
-launch a direction and part of the batch, side by side where threads allow, and jobs that write what is left.
+Tensors are allocated and read here; the kernels' arguments are prepared once per kind of call (``prepare.py``).  A call
+then runs three launches: jobs that pack the weights and read the states (``jobs.py``), one launch per direction and
+part of the batch, in parallel where threads allow, and jobs that write the states and the weight gradients.
 
-T time, B batch, N alive rows, I input, H hidden, P projection (or H), D directions, H' and P' padded to whole vectors.
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (or H), D directions, H' and P' padded to
+whole vectors.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..contract import (
 from ..integers import ceil_div
 from . import buffers, process, threads, tiling
 from .backward import NORM_PANELS
-from .layout import BackwardGiven, ForwardGiven, Strides, lay_backward, lay_forward, layout_of
+from .prepare import BackwardForm, ForwardForm, Strides, prepare_backward, prepare_forward, prepared_for
 from .problem import DTYPES, kernels_of, threads_for
 from .statistics import statistics
 
@@ -68,7 +69,7 @@ def _strides(tensor: Tensor | None) -> Strides:
 
 
 def _rows_dense(tensor: Tensor | None) -> Any:
-    """``tensor``, its last dimension without gaps."""
+    """``tensor`` with a last dimension of stride 1."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -77,7 +78,7 @@ def _flags(reset: Tensor | None) -> Tensor | None:
 
 
 def _parameters(weights: tuple[Weights, ...], compute: torch.dtype, forward: bool) -> dict[object, Tensor | None]:
-    """The weights as the jobs read them, by (name, direction): contiguous, in the compute dtype."""
+    """The weights as the jobs read them, by (name, direction): contiguous and in the compute dtype."""
     named: dict[object, Tensor | None] = {}
     for direction, parameters in enumerate(weights):
         for name, weight in zip(Weights._fields, parameters, strict=True):
@@ -99,14 +100,14 @@ def forward(call: Call, *, save: bool = False, cells: bool = False) -> Forward:
     padded = kernels.block.padded(layer.hidden_size)
     kept = [buffers.take(rows.room * padded, kernels.compute) for _ in range(layer.directions * (save or cells))]
     gates = [buffers.take(rows.room * GATES * padded, x.dtype) for _ in range(layer.directions * save)]
-    given = ForwardGiven(_strides(x), _strides(output), _strides(flags), _strides(h_0), _strides(c_0), save, bool(kept))
-    layout = layout_of(lay_forward, call, threads.available(threads_for(layer, rows.total)), given)
+    form = ForwardForm(_strides(x), _strides(output), _strides(flags), _strides(h_0), _strides(c_0), save, bool(kept))
+    prepared = prepared_for(prepare_forward, call, threads.available(threads_for(layer, rows.total)), form)
     tensors: dict[object, Any] = {
         "x": x, "y": output, "reset": flags, "h_0": h_0, "c_0": c_0, "h_n": h_n, "c_n": c_n,
         **_parameters(call.weights, kernels.compute, forward=True),
         **_by_direction("gates", gates), **_by_direction("cells", kept),
     }  # fmt: skip
-    layout.run(kernels.forward(), tensors)
+    prepared.run(kernels.forward(), tensors)
     return Forward(output, h_n, c_n, _cells_out(call, kept, output) if cells else None, (*gates, *kept) if save else ())
 
 
@@ -115,7 +116,7 @@ def _by_direction(name: str, each: Iterable[Any]) -> dict[object, Any]:
 
 
 def _cells_out(call: Call, kept: list[Tensor], like: Tensor) -> Tensor:
-    """Every c_t, from the internal order (N, H') of each direction into a new tensor of the user's rows."""
+    """Every c_t as a new tensor of the user's layout, from the internal (N, H') of each direction."""
     hidden, rows = call.layer.hidden_size, call.rows
     cells = rows.new(like, len(kept) * hidden, kept[0].dtype)
     for direction, internal in enumerate(kept):
@@ -125,7 +126,7 @@ def _cells_out(call: Call, kept: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _cells_in(call: Call, padded: int, grad_cells: Tensor, compute: torch.dtype) -> list[Tensor]:
-    """The gradients of every c_t in the internal order, (N, H') for each direction."""
+    """The gradients of every c_t in the internal layout, (N, H') for each direction."""
     hidden, rows, result = call.layer.hidden_size, call.rows, []
     for direction in range(call.layer.directions):
         internal = torch.zeros((rows.total, padded), dtype=compute, device="cpu")
@@ -149,18 +150,18 @@ def backward(
     layer, rows, kernels, count = call.layer, call.rows, kernels_of(call.layer.dtype), call.layer.directions
     x, y, h_0, c_0 = map(_rows_dense, (call.input, output, call.h_0, call.c_0))
     dy, dh_n, dc_n, flags = *map(_rows_dense, grads[:3]), _flags(call.reset)
-    saved = tuple(each.contiguous() for each in saved)  # a saved-tensors hook may have brought them
+    saved = tuple(each.contiguous() for each in saved)  # a saved-tensors hook may have replaced them
     padded = kernels.block.padded(layer.hidden_size)
     dx = [rows.new(x, layer.input_size, zero=False) for _ in range(count * needs.input)]
     grad_h = x.new_empty(layer.h_shape) if needs.h_0 else None
     grad_c = x.new_empty(layer.c_shape) if needs.c_0 else None
     squares = [_no_squares(layer, kernels.block) for _ in range(count * norms)]
     dcells = [] if grads.cells is None else _cells_in(call, padded, grads.cells, kernels.compute)
-    given = BackwardGiven(
+    form = BackwardForm(
         _strides(x), _strides(y), _strides(flags), _strides(h_0), _strides(c_0), _strides(dx[0] if dx else None),
         _strides(dy), _strides(dh_n), _strides(dc_n), bool(dcells), needs, norms,
     )  # fmt: skip
-    layout = layout_of(lay_backward, call, threads.available(threads_for(layer, rows.total)), given)
+    prepared = prepared_for(prepare_backward, call, threads.available(threads_for(layer, rows.total)), form)
     gradients = [_new_gradients(parameters, kernels.compute, needs) for parameters in call.weights]
     tensors: dict[object, Any] = {
         "x": x, "y": y, "dy": dy, "reset": flags, "h_0": h_0, "c_0": c_0, "dh_n": dh_n, "dc_n": dc_n,
@@ -169,14 +170,14 @@ def backward(
         **_by_direction("dx", dx), **_by_direction("norms", squares), **_by_direction("dcells", dcells),
         **{(f"grad of {name}", d): g for d, each in enumerate(gradients) for name, g in each._asdict().items()},
     }  # fmt: skip
-    layout.run(kernels.backward(), tensors)
+    prepared.run(kernels.backward(), tensors)
     if len(dx) == 2:
         dx[0] += dx[1]
     return Gradients(
         dx[0] if dx else None,
         grad_h,
         grad_c,
-        tuple(_as_given(each, parameters) for each, parameters in zip(gradients, call.weights, strict=True)),
+        tuple(_as_weights(each, parameters) for each, parameters in zip(gradients, call.weights, strict=True)),
         _magnitudes(rows, kernels, squares) if norms else None,
         statistics(kernels.statistics(), kernels.block.lanes, call, saved[:count], gate_rows) if gate_rows else None,
     )
@@ -188,11 +189,11 @@ def _new_gradients(parameters: Weights, compute: torch.dtype, needs: Needs) -> W
         return WeightGradients()
     shapes = [None if w is None else w.shape for w in parameters]
     if shapes[-1] is not None:
-        shapes[-1] = shapes[-1][::-1]  # weight_hr's comes transposed
+        shapes[-1] = shapes[-1][::-1]  # the kernels compute that of weight_hr transposed
     return WeightGradients(*(None if s is None else torch.empty(s, dtype=compute, device="cpu") for s in shapes))
 
 
-def _as_given(gradients: WeightGradients, parameters: Weights) -> WeightGradients:
+def _as_weights(gradients: WeightGradients, parameters: Weights) -> WeightGradients:
     """``gradients`` in the shapes and the dtypes of the weights."""
     pairs = zip(gradients, parameters, strict=True)
     found = WeightGradients(*(g if g is None or w is None or g.dtype == w.dtype else g.to(w.dtype) for g, w in pairs))
@@ -200,11 +201,11 @@ def _as_given(gradients: WeightGradients, parameters: Weights) -> WeightGradient
 
 
 def _no_squares(layer: Layer, block: tiling.Block) -> np.ndarray:
-    """Zeros for the sums of squares of one direction, (2, T * B, ·); rows that have ended stay so."""
-    blocks = ceil_div(ceil_div(max(layer.hidden_size, layer.width), block.lanes), NORM_PANELS)
-    rows = layer.steps * layer.batch
-    squares = buffers.take(2 * rows * blocks, torch.float64).numpy().reshape(2, rows, blocks)
-    squares.fill(0)  # NumPy's: torch's would wait for ever in a forked child
+    """Zeros for the sums of squares of one direction, (2, T * B, ·); they stay zero where rows are not active."""
+    groups = ceil_div(ceil_div(max(layer.hidden_size, layer.width), block.lanes), NORM_PANELS)
+    count = layer.steps * layer.batch
+    squares = buffers.take(2 * count * groups, torch.float64).numpy().reshape(2, count, groups)
+    squares.fill(0)  # NumPy's: torch's would never return in a forked child
     return squares
 
 

@@ -1,7 +1,7 @@
-"""The backward kernel: what each thread of a launch runs; see the package's docstring for sizes, memory and sharing.
+"""The backward kernel, which each thread of a launch runs; the package's docstring has sizes, memory and partition.
 
-A launch works off its chunks of steps from the last to the first: the steps of a chunk one after another, then what
-joins all of its rows, the gradients of the weights and of the input.
+A launch processes its chunks of steps from last to first: first the steps of the chunk one by one, then the products
+over all its tokens, which are the gradients of the weights and of the input.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from .matmul import Left, Right, make_matrix_product
 from .memory import fetch, load_int, make_read, store_double, store_int
 from .microkernel import make_block
 from .mode import flush_denormals, set_mode
-from .steps import alive_rows, resets, row_start, user_index, walk
+from .steps import active_rows, resets, row_start, user_index, walk
 from .sync import meet, opened
 from .variant import Variant
 
-JOINED_ROWS = 192  # rows that share a strip of W_ih while it is near
-NORM_PANELS = 4  # panels of a partial sum of a norm: those of a column panel, which no two members share
+JOINED_ROWS = 192  # tokens that are multiplied with a strip of W_ih while it is in the cache
+NORM_PANELS = 4  # panels per partial sum of a norm: those of a column panel, which belongs to one member
 
 
 class TileEnd(NamedTuple):
-    """Where a tile of a weight gradient goes."""
+    """Destination of a tile of a weight gradient."""
 
     weight: int
-    add: int  # to what earlier chunks left there
+    add: int  # 1: add to the sums of earlier chunks
 
 
 class Widths(NamedTuple):
-    """What follows from a member's arguments: counts, bytes from row to row, and its part of a row of dh."""
+    """Derived from a member's arguments: counts, bytes per row, and its range of a row of dh."""
 
     panels: int
     part: int  # rows of this part of the batch
@@ -44,7 +44,7 @@ class Widths(NamedTuple):
     h_first: int  # in vectors
     h_count: int
     norm_row: int
-    norms_c: int  # where those of c begin
+    norms_c: int  # address of those of c
 
 
 class Chunk(NamedTuple):
@@ -52,23 +52,23 @@ class Chunk(NamedTuple):
 
     first: int  # step in the direction's order
     last: int
-    k_base: int  # k of its first row, counted from the first step
-    rows: int
-    add: int  # whether chunks before it have left weight gradients
+    k_base: int  # tokens of the part before the chunk
+    tokens: int
+    add: int  # 1: earlier chunks have written weight gradients
 
 
 class Step(NamedTuple):
-    """A step, as a member sees it."""
+    """A step, for one member."""
 
     t: int
-    end: int  # of the member's rows that are alive
+    end: int  # end of the member's active rows
     n: int  # of row 0
-    k: int  # of row 0 in the chunk
+    k: int  # of row 0: its index among the tokens of the chunk
     position: int  # in the user's tensors
     n_prev: int  # at the step before, in the direction's order
     position_prev: int
-    continued: int  # rows that were alive at it
-    back: int  # W is walked from its end
+    continued: int  # rows that were active at the step before
+    back: int  # 1: take W from its end
 
 
 def _make_walk(variant: Variant) -> Any:
@@ -83,7 +83,7 @@ def _make_walk(variant: Variant) -> Any:
         norm_row = 8 * -(-max(panels, h_vectors) // NORM_PANELS)
         return Widths(
             panels, a.part_end - a.part_begin, panels * vector_bytes, h_vectors * vector_bytes,
-            panels * panel * stored, a.chunk_rows * gate_bytes, first, min(4 * a.column_end, h_vectors) - first,
+            panels * panel * stored, a.chunk_tokens * gate_bytes, first, min(4 * a.column_end, h_vectors) - first,
             norm_row, a.norms + a.steps * a.batch * norm_row,
         )  # fmt: skip
 
@@ -100,14 +100,14 @@ def _make_walk(variant: Variant) -> Any:
     @inline
     def step_of(a, w, chunk, s):
         t, t_prev = walk(a.reverse, a.steps, s), walk(a.reverse, a.steps, s - 1)
-        alive = alive_rows(a.batch_sizes, a.batch, t)
+        active = active_rows(a.batch_sizes, a.batch, t)
         return Step(
-            t, min(a.row_end, alive), row_start(a.row_starts, a.batch, t),
+            t, min(a.row_end, active), row_start(a.row_starts, a.batch, t),
             row_start(a.part_starts, w.part, t) - chunk.k_base - a.part_begin,
             user_index(a.packed, a.row_starts, a.batch, t),
             row_start(a.row_starts, a.batch, t_prev) if s > 0 else 0,
             user_index(a.packed, a.row_starts, a.batch, t_prev) if s > 0 else 0,
-            min(alive, alive_rows(a.batch_sizes, a.batch, t_prev)) if s > 0 else 0, s & 1,
+            min(active, active_rows(a.batch_sizes, a.batch, t_prev)) if s > 0 else 0, s & 1,
         )  # fmt: skip
 
     return widths_of, chunk_of, step_of
@@ -122,7 +122,7 @@ def _make_project_back(variant: Variant) -> Any:
 
     @inline
     def complete_dh(a, w, step):
-        """dh_t, whole only with the user's part, which is also wanted panel by panel for dW_hr."""
+        """dh_t, complete once dy is added; dW_hr also needs it panel by panel."""
         for r in range(a.row_begin, step.end):
             squares = 0.0
             for v in range(w.h_first, w.h_first + w.h_count):
@@ -139,7 +139,7 @@ def _make_project_back(variant: Variant) -> Any:
                         squares = 0.0
                 store(at, value)
                 if a.dw_r != 0:
-                    row = a.dh_chunk + (v // 4 * a.chunk_rows + step.k + r) * gate_bytes
+                    row = a.dh_chunk + (v // 4 * a.chunk_tokens + step.k + r) * gate_bytes
                     store(row + v % 4 * vector_bytes, value)
 
     @inline
@@ -155,15 +155,15 @@ def _make_project_back(variant: Variant) -> Any:
 
     @inline
     def keep_hidden(a, w, step):
-        """m_t, which the cell has left in dm, for dW_hr."""
+        """Copies m_t, which the cell has written to dm, for dW_hr."""
         for r in range(a.row_begin, step.end):
-            copy_strips(a.m_strips, a.dm + r * w.c_row, a.hidden, step.k + r, a.chunk_rows, False)
+            copy_strips(a.m_strips, a.dm + r * w.c_row, a.hidden, step.k + r, a.chunk_tokens, False)
 
     return complete_dh, project_back, keep_hidden
 
 
 def _make_vector_gradients(variant: Variant) -> Any:
-    """The gradients of one vector of units of one row: what arrives at its h and its c."""
+    """Gradients of one vector of units of one row; returns those that arrive at h and c."""
     ops, lanes, stored, vector_bytes = variant.ops, variant.block.lanes, variant.stored, variant.vector_bytes
     load, store, tanh, first_lanes = ops.load, ops.store, ops.tanh, ops.first_lanes
     load_storage = ops.make_load(variant.storage)
@@ -182,7 +182,7 @@ def _make_vector_gradients(variant: Variant) -> Any:
         if a.dm != 0:
             grad_h = load(a.dm + r * w.c_row + at_vector)
             if a.dw_r != 0:
-                # dm has served; m_t takes its place until it is copied for dW_hr.
+                # dm is no longer needed; m_t is kept in its place until it is copied for dW_hr.
                 store(a.dm + r * w.c_row + at_vector, hidden_state(o, tanh_c))
         else:
             grad_h = load(a.dh + r * w.c_row + at_vector)
@@ -210,15 +210,15 @@ def _make_vector_gradients(variant: Variant) -> Any:
 
 
 def _make_cell_gradients(variant: Variant) -> Any:
-    """(cell_gradients, reset_rows): a step of a member's rows and panels, but for its products."""
+    """(cell_gradients, reset_rows): a step of a member's rows and panels, without its products."""
     lanes, stored, vector_bytes = variant.block.lanes, variant.stored, variant.vector_bytes
     square_sum, clear = variant.ops.square_sum, row_functions(variant).clear
     vector_gradients = _make_vector_gradients(variant)
 
     @inline
     def fetch_back(a, w, step, r, p, dy_row):
-        """The step before is fetched now: walking backwards, no prefetcher of the processor's own does, and at H = 16
-        reading the gates took longer than the arithmetic."""
+        """Prefetches the step before: the processor does not by itself when time runs backwards, and at H = 16 reading
+        the gates took longer than the arithmetic."""
         for line in range(0, 4 * lanes * stored, 64):
             fetch(a.gates + (step.n_prev + r) * w.gates_row + p * 4 * lanes * stored + line)
         if a.dy != 0:
@@ -247,7 +247,7 @@ def _make_cell_gradients(variant: Variant) -> Any:
 
     @inline
     def reset_rows(a, w, step):
-        """No gradient passes a reset."""
+        """Zeroes the gradients that would pass a reset."""
         for r in range(a.row_begin, step.end):
             if resets(a, step.position, r):
                 clear(a.dh + r * w.h_row + w.h_first * vector_bytes, w.h_count)
@@ -257,12 +257,12 @@ def _make_cell_gradients(variant: Variant) -> Any:
 
 
 def _make_copy_operands(variant: Variant) -> Any:
-    """The rows of a chunk: copies of x and h_{t-1} for the weight gradients, and where dx goes."""
+    """The tokens of a chunk: copies of x and h_{t-1} for the weight gradients, and the addresses of dx."""
     rows, size = row_functions(variant), variant.size
     copy_strips, clear_stored = rows.copy_strips, rows.clear_stored
 
     @inline
-    def copy_row(a, w, step, r, alive_before):
+    def copy_row(a, w, step, r, active_before):
         k = step.k + r
         if a.dx_stage != 0:
             store_int(a.table + 8 * k, a.dx_stage + k * a.inputs * size)
@@ -270,30 +270,30 @@ def _make_copy_operands(variant: Variant) -> Any:
             store_int(a.table + 8 * k, a.dx + step.position * a.dx_step + load_int(a.dx_rows + 8 * r))
         if a.dw_x != 0:
             x_row = a.x + step.position * a.x_step + load_int(a.x_rows + 8 * r)
-            copy_strips(a.x_strips, x_row, a.inputs, k, a.chunk_rows, True)
+            copy_strips(a.x_strips, x_row, a.inputs, k, a.chunk_tokens, True)
             if resets(a, step.position, r):
-                copy_strips(a.h_strips, a.zero, a.width, k, a.chunk_rows, False)
-            elif alive_before:
+                copy_strips(a.h_strips, a.zero, a.width, k, a.chunk_tokens, False)
+            elif active_before:
                 y_prev = a.y + step.position_prev * a.y_step + load_int(a.y_rows + 8 * r)
-                copy_strips(a.h_strips, y_prev, a.width, k, a.chunk_rows, True)
+                copy_strips(a.h_strips, y_prev, a.width, k, a.chunk_tokens, True)
             else:
-                copy_strips(a.h_strips, a.h_0 + r * w.h_row, a.width, k, a.chunk_rows, False)
+                copy_strips(a.h_strips, a.h_0 + r * w.h_row, a.width, k, a.chunk_tokens, False)
 
     @inline
     def copy_operands(a, w, step):
-        """Those of a step, of all rows of the part."""
-        alive = alive_rows(a.batch_sizes, a.batch, step.t)
-        for r in range(a.part_begin, min(a.part_end, alive)):
+        """The tokens of one step, for all rows of the part."""
+        active = active_rows(a.batch_sizes, a.batch, step.t)
+        for r in range(a.part_begin, min(a.part_end, active)):
             copy_row(a, w, step, r, r < step.continued)
         if a.dx != 0 and a.packed == 0:
-            for r in range(max(a.part_begin, alive), a.part_end):  # padding
+            for r in range(max(a.part_begin, active), a.part_end):  # padding
                 clear_stored(a.dx + step.position * a.dx_step + load_int(a.dx_rows + 8 * r), a.inputs)
 
     return copy_operands
 
 
 def _make_weight_gradients(variant: Variant) -> Any:
-    """The gradients of a chunk's weights: a member's share of the tiles."""
+    """The weight gradients of a chunk: a member's range of the tiles."""
     ops, block, size, gate_bytes = variant.ops, variant.block, variant.size, variant.gate_bytes
     load_four, store_vectors, zero_four = ops.load_four, ops.store_vectors, ops.zero_four
     most, panel = block.rows, block.panel
@@ -316,15 +316,15 @@ def _make_weight_gradients(variant: Variant) -> Any:
     def weight_tile(a, chunk, job, jobs, depth, columns, weight, strips):
         """Tile ``job`` of ``jobs`` of a (depth, panel) gradient: a strip against a panel of dz (or dh)."""
         begin, end = depth * job // jobs, depth * (job + 1) // jobs
-        strip = strips + begin * a.chunk_rows * size
-        segment = (strip, 0, 1, 0, chunk.rows, columns, columns)
+        strip = strips + begin * a.chunk_tokens * size
+        segment = (strip, 0, 1, 0, chunk.tokens, columns, columns)
         tile_block(end - begin, segment, TileEnd(weight + begin * gate_bytes, chunk.add))
 
     @inline
     def bias_tile(chunk, columns, at):
-        """The sum of all rows of a panel of dz."""
+        """The sum of a panel of dz over all tokens."""
         i, f, g, o = zero_four()
-        for k in range(chunk.rows):
+        for k in range(chunk.tokens):
             row = load_four(columns + k * gate_bytes)
             i, f, g, o = i + row[0], f + row[1], g + row[2], o + row[3]
         if chunk.add != 0:
@@ -356,13 +356,13 @@ def _make_weight_gradients(variant: Variant) -> Any:
 
 
 def _make_input_gradients(variant: Variant) -> Any:
-    """dx of a member's share of the rows of a chunk."""
+    """dx of a member's range of the tokens of a chunk."""
     panel, size, gate_bytes = variant.block.panel, variant.size, variant.gate_bytes
     matrix_product, narrow_row = make_matrix_product(variant), row_functions(variant).narrow_row
 
     @inline
     def narrow_rows(a, w, chunk, begin, end):
-        """From the compute dtype, in which they were summed, to dx."""
+        """Converts sums from the compute dtype to dx."""
         for s in range(chunk.first, chunk.last):
             t = walk(a.reverse, a.steps, s)
             k_here = row_start(a.part_starts, w.part, t) - chunk.k_base
@@ -374,7 +374,7 @@ def _make_input_gradients(variant: Variant) -> Any:
 
     @inline
     def input_gradients(a, w, chunk):
-        begin, end = chunk.rows * a.member // a.members, chunk.rows * (a.member + 1) // a.members
+        begin, end = chunk.tokens * a.member // a.members, chunk.tokens * (a.member + 1) // a.members
         done = begin
         while done < end:
             n = min(JOINED_ROWS, end - done)
@@ -415,41 +415,41 @@ def backward_kernel(variant: Variant) -> Any:
         )
 
     @inline
-    def step_back(a, w, step, turns):
+    def step_back(a, w, step, passed):
         if a.dm != 0:
             complete_dh(a, w, step)
             if a.lockstep != 0:
-                turns = meet(a, turns)
+                passed = meet(a, passed)
             project_back(a, w, step)
         cell_gradients(a, w, step)
         if a.lockstep != 0:
-            turns = meet(a, turns)
+            passed = meet(a, passed)
         recurrent_gradients(a, w, step)
         if a.dm != 0 and a.dw_r != 0 and a.panel_begin == 0:
             keep_hidden(a, w, step)
         if a.reset != 0:
             reset_rows(a, w, step)
-        return turns
+        return passed
 
     @inline
     def run(a):
-        """Works off a member's record, and returns that of the next."""
+        """Processes a member's arguments; returns the address of those that come next on this thread."""
         w = widths_of(a)
-        turns = 0
+        passed = 0
         for number in range(a.chunks - 1, -1, -1):
             chunk = chunk_of(a, w, number)
             for s in range(chunk.last - 1, chunk.first - 1, -1):
-                turns = step_back(a, w, step_of(a, w, chunk, s), turns)
+                passed = step_back(a, w, step_of(a, w, chunk, s), passed)
             for s in range(chunk.first + a.member, chunk.last, a.members):
                 copy_operands(a, w, step_of(a, w, chunk, s))
-            turns = meet(a, turns)
-            if opened(a):  # a member did not come: its part of the table of dx's rows holds no addresses
+            passed = meet(a, passed)
+            if opened(a):  # a member did not start: the table of dx lacks its addresses
                 return 0
             if a.dw_x != 0:
                 weight_gradients(a, w, chunk)
             if a.dx != 0:
                 input_gradients(a, w, chunk)
-            turns = meet(a, turns)
+            passed = meet(a, passed)
         return a.following
 
     @kernel(variant.key)

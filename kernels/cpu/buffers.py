@@ -1,10 +1,10 @@
-"""Memory that is used again: the saved gates of training, and scratch.
+"""Memory that is reused: the saved gates of training, and scratch.
 
-Fresh pages cost more than the arithmetic that fills them (the kernel zeroes each before it hands it out), and a
-training step asks for the same large buffers every time.  ``take`` gives a tensor whose memory is free again when the
-last reference to it dies, by whatever path.  No caller has to give anything back, and no code runs then that a signal's
-exception could strike: a block is lent for as long as somebody holds the view of it that was lent.  All blocks
-together, lent and free, are at most ``LIMIT`` bytes; what goes beyond is memory like any other.
+Fresh pages cost more than the arithmetic that fills them (the operating system zeroes each of them), and a training
+step asks for the same large buffers every time.  ``take`` returns a tensor whose memory becomes reusable when the last
+reference to it is gone, however that happens.  No caller has to give anything back, and no code runs then that a
+signal's exception could interrupt: a buffer is in use as long as the view of it that was lent exists.  All buffers
+together, in use and free, have at most ``LIMIT`` bytes; larger demands are ordinary allocations.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 from . import process
 
 LIMIT = 512 << 20  # bytes
-SMALL = 128 << 10  # bytes: less is left to malloc, which does not ask the system for each
+SMALL = 128 << 10  # bytes: smaller requests are left to malloc, which serves them without a system call
 ALIGN = 64  # a cache line, and a vector register of AVX-512
-SLACK = 64 << 10  # a free block may be larger than what is asked for by this and an eighth
+SLACK = 64 << 10  # bytes; a free buffer may exceed a request by this and an eighth of the request
 
 
-class _Block:
-    """Memory, where it is, and the view of it that was lent last."""
+class _Buffer:
+    """Memory, its address, and the view of it that was lent last."""
 
     def __init__(self, memory: np.ndarray) -> None:
         self.memory, self.address = memory, memory.ctypes.data
@@ -35,7 +35,7 @@ class _Block:
         return size <= self.memory.nbytes <= size + size // 8 + SLACK and self.lent() is None
 
 
-_blocks: list[_Block] = []  # those lent last come last
+_buffers: list[_Buffer] = []  # the one lent last comes last
 _lock = process.RLock()
 
 
@@ -48,7 +48,7 @@ def _forget() -> None:
 def take(count: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised, aligned, one-dimensional tensor of ``count`` values.
 
-    Raises RuntimeError, in torch's words, where there is no memory left.
+    Raises torch's RuntimeError if there is no memory left.
     """
     size = max(count * dtype.itemsize, ALIGN)
     if _lends(size):
@@ -59,34 +59,34 @@ def take(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _lends(size: int) -> bool:
-    """Whether ``size`` bytes come from a block (a garbage collection inside of ``_lend`` may run code that takes)."""
+    """Whether ``size`` bytes come from a buffer (a garbage collection inside ``_lend`` may run code that takes)."""
     return size >= SMALL and not _lock._is_owned()
 
 
 def _lend(size: int) -> tuple[np.ndarray, int]:
-    """``size`` bytes of a block that nobody uses, and their address."""
+    """``size`` bytes of a buffer that is not in use, and their address."""
     with _lock:
-        fitting = [block for block in _blocks if block.fits(size)]
-        block = min(fitting, key=lambda each: each.memory.nbytes, default=None)
-        if block is None:
-            block = _Block(_allocate(size))
+        fitting = [buffer for buffer in _buffers if buffer.fits(size)]
+        buffer = min(fitting, key=lambda each: each.memory.nbytes, default=None)
+        if buffer is None:
+            buffer = _Buffer(_allocate(size))
             _make_room(size)
         else:
-            _blocks.remove(block)
-        lent = block.memory[:size]
-        block.lent = weakref.ref(lent)
-        if sum(each.memory.nbytes for each in _blocks) + block.memory.nbytes <= LIMIT:
-            _blocks.append(block)
-    return lent, block.address
+            _buffers.remove(buffer)
+        lent = buffer.memory[:size]
+        buffer.lent = weakref.ref(lent)
+        if sum(each.memory.nbytes for each in _buffers) + buffer.memory.nbytes <= LIMIT:
+            _buffers.append(buffer)
+    return lent, buffer.address
 
 
 def _make_room(size: int) -> None:
-    """Lets free blocks go, the oldest first, until a new one of ``size`` bytes is within the limit."""
-    excess = sum(block.memory.nbytes for block in _blocks) + size - LIMIT
-    for block in list(_blocks):
-        if excess > 0 and block.lent() is None:
-            _blocks.remove(block)
-            excess -= block.memory.nbytes
+    """Drops free buffers, the oldest first, until a new one of ``size`` bytes is within the limit."""
+    excess = sum(buffer.memory.nbytes for buffer in _buffers) + size - LIMIT
+    for buffer in list(_buffers):
+        if excess > 0 and buffer.lent() is None:
+            _buffers.remove(buffer)
+            excess -= buffer.memory.nbytes
 
 
 def _allocate(size: int) -> np.ndarray:
@@ -102,11 +102,11 @@ def _allocate(size: int) -> np.ndarray:
 def clear() -> None:
     """Gives all unused memory back to the system."""
     with _lock:
-        _blocks[:] = [block for block in _blocks if block.lent() is not None]
+        _buffers[:] = [buffer for buffer in _buffers if buffer.lent() is not None]
 
 
-def room(size: int) -> tuple[object, int]:
-    """``size`` bytes for scratch: what owns them, and their aligned address."""
+def scratch(size: int) -> tuple[object, int]:
+    """``size`` bytes of scratch: their owner, to be kept, and their aligned address."""
     if _lends(size):
         return _lend(size)
     memory = _allocate(max(size, ALIGN))

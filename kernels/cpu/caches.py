@@ -1,4 +1,4 @@
-"""What the system says of the processor's caches."""
+"""Sizes of the processor's caches, as the operating system reports them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-UNKNOWN = 1 << 20  # bytes: where the system does not say, as most second-level caches are or more
+UNKNOWN = 1 << 20  # bytes: assumed if the system does not say; most second-level caches have this or more
 
 
 class Caches(NamedTuple):
-    """Of a core."""
+    """The caches of a core."""
 
-    second_level: int  # bytes, its share where several cores have one together
+    second_level: int  # bytes; if several cores have one together, this core's part
     vendor: str  # as x86 processors call themselves; "" where unknown
 
 
@@ -33,7 +33,7 @@ def _bytes(text: str) -> int:
 
 
 def _second_level(processor: Path) -> int:
-    """Of one processor, from its folder in sysfs; raises OSError or ValueError where that does not say."""
+    """Bytes for one processor, from its folder in sysfs; raises OSError or ValueError if that does not say."""
     for index in sorted(processor.glob("cache/index*")):
         if (index / "level").read_text().strip() == "2" and (index / "type").read_text().strip() != "Instruction":
             threads_of_core = _listed(processor / "topology" / "thread_siblings_list")
@@ -42,7 +42,7 @@ def _second_level(processor: Path) -> int:
 
 
 def read(system: Path = Path("/sys/devices/system/cpu"), cpuinfo: Path = Path("/proc/cpuinfo")) -> Caches:
-    """The caches of the processors that this process may use: the smallest, where they differ."""
+    """The caches of the processors that this process may use; the smallest if they differ."""
     try:
         size = min(_second_level(system / f"cpu{number}") for number in _allowed())
     except (OSError, ValueError, AttributeError):  # no such files (macOS, Windows, some containers), or odd ones

@@ -44,13 +44,13 @@ def row_functions(variant: Variant) -> SimpleNamespace:
 
     @inline
     def copy_strips(target, source, count, k, rows, from_storage):
-        """Copies a row of ``count`` values into row k of the strips of a weight gradient, each ``rows`` rows long."""
+        """Copies ``count`` values into place k of the strips of a weight gradient, which have ``rows`` places each."""
         strips = -(-count // most)
         for j in range(strips):
             begin = count * j // strips
             width = count * (j + 1) // strips - begin
             at = target + (begin * rows + k * width) * size
-            for i in range(0, width, lanes):  # once, but where a vector is narrower than a block is high
+            for i in range(0, width, lanes):  # once, unless a block has more rows than a vector has lanes
                 if from_storage:
                     value = load_storage(source + (begin + i) * stored, width - i)
                 else:

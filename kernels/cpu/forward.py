@@ -1,4 +1,4 @@
-"""The forward kernel: what each thread of a launch runs; see the package's docstring for sizes, memory and sharing."""
+"""The forward kernel, which each thread of a launch runs; the package's docstring has sizes, memory and partition."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .memory import load_int, make_read, store_int
 from .microkernel import make_block
 from .mode import flush_denormals, set_mode
 from .simd import simd
-from .steps import alive_rows, block_size, resets, row_start, user_index, walk
+from .steps import active_rows, block_size, resets, row_start, user_index, walk
 from .sync import meet
 from .variant import Variant
 from .vector import joining
 
 
 class CellEnd(NamedTuple):
-    """What the cell of a block of rows of one panel reads and writes; what is 0 is not written."""
+    """Operands and results of the cell for a block of rows of one panel; an address of 0 is not written."""
 
-    start: int  # what its sums start from, and from row to row
+    start: int  # initial values of the sums, and bytes per row
     start_row: int
     c: int
     c_row: int
@@ -38,15 +38,15 @@ class CellEnd(NamedTuple):
 
 
 class ProjectionEnd(NamedTuple):
-    """Where the projected input of a block of rows of one panel goes."""
+    """Destination of the projected input of a block of tokens of one panel."""
 
     bias: int
     offset: int  # of the panel
-    rows: int  # addresses of the rows
+    rows: int  # addresses of the tokens' rows of z
 
 
 class Widths(NamedTuple):
-    """What follows from a member's arguments: bytes from row to row, and its part of a row of h, in vectors."""
+    """Derived from a member's arguments: bytes per row, and its range of a row of h in vectors."""
 
     c_row: int
     h_row: int
@@ -58,10 +58,10 @@ class Widths(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step, as a member sees it."""
+    """A step, for one member."""
 
     s: int  # in the direction's order
-    end: int  # of the member's rows that are alive
+    end: int  # end of the member's active rows
     n: int  # of row 0
     position: int  # in the user's tensors
     h_in: int
@@ -69,7 +69,7 @@ class Step(NamedTuple):
 
 
 def _make_finish_hidden(variant: Variant) -> Any:
-    """h of all rows of a block, from c and o: two rows side by side, for a tanh is one long chain."""
+    """h of all rows of a block, from c and o: two rows at a time, because a tanh is one long dependency chain."""
     ops, pairs = variant.ops, simd(variant.scalar, 2 * variant.block.lanes, variant.fast_reciprocal)
     load, store, tanh, store_storage = ops.load, ops.store, ops.tanh, ops.make_store(variant.storage)
     tanh_pair, join_pair, split_pair = pairs.tanh, *joining(ops.vector, 2)
@@ -108,7 +108,7 @@ def _make_cell_block(variant: Variant) -> Any:
         at_c = e.c + row * e.c_row
         c = cell_state(i, f, g, load(at_c))
         store(at_c, c)
-        store(e.h + row * e.h_row, o)  # until all rows of the block have their c
+        store(e.h + row * e.h_row, o)  # kept here until all rows of the block have their c
         if e.gates != 0:
             at = e.gates + row * e.gates_row
             store_storage(at, i, lanes)
@@ -125,7 +125,7 @@ def _make_cell_block(variant: Variant) -> Any:
 
 
 def _make_project_chunk(variant: Variant) -> Any:
-    """The input projection of a chunk of steps, ahead of them."""
+    """The input projection of a chunk of steps, before these steps."""
     ops, block, size, gate_bytes = variant.ops, variant.block, variant.size, variant.gate_bytes
     load_four, store_vectors, width, most = ops.load_four, ops.store_vectors, 4 * block.lanes, block.rows
     widen_row = row_functions(variant).widen_row
@@ -142,15 +142,15 @@ def _make_project_chunk(variant: Variant) -> Any:
 
     @inline
     def list_rows(a, w, s, x_table, z_table):
-        """Writes where the member's rows of x and z of the chunk from step ``s`` on lie; how many there are."""
-        stage = a.x_stage + a.member * a.chunk_rows * a.inputs * size
+        """Lists the addresses of x and z of the member's tokens in the chunk from step ``s`` on; their number."""
+        stage = a.x_stage + a.member * a.chunk_tokens * a.inputs * size
         count = 0
         for later in range(s, min(s + a.chunk, a.steps)):
             t = walk(a.reverse, a.steps, later)
             x_here = a.x + user_index(a.packed, a.row_starts, a.batch, t) * a.x_step
-            # Members may be in different chunks: in scratch, a row keeps its place from step to step, alive or not.
+            # Members may be in different chunks: in scratch every row has the same place at each step, active or not.
             slot = (later - s) * a.batch if a.z != 0 else row_start(a.row_starts, a.batch, t)
-            for r in range(a.row_begin, min(a.row_end, alive_rows(a.batch_sizes, a.batch, t))):
+            for r in range(a.row_begin, min(a.row_end, active_rows(a.batch_sizes, a.batch, t))):
                 source = x_here + load_int(a.x_rows + 8 * r)
                 if a.x_stage != 0:
                     widen_row(stage + count * a.inputs * size, source, a.inputs)
@@ -162,8 +162,8 @@ def _make_project_chunk(variant: Variant) -> Any:
 
     @inline
     def project_chunk(a, w, s):
-        x_table = a.table + 16 * a.chunk_rows * a.member
-        z_table = x_table + 8 * a.chunk_rows
+        x_table = a.table + 16 * a.chunk_tokens * a.member
+        z_table = x_table + 8 * a.chunk_tokens
         count = list_rows(a, w, s, x_table, z_table)
         for p in range(a.panel_begin, a.panel_end):
             done = 0
@@ -189,8 +189,8 @@ def _make_compute_panels(variant: Variant) -> Any:
 
     @inline
     def compute_panel(a, w, step, p, ahead):
-        """Panel p; ``ahead``: the weights that are wanted next."""
-        # Without a projection of their own, sums start from z; else from the bias, whose row stride is 0.
+        """Panel p; ``ahead``: the weights that are needed next."""
+        # Fused, the sums start from the bias, whose row stride is 0; else from z.
         if a.fused != 0:
             start, start_row, depth = a.bias, 0, a.inputs
         else:
@@ -222,11 +222,11 @@ def _make_compute_panels(variant: Variant) -> Any:
 
     @inline
     def compute_panels(a, w, step):
-        # Every other step walks the panels backwards: it begins with the weights that are still near.
+        # Every other step takes the panels in reverse: it begins with the weights that are still in the cache.
         forth = 1 if step.s & 1 == 0 else -1
         p = a.panel_begin if forth > 0 else a.panel_end - 1
         while a.panel_begin <= p < a.panel_end:
-            # While a panel is multiplied, the next one is fetched.
+            # While a panel is multiplied, the next one is prefetched.
             following = min(max(p + forth, a.panel_begin), a.panel_end - 1)
             compute_panel(a, w, step, p, a.w_h + following * a.width * gate_bytes)
             p += forth
@@ -259,18 +259,18 @@ def _make_finish_step(variant: Variant) -> Any:
 
     @inline
     def clear_padding(a, w, step):
-        """The output of rows that have ended, or have no step: by who would have written it, while it is at hand."""
+        """Zeroes the output of rows without step t; each member does so for the columns that it writes."""
         y = a.y + step.position * a.y_step + w.h_first * lanes * stored
         for r in range(max(step.end, a.row_begin), a.row_end):
             clear_stored(y + load_int(a.y_rows + 8 * r), min(w.h_count * lanes, a.width - w.h_first * lanes))
 
     @inline
     def reset_rows(a, w, s):
-        """The state that enters step ``s``: rows that it resets are zeroed by whoever wrote them."""
+        """Prepares the state that enters step ``s``: each member zeroes the reset rows that it wrote itself."""
         t = walk(a.reverse, a.steps, s)
         index = user_index(a.packed, a.row_starts, a.batch, t)
         h = a.h + (s & 1) * a.h_half
-        for r in range(a.row_begin, min(a.row_end, alive_rows(a.batch_sizes, a.batch, t))):
+        for r in range(a.row_begin, min(a.row_end, active_rows(a.batch_sizes, a.batch, t))):
             if resets(a, index, r):
                 clear(h + r * w.h_row + w.h_first * vector_bytes, w.h_count)
                 clear(a.c + r * w.c_row + a.panel_begin * vector_bytes, a.panel_end - a.panel_begin)
@@ -290,7 +290,7 @@ def forward_kernel(variant: Variant) -> Any:
     @inline
     def widths_of(a):
         panels, h_vectors = -(-a.hidden // lanes), -(-a.width // lanes)
-        # The part of a row of h that this member writes: its panels, or its columns of a projection.
+        # The range of a row of h that this member writes: its panels, or its columns of a projection.
         first = 4 * a.column_begin if a.m != 0 else a.panel_begin
         end = min(4 * a.column_end, h_vectors) if a.m != 0 else a.panel_end
         return Widths(
@@ -302,15 +302,15 @@ def forward_kernel(variant: Variant) -> Any:
     def step_of(a, s):
         t = walk(a.reverse, a.steps, s)
         return Step(
-            s, min(a.row_end, alive_rows(a.batch_sizes, a.batch, t)), row_start(a.row_starts, a.batch, t),
+            s, min(a.row_end, active_rows(a.batch_sizes, a.batch, t)), row_start(a.row_starts, a.batch, t),
             user_index(a.packed, a.row_starts, a.batch, t), a.h + (s & 1) * a.h_half, a.h + (1 - (s & 1)) * a.h_half,
         )  # fmt: skip
 
     @inline
     def run(a):
-        """Works off a member's record, and returns that of the next."""
+        """Processes a member's arguments; returns the address of those that come next on this thread."""
         w = widths_of(a)
-        turns = 0
+        passed = 0
         for s in range(-1, a.steps):
             if s >= 0:
                 if a.fused == 0 and s % a.chunk == 0:
@@ -319,14 +319,14 @@ def forward_kernel(variant: Variant) -> Any:
                 compute_panels(a, w, step)
                 if a.m != 0:
                     if a.lockstep != 0:
-                        turns = meet(a, turns)
+                        passed = meet(a, passed)
                     project_hidden(a, w, step)
                 if a.packed == 0 and a.batch_sizes != 0:
                     clear_padding(a, w, step)
             if a.reset != 0 and s + 1 < a.steps:
                 reset_rows(a, w, s + 1)
             if a.lockstep != 0:
-                turns = meet(a, turns)
+                passed = meet(a, passed)
         return a.following
 
     @kernel(variant.key)

@@ -1,13 +1,13 @@
-"""How the Numba kernels are compiled, and where the machine code is kept.
+"""Compilation of the Numba kernels, and the cache of their machine code.
 
-``inline`` marks a device function, ``kernel`` an entry point: of one argument, the address of a record, or with the
-signature that it is given.  A kernel's machine code is cached on disk in one file per kernel, signature, processor and
-source state.  Numba's own cache stamps a function with the one file that it stands in, and fails at import where no
-directory is writable; here the stamp covers every source of this package and the versions of Numba and llvmlite,
+``inline`` marks a device function, ``kernel`` an entry point, whose one argument is the address of an argument struct
+unless it has another signature.  A kernel's machine code is cached on disk in one file per kernel, signature, processor
+and source state.  Numba's own cache stamps a function with the one file that it is defined in, and fails at import if
+no directory is writable; here the stamp covers every source of this package and the versions of Numba and llvmlite,
 writing is atomic (concurrent processes at worst compile twice), and a cache that is read-only, missing or damaged means
 compiling in memory, never an error.
 
-The place is Numba's ``NUMBA_CACHE_DIR`` where that is set, else ``~/.cache/lstmcore-kernels`` (``XDG_CACHE_HOME`` is
+The directory is Numba's ``NUMBA_CACHE_DIR`` if that is set, else ``~/.cache/lstmcore-kernels`` (``XDG_CACHE_HOME`` is
 honoured).
 """
 
@@ -36,10 +36,10 @@ OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 
 class _Linked(JITCodeLibrary):
-    """The code of a device function, which is optimised where it is linked, together with what calls it.
+    """The code of a device function, which is optimised only where it is linked, together with its callers.
 
-    As Numba does it, by itself too and down to machine code, a kernel's two dozen functions took more than half of the
-    time of the first call.
+    Numba would also optimise it alone and compile it to machine code: for a kernel's two dozen functions that took more
+    than half of the time of the first call.
     """
 
     def _optimize_final_module(self) -> None:
@@ -56,7 +56,7 @@ class _DevicePipeline(compiler.Compiler):
 
 
 class _NoEntry:
-    """Stands for the entry point of a function that has no machine code of its own."""
+    """Placeholder for the entry point of a function that has no machine code of its own."""
 
 
 def _device(function: Callable, **options: bool) -> Callable:
@@ -93,24 +93,24 @@ def inline(function: Callable) -> Callable:
     """A device function that is always inlined.
 
     Nothing else would be safe: Numba names functions by a counter of the process, so kernels cached by different
-    processes may bring different functions of one name, and the first to be loaded would serve all.
+    processes may contain different functions of one name, and all would call the first one loaded.
     """
     return _device(function, forceinline=True)
 
 
-ADDRESS = numba.void(numba.int64)  # the signature of a kernel that threads run: the address of its record
+ADDRESS = numba.void(numba.int64)  # the signature of a kernel that threads run: the address of its arguments
 
 
 def kernel(key: str, signature: Any = ADDRESS) -> Callable[[Callable], Any]:
-    """Compiles the decorated function for ``signature``, from the disk cache where it has it.
+    """Compiles the decorated function for ``signature``, from the disk cache if that has it.
 
-    ``key`` tells this kernel from others of the same name: it has to name everything that the function closes over.
-    What takes a record (``arguments.py``) can be called from C too, at its ``address``.
+    ``key`` distinguishes this kernel from others of the same name: it has to name everything that the function closes
+    over.  A kernel of one argument struct (``arguments.py``) can also be called from C, at its ``address``.
     """
 
     def decorate(function: Callable) -> Any:
-        # The key goes into the symbol too: Numba tells functions of one name apart by a counter that starts anew in
-        # each process, and two kernels loaded from the cache must not meet under one symbol.
+        # The key is part of the symbol too: Numba distinguishes functions of one name by a counter that starts at 0 in
+        # each process, and two kernels loaded from the cache must not have the same symbol.
         suffix = re.sub(r"\W+", "_", key)
         function.__name__ = f"{function.__name__}_{suffix}"
         function.__qualname__ = f"{function.__qualname__}_{suffix}"
@@ -130,7 +130,7 @@ def kernel(key: str, signature: Any = ADDRESS) -> Callable[[Callable], Any]:
 def cache_directory() -> Path:
     """The directory of the machine code (it may not exist yet).
 
-    It is not called ``lstmcore``: beside a script, or in a current directory, that name would hide the package.
+    It is not called ``lstmcore``: next to a script, or in a current directory, that name would hide the package.
     """
     chosen = numba.config.CACHE_DIR
     if chosen:
@@ -158,21 +158,21 @@ def _trusted(status: os.stat_result) -> bool:
 
 
 def _trusted_payload(path: Path) -> bytes | None:
-    """What a file of the cache holds; None where it has to be compiled, and written anew."""
+    """The content of a file of the cache; None if the kernel has to be compiled again."""
     try:
         if not _trusted(path.stat()):
             return None
         content = path.read_bytes()
     except OSError:
-        return None  # not there, or not readable
+        return None  # missing, or not readable
     digest, payload = content[:32], content[32:]
     return payload if hashlib.sha256(payload).digest() == digest else None  # else cut short, or damaged
 
 
 @functools.cache
 def _tell_once() -> None:
-    """Says why a first call takes its time, on stderr."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no stderr, or nobody to read it
+    """Says on stderr why a first call takes long."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no stderr, or no reader of it
         print(
             f"lstmcore compiles its CPU kernels, which takes some ten seconds, and keeps them in "
             f"{cache_directory()} if it can; python -m lstmcore prewarm does it ahead",

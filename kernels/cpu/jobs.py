@@ -1,16 +1,15 @@
-"""What is done to tensors around a launch: weights packed into panels, states read and written, gradients unpacked.
+"""Jobs before and after a launch: weights are packed into panels, states read and written, gradients unpacked.
 
-All of it, for one call, is a table of jobs that one kernel works off: a call of a small layer is over in less time than
-a Python call a tensor would take.  A job's panels, or rows, are shared out among the members, who need not wait for one
-another; the jobs of one table do not depend on each other but through panels, of which each member keeps its own.
+For one call this is a list of jobs that one kernel processes: a call of a small layer takes less time than a Python
+call per tensor would.  A job's panels, or rows, are divided among the members, which need not wait for one another: a
+job depends on an earlier one of its list only through panels, and the panels of both go to the same member.
 
 A panel is what a block of ``microkernel.py`` reads for one k: ``4 * lanes`` adjacent values.  Two kinds:
 
-* gate panels ``[panel][k][gate][lane]``: the four gates of ``lanes`` hidden units side by side, so that a block's four
+* gate panels ``[panel][k][gate][lane]``: the four gates of ``lanes`` hidden units are adjacent, so that a block's four
   vectors are all that the cell of those units needs.  Units beyond H are zero.
 * column panels ``[panel][k][column]``: ``4 * lanes`` columns of any matrix; the last panel is 1, 2 or 4 vectors wide.
-  Its k may run over gates in the order in which gate panels hold them: ``rows`` maps k to a row of the matrix, -1 is
-  zero.
+  Its k may run over gates in the order of gate panels: ``rows`` maps k to a row of the matrix, -1 stands for zeros.
 
 H hidden, K what the product sums over, U panels of ``lanes`` units.
 """
@@ -33,42 +32,41 @@ PACK_GATES, PACK_BIAS, PACK_COLUMNS, UNPACK_GATES, UNPACK_COLUMNS, ROWS_IN, ROWS
 
 
 class Job(NamedTuple):
-    """One of a table; matrices are contiguous, in the compute dtype.
+    """One job of a list; matrices are contiguous, in the compute dtype.
 
     * PACK_GATES: (4H, K) to gate panels.  PACK_BIAS: the sum of two (4H,), or zeros, likewise, K = 1.
     * PACK_COLUMNS: (·, columns) to column panels.
-    * UNPACK_GATES, UNPACK_COLUMNS: the other way, all columns in whole panels; of several parts, which are added up
-      into the first.
-    * ROWS_IN: rows of a tensor of the caller's dtype to rows of whole vectors, what is left of them zero.  ROWS_OUT:
-      the other way.
+    * UNPACK_GATES, UNPACK_COLUMNS: the inverse, all columns in whole panels; several parts are added up into the first.
+    * ROWS_IN: rows of a tensor of the caller's dtype to rows of whole vectors, padded with zeros.  ROWS_OUT: the
+      inverse.
     """
 
-    kind: int
-    share: int  # panels, or rows: what members share out
+    op: int  # PACK_GATES, ...
+    items: int  # number of panels, or rows, which are divided among the members
     target: int
     source: int  # 0: zeros
     depth: int = 0  # K
     columns: int = 0  # H of gates; columns of a matrix; values of a row
-    rows: int = 0  # PACK_COLUMNS: int64 row of the matrix for each k
+    rows: int = 0  # PACK_COLUMNS: int64 matrix row for each k
     other: int = 0  # PACK_BIAS: the second; 0: none
-    parts: int = 1  # UNPACK_*: at ``source``, and every ``part_stride`` bytes on
+    parts: int = 1  # UNPACK_*: at ``source`` and every ``part_stride`` bytes after it
     part_stride: int = 0
     target_rows: int = 0  # ROWS_*: int64 offsets
     source_rows: int = 0
 
 
 class JobsArgs(NamedTuple):
-    """What a member is told (see ``arguments.py``)."""
+    """Arguments of one member (see ``arguments.py``)."""
 
     jobs: int
-    length: int  # jobs in the table
+    length: int  # jobs in the list
     member: int
     members: int
 
 
 @functools.lru_cache(maxsize=256)
 def gate_order(hidden: int, lanes: int) -> np.ndarray:
-    """Row of a (4H, ·) matrix for each position of a gate panel's columns, -1 beyond H: (U * 4 * lanes,)."""
+    """Row of a (4H, ·) matrix for each column of the gate panels, -1 beyond H: (U * 4 * lanes,)."""
     units = np.arange(ceil_div(hidden, lanes) * lanes).reshape(-1, 1, lanes)
     rows = units + np.arange(4).reshape(1, 4, 1) * hidden
     return np.where(units < hidden, rows, -1).reshape(-1)
@@ -82,7 +80,7 @@ def column_panels_size(depth: int, columns: int, lanes: int) -> int:
 
 @functools.cache
 def _make_add_parts(variant: Variant) -> Any:
-    """What adds the other parts of an UNPACK job into the first, from byte ``begin`` to ``end`` of each."""
+    """A function that adds the other parts of an UNPACK job to the first, bytes ``begin`` to ``end`` of each."""
     load, store, vector_bytes = variant.ops.load, variant.ops.store, variant.vector_bytes
 
     @inline
@@ -238,18 +236,18 @@ def jobs_kernel(variant: Variant) -> Any:
         a = read(address)
         for index in range(a.length):
             job = read_job(a.jobs + index * job_bytes)
-            begin, end = job.share * a.member // a.members, job.share * (a.member + 1) // a.members
-            if job.kind == PACK_GATES:
+            begin, end = job.items * a.member // a.members, job.items * (a.member + 1) // a.members
+            if job.op == PACK_GATES:
                 pack_gates(job, begin, end)
-            elif job.kind == PACK_BIAS:
+            elif job.op == PACK_BIAS:
                 pack_bias(job, begin, end)
-            elif job.kind == PACK_COLUMNS:
+            elif job.op == PACK_COLUMNS:
                 pack_columns(job, begin, end)
-            elif job.kind == UNPACK_GATES:
+            elif job.op == UNPACK_GATES:
                 unpack_gates(job, begin, end)
-            elif job.kind == UNPACK_COLUMNS:
+            elif job.op == UNPACK_COLUMNS:
                 unpack_columns(job, begin, end)
-            elif job.kind == ROWS_IN:
+            elif job.op == ROWS_IN:
                 rows_in(job, begin, end)
             else:
                 rows_out(job, begin, end)

@@ -11,11 +11,11 @@ from .microkernel import make_block
 from .steps import block_size
 from .variant import Variant
 
-NEAR_DEPTH = 512  # k of a strip of a product
+NEAR_DEPTH = 512  # k per strip of a product
 
 
 class Left(NamedTuple):
-    """Rows: of row r, ``panels`` panels of ``depth`` values that are ``stride`` bytes apart, from its offset on."""
+    """Rows of a matrix: row r has ``panels`` panels of ``depth`` values, ``stride`` bytes apart, from its offset on."""
 
     address: int
     offsets: int  # of rows
@@ -27,7 +27,7 @@ class Left(NamedTuple):
 class Right(NamedTuple):
     """Column panels ``first`` to ``last`` of a packed matrix of ``columns`` columns.
 
-    ``back``: walked from its end; products with the same matrix alternate, to begin with the weights still near.
+    ``back``: in reverse; products with the same matrix alternate, to begin with weights that are still in the cache.
     """
 
     address: int
@@ -38,12 +38,12 @@ class Right(NamedTuple):
 
 
 class MatrixEnd(NamedTuple):
-    """Where rows of a product go: to ``base`` and the row's of ``offsets``."""
+    """Destination of a product: row r at ``base + offsets[r]``."""
 
     base: int
     offsets: int
-    columns: int  # left
-    add: int  # to what is there
+    columns: int  # from this panel on
+    add: int  # 1: add to what is there
 
 
 def _make_product(variant: Variant, vectors: int):
@@ -62,7 +62,7 @@ def _make_product(variant: Variant, vectors: int):
 
     @inline
     def product(rows, left, w, ahead, end):
-        """``ahead``: what is wanted next, of which each block fetches a part."""
+        """``ahead``: memory that is needed next; each block prefetches a part of it."""
         done = 0
         while done < rows:
             n = 1
@@ -95,7 +95,7 @@ def make_matrix_product(variant: Variant) -> Any:
 
     @inline
     def packed_at(left, right, k, q):
-        """Where panel k of column panel q begins."""
+        """Address of panel k of column panel q."""
         columns = right.columns - q * panel
         width = lanes if columns <= lanes else 2 * lanes if columns <= 2 * lanes else panel
         return right.address + (q * left.panels * panel + k * width) * left.depth * size
@@ -104,14 +104,14 @@ def make_matrix_product(variant: Variant) -> Any:
     def matrix_product(rows, left, right, base, targets):
         """``rows`` rows of ``left`` times ``right``; row r goes to ``base + targets[r]``.
 
-        k is cut in strips that leave both operands in the second-level cache.  The sums of the strips are added up,
-        which keeps the error of long sums (4H terms of dx) near that of torch's blocked products.
+        k is split into strips for which both operands stay in the second-level cache.  The sums of the strips are added
+        up, which keeps the error of long sums (4H terms of dx) near that of torch's blocked products.
         """
         strip = max(1, NEAR_DEPTH // left.depth)
         jobs = -(-left.panels // strip) * (right.last - right.first)
         for i in range(jobs):
             k, q = job(jobs - 1 - i if right.back != 0 else i, right, strip)
-            # While a strip of a panel is multiplied, the next one is fetched.
+            # While a strip of a panel is multiplied, the next one is prefetched.
             k_next, q_next = job(max(jobs - 2 - i, 0) if right.back != 0 else min(i + 1, jobs - 1), right, strip)
             w, ahead = packed_at(left, right, k, q), packed_at(left, right, k_next, q_next)
             count, columns = min(strip, left.panels - k), right.columns - q * panel

@@ -1,4 +1,4 @@
-"""The compiled function that hands a member's record to the kernel; see ``team.py``."""
+"""The compiled function that calls the kernel with a member's arguments; see ``team.py``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .vector import I32, I64
 
 
 @intrinsic
-def _ask(typingctx, function):
-    """What the C function at address ``function``, of no arguments and int, returns."""
+def _call_int(typingctx, function):
+    """The result of the C function ``int f(void)`` at address ``function``."""
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], ir.FunctionType(I32, []).as_pointer())
@@ -27,8 +27,8 @@ def _ask(typingctx, function):
 
 
 @intrinsic
-def _call(typingctx, function, argument):
-    """Calls the C function at address ``function``, of one int64 and nothing."""
+def _call_address(typingctx, function, argument):
+    """Calls the C function ``void f(int64_t)`` at address ``function``."""
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [I64]).as_pointer())
@@ -46,10 +46,10 @@ def member_kernel() -> Any:
     @kernel("")
     def lstm_member_kernel(address):
         head = read(address)
-        number, size = _ask(head.thread_num), _ask(head.num_threads)
+        number, size = _call_int(head.thread_num), _call_int(head.num_threads)
         if number == 0:
             store_int(address + size_at, size)
         if size >= head.members and number < head.members:
-            _call(head.function, head.records + number * head.stride)
+            _call_address(head.function, head.arguments + number * head.stride)
 
     return lstm_member_kernel

@@ -1,4 +1,4 @@
-"""Loads and stores: of integers, of records, and of vectors, whole and in part.
+"""Loads and stores: of integers, of argument structs, and of vectors, whole and in part.
 
 Addresses are int64 bytes, as ``Tensor.data_ptr()`` gives them; no alignment beyond the scalar's is assumed.
 """
@@ -38,7 +38,7 @@ def load_byte(typingctx, address):
 
 @intrinsic
 def fetch(typingctx, address):
-    """Asks for the cache line at ``address``, which need not be mapped."""
+    """Prefetches the cache line at ``address``, which need not be mapped."""
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], PTR)
@@ -71,30 +71,29 @@ def store_double(typingctx, address, value):
 
 
 @functools.cache
-def make_read(record: type) -> Callable:
-    """A function for kernels: the ``record`` at an address."""
-    fields = len(record._fields)  # type: ignore[attr-defined]
-    kind = types.NamedUniTuple(types.int64, fields, record)
+def make_read(struct: type) -> Callable:
+    """A function for kernels: the ``struct`` of int64 at an address."""
+    fields = len(struct._fields)  # type: ignore[attr-defined]
+    result = types.NamedUniTuple(types.int64, fields, struct)
 
     @intrinsic
     def read(typingctx, address):
         def codegen(context, builder, sig, args):
             base = builder.inttoptr(args[0], PTR)
             addresses = [builder.gep(base, [ir.Constant(I64, i)], source_etype=I64) for i in range(fields)]
-            return context.make_tuple(builder, kind, [builder.load(at, typ=I64, align=8) for at in addresses])
+            return context.make_tuple(builder, result, [builder.load(at, typ=I64, align=8) for at in addresses])
 
-        return kind(types.int64), codegen
+        return result(types.int64), codegen
 
     return read
 
 
-def whole_vectors(kind: Vector) -> dict[str, Callable]:
+def whole_vectors(vector: Vector) -> dict[str, Callable]:
     """``load(address)``, ``store(address, v)``, ``zeros()``, ``square_sum(v)``; ``make_zeros(number)``; ``load_four``.
 
-    ``square_sum`` runs over lanes, in float64 whatever the scalar: the squares of a vanishing gradient would underflow
-    in float32.
+    ``square_sum`` sums over lanes, always in float64: the squares of a vanishing gradient would underflow in float32.
     """
-    lanes, size, vector, llvm = kind.lanes, SIZE[kind.scalar], kind, kind.llvm
+    lanes, size, llvm = vector.lanes, SIZE[vector.scalar], vector.llvm
 
     @intrinsic
     def load(typingctx, address):
@@ -160,18 +159,18 @@ def _mask(builder, count, lanes):
     return builder.icmp_signed("<", iota, splat(builder, builder.trunc(count, I32), lanes))
 
 
-def _in_memory(kind: Vector, storage: str) -> tuple[ir.Type, str]:
-    """LLVM's type of a vector's values in ``storage``, and its name in the names of intrinsics."""
-    if storage == kind.scalar:
-        return kind.llvm, f"v{kind.lanes}f{SIZE[storage] * 8}"
-    return ir.VectorType(I16, kind.lanes), f"v{kind.lanes}i16"
+def _in_memory(vector: Vector, storage: str) -> tuple[ir.Type, str]:
+    """LLVM's type of a vector's values in ``storage``, and its suffix in the names of intrinsics."""
+    if storage == vector.scalar:
+        return vector.llvm, f"v{vector.lanes}f{SIZE[storage] * 8}"
+    return ir.VectorType(I16, vector.lanes), f"v{vector.lanes}i16"
 
 
-def _emit_store(builder, kind, storage, address, value, count):
+def _emit_store(builder, vector, storage, address, value, count):
     """Writes the first ``count`` lanes."""
-    lanes = kind.lanes
+    lanes = vector.lanes
     pointer = builder.inttoptr(address, PTR)
-    if storage != kind.scalar:
+    if storage != vector.scalar:
         value = narrow(builder, value, storage, lanes)
     whole = builder.icmp_signed(">=", count, I64(lanes))
     with builder.if_else(whole, likely=True) as (then, other):
@@ -180,17 +179,17 @@ def _emit_store(builder, kind, storage, address, value, count):
         with other:
             align = ir.Constant(I32, SIZE[storage])
             some = _mask(builder, count, lanes)
-            name = f"llvm.masked.store.{_in_memory(kind, storage)[1]}.p0"
+            name = f"llvm.masked.store.{_in_memory(vector, storage)[1]}.p0"
             llvm_call(builder, name, ir.VoidType(), [value, pointer, align, some])
 
 
-def partial_vectors(kind: Vector) -> dict[str, Callable]:
+def partial_vectors(vector: Vector) -> dict[str, Callable]:
     """``make_load(storage)``, ``make_store(storage)``, ``first_lanes(v, count)``.
 
     The first two give loads and stores of the first ``count`` lanes from and to memory of dtype ``storage``; other
     lanes load as zero and are not written.
     """
-    scalar, lanes, vector, llvm = kind.scalar, kind.lanes, kind, kind.llvm
+    scalar, lanes, llvm = vector.scalar, vector.lanes, vector.llvm
 
     @intrinsic
     def first_lanes(typingctx, value, count):
@@ -200,7 +199,7 @@ def partial_vectors(kind: Vector) -> dict[str, Callable]:
         return vector(vector, types.int64), codegen
 
     def make_load(storage):
-        memory, suffix = _in_memory(kind, storage)
+        memory, suffix = _in_memory(vector, storage)
 
         @intrinsic
         def load_first(typingctx, address, count):
@@ -232,7 +231,7 @@ def partial_vectors(kind: Vector) -> dict[str, Callable]:
         @intrinsic
         def store_first(typingctx, address, value, count):
             def codegen(context, builder, sig, args):
-                _emit_store(builder, kind, storage, *args)
+                _emit_store(builder, vector, storage, *args)
                 return context.get_dummy_value()
 
             return types.void(types.int64, vector, types.int64), codegen
@@ -242,10 +241,10 @@ def partial_vectors(kind: Vector) -> dict[str, Callable]:
     return {"first_lanes": first_lanes, "make_load": make_load, "make_store": make_store}
 
 
-def adjacent_vectors(kind: Vector) -> dict[str, Callable]:
+def adjacent_vectors(vector: Vector) -> dict[str, Callable]:
     """``add_vectors`` and ``store_vectors``: of a tuple of vectors, to adjacent memory."""
-    scalar, lanes, size, llvm = kind.scalar, kind.lanes, SIZE[kind.scalar], kind.llvm
-    suffix = _in_memory(kind, scalar)[1]
+    scalar, lanes, size, llvm = vector.scalar, vector.lanes, SIZE[vector.scalar], vector.llvm
+    suffix = _in_memory(vector, scalar)[1]
 
     @intrinsic
     def add_vectors(typingctx, address, values, count, wanted):
@@ -261,7 +260,7 @@ def adjacent_vectors(kind: Vector) -> dict[str, Callable]:
                 pointer = builder.inttoptr(here, PTR)
                 before = llvm_call(builder, f"llvm.masked.load.{suffix}.p0", llvm, [pointer, align, some, zero])
                 total = builder.fadd(before, builder.extract_value(values, v))
-                _emit_store(builder, kind, scalar, here, total, builder.sub(count, I64(v * lanes)))
+                _emit_store(builder, vector, scalar, here, total, builder.sub(count, I64(v * lanes)))
             return context.get_dummy_value()
 
         return types.void(types.int64, values, types.int64, types.int64), codegen
@@ -275,7 +274,7 @@ def adjacent_vectors(kind: Vector) -> dict[str, Callable]:
             for v in range(sig.args[1].count):
                 here = builder.add(address, I64(v * lanes * size))
                 left = builder.sub(count, I64(v * lanes))
-                _emit_store(builder, kind, scalar, here, builder.extract_value(values, v), left)
+                _emit_store(builder, vector, scalar, here, builder.extract_value(values, v), left)
             return context.get_dummy_value()
 
         return types.void(types.int64, values, types.int64), codegen
@@ -283,15 +282,15 @@ def adjacent_vectors(kind: Vector) -> dict[str, Callable]:
     return {"add_vectors": add_vectors, "store_vectors": store_vectors}
 
 
-def tiles(kind: Vector) -> dict[str, Callable]:
-    """``transpose_tile`` and ``copy_one``: what packing does."""
-    lanes, size, llvm = kind.lanes, SIZE[kind.scalar], kind.llvm
+def tiles(vector: Vector) -> dict[str, Callable]:
+    """``transpose_tile`` and ``copy_one``, for packing."""
+    lanes, size, llvm = vector.lanes, SIZE[vector.scalar], vector.llvm
 
     @intrinsic
     def transpose_tile(typingctx, target, target_row, source, source_row):
         """Writes the transpose of a (lanes, lanes) tile; rows are ``source_row`` and ``target_row`` bytes apart.
 
-        Blocks off the diagonal change places, of one lane, then of two, four and so on: two shuffles a pair.
+        Swaps off-diagonal squares of one lane, then of two, four and so on: two shuffles per pair of rows.
         """
 
         def codegen(context, builder, sig, args):

@@ -1,28 +1,26 @@
-"""Register-blocked matrix blocks on LLVM vectors: the one place where multiplications happen.
+"""Register-blocked matrix products on LLVM vectors: all matrix multiplications run here.
 
-A block holds ``rows x vectors`` accumulators in registers while it walks k::
+A block holds ``rows x vectors`` accumulators in registers while it iterates over k::
 
     acc[r, v] = start(r)[v] + sum_k A[r, k] W[k, v]          then  finish(r, acc[r, :])
 
 Each k costs ``vectors`` loads of W, ``rows`` broadcasts of A and ``rows * vectors`` fused multiply-adds, which is
 what keeps the multipliers busy: with 24 accumulators on 32 registers, 12 cycles of arithmetic against 10 loads.  On 16
-registers the vectors are taken by halves, 12 accumulators each: 6 cycles against 8 loads, two in a cycle, and A is read
-twice.  (On an AMD EPYC with AVX2, in GF/s a core: 6 rows by halves 95, 3 rows x 4 vectors 41 to 58, 2 x 4 90; MKL's
-product of two matrices of 1024 x 1024 there 88.)  ``start`` and ``finish`` are Numba functions (the bias, what memory
-holds, the LSTM cell, a store); they are inlined around the loop, so a cell works on sums that hardly left their
-registers.
+registers the vectors are processed in two halves, 12 accumulators each: 6 cycles against 8 loads, two per cycle, and A
+is read twice.  (On an AMD EPYC with AVX2, in GF/s per core: 6 rows in halves 95, 3 rows x 4 vectors 41 to 58, 2 x 4 90;
+MKL's product of two matrices of 1024 x 1024 there 88.)  ``start`` and ``finish`` are Numba functions (load a bias or
+earlier sums; the LSTM cell, a store); they are inlined around the loop, so the cell mostly finds its sums in registers.
 
 The code is emitted as LLVM IR by a Numba intrinsic, once per number of rows: register blocking left to an optimiser
-spills. The number of rows is chosen at run time among those compiled; sums run over k in one order whatever it is, so
-a row's result does not depend on the block that it fell into.
+spills.  The number of rows is chosen at run time among those compiled; it does not change the order of the sum over k,
+so the result of a row does not depend on its block.
 
-W is packed by ``jobs.py`` so that one k is ``vectors * lanes`` adjacent values.  A is walked in one of two ways:
+W is packed by ``jobs.py`` so that one k is ``vectors * lanes`` adjacent values.  A is read in one of two ways:
 
-* ``by_rows``: A[r, k] at ``a + offset[r] + k * size``; k may be split in panels that lie ``stride`` bytes apart.
+* ``by_rows``: A[r, k] at ``a + offset[r] + k * size``; k may be split into panels that are ``stride`` bytes apart.
 * ``by_strip``: A[r, k] at ``a + (k * rows + r) * size``; the transposed product of the weight gradients, whose k is
-  the (step, row) index.  Its operand is copied into strips as wide as the block first: columns of a matrix, read
-  where they lie, are a page apart and fall into one set of the first-level cache (see
-  ``docs/notes/cpu-tuning.md``).
+  the index of a token.  Its operand is first copied into strips as wide as the block: read in place, the entries of a
+  column are a page apart and fall into one set of the first-level cache (see ``docs/notes/cpu-tuning.md``).
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from numba.core.typing import signature
 from .vector import I32, I64, PTR, fma, llvm_call, splat
 
 SEGMENT = 7  # values of a segment
-# Bytes of W that are fetched ahead into the first-level cache.  Without it 6 rows reach 0.7 of the peak, not 1, when W
+# Bytes of W that are prefetched into the first-level cache.  Without it 6 rows reach 0.7 of the peak, not 1, when W
 # comes from the second-level cache.
 NEAR = 1024
 
@@ -57,16 +55,16 @@ def make_block(
     rolled: bool = False,
     finish_rows: Callable | None = None,
 ):
-    """An intrinsic ``block(count, segments, extra)`` for ``count`` in ``rows`` rows of ``vectors`` vectors.
+    """An intrinsic ``block(count, segments, extra)``: ``count`` (one of ``rows``) rows of ``vectors`` vectors.
 
     ``segments``: a tuple of int64 of seven times the number of sums to add up: ``a, offsets, panels, stride, depth,
     w, ahead`` (``by_strip``: ``offsets`` and ``stride`` are not used; ``panels`` is 1).  ``ahead`` is memory that will
-    be wanted soon: a cache line of it a k is fetched into the second-level cache.  ``registers``: of the processor,
-    for vectors.  ``key`` names whatever ``start`` and ``finish`` close over: blocks of the same function name and key
-    are taken to be the same code.  ``extra``: a NamedTuple of int64 for ``start(row, extra) -> tuple of vectors`` and
-    ``finish(row, accumulators, extra)``.
+    be needed soon: one cache line of it per k is prefetched into the second-level cache.  ``registers``: of the
+    processor, for vectors.  ``key`` names everything that ``start`` and ``finish`` close over: blocks of the same
+    function name and key are taken to be the same code.  ``extra``: a NamedTuple of int64 for ``start(row, extra) ->
+    tuple of vectors`` and ``finish(row, accumulators, extra)``.
     ``rolled``: finish is a loop over rows, which reads the sums back from the stack; for a long ``finish``, whose
-    constants and temporaries otherwise push the sums of the other rows out of their registers anyway, one at a time.
+    constants and temporaries would otherwise spill the sums of the other rows one at a time.
     ``finish_rows(rows, extra)``: called after that, once.
     """
     block_of = _Block(simd, vectors, start, finish, finish_rows, registers, by_strip, rolled)
@@ -97,7 +95,7 @@ def make_block(
 
 
 class _Block(NamedTuple):
-    """What :func:`make_block` was given, and the code that it makes of it."""
+    """The parameters of :func:`make_block`, and the code generation."""
 
     simd: Any
     vectors: int
@@ -115,7 +113,7 @@ class _Block(NamedTuple):
             return known
         arity = SEGMENT * sums + extra_type.count
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arity), symbol)
-        function.linkage = "linkonce_odr"  # one copy, however many libraries of device functions bring it along
+        function.linkage = "linkonce_odr"  # one copy, even if several libraries of device functions contain it
         function.attributes.add("noinline")
         builder = ir.IRBuilder(function.append_basic_block("entry"))
         segments, extra_values = function.args[: SEGMENT * sums], function.args[SEGMENT * sums :]
@@ -140,7 +138,7 @@ class _Block(NamedTuple):
         return types.UniTuple(self.simd.vector, self.vectors)
 
     def _started(self, context, builder, n, extra, extra_type):
-        """The sums of each row, as they start: variables on the stack, which LLVM keeps in registers."""
+        """The initial sums of each row: variables on the stack, which LLVM keeps in registers."""
         llvm = self.simd.vector.llvm
         accumulators = [[builder.alloca(llvm) for _ in range(self.vectors)] for _ in range(n)]
         sig = signature(self._tuple, types.int64, extra_type)
@@ -212,13 +210,13 @@ class _Loop:
 
 
 def _fetch(builder, address, near):
-    """Asks for a cache line, into the first-level cache (near) or the second."""
+    """Prefetches a cache line into the first-level cache (near) or the second."""
     arguments = [builder.inttoptr(address, PTR), I32(0), I32(3 if near else 2), I32(1)]
     llvm_call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
 
 
 def vectors_together(rows, vectors, registers):
-    """The vectors that are multiplied together: all, if their sums, W and a broadcast of A fit the registers."""
+    """Groups of vectors that are multiplied together: all, if their sums, W and a broadcast of A fit the registers."""
     together = vectors
     while together > 1 and rows * together + together + 1 > registers:
         together //= 2

@@ -10,8 +10,8 @@ from numba.core.extending import intrinsic
 
 from .vector import I32, I64, llvm_call
 
-# Where a processor's floating-point mode says that denormal numbers count as zero: FTZ and DAZ of x86's MXCSR, FZ of
-# ARM's FPCR.
+# The bits of the floating-point mode that make denormal numbers count as zero: FTZ and DAZ of x86's MXCSR, FZ of ARM's
+# FPCR.
 _MACHINE = platform.machine().lower()
 _FLUSH = {"x86_64": 0x8040, "amd64": 0x8040, "aarch64": 1 << 24, "arm64": 1 << 24}.get(_MACHINE)
 

@@ -1,7 +1,7 @@
-"""The multipliers' peak of this machine: what every share of the peak is a share of.
+"""The peak multiplication rate of this machine, which the benchmark's shares of the peak refer to.
 
-A block of the kernels' own shape runs over operands that stay in the first-level cache, on as many threads as asked
-for at once; the best of several runs counts.  Nothing in the library runs faster, so a share is never flattered.
+A block of the kernels' own shape runs over operands that stay in the first-level cache, on as many threads at once as
+requested; the best of several runs counts.  Nothing in the library runs faster, so no share is too high.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SECONDS = 0.05  # of one run
 
 
 class PeakArgs(NamedTuple):
-    """What a thread is told (see ``arguments.py``)."""
+    """Arguments of a thread (see ``arguments.py``)."""
 
     out: int  # (rows, panel)
     a: int  # (rows, depth)
@@ -67,10 +67,9 @@ def _peak_kernel(scalar: str, block: tiling.Block):
 
 
 def fma_peak(dtype: torch.dtype, threads_wanted: int) -> float:
-    """GF/s (1e9 multiplications and additions a second) of ``threads_wanted`` cores computing in ``dtype``'s compute
-    type.
+    """GF/s (1e9 multiplications and additions per second) of ``threads_wanted`` cores for tensors of ``dtype``.
 
-    bfloat16 and float16 compute in float32 (see ``contract.state_dtype``), so theirs is float32's.
+    bfloat16 and float16 compute in float32 (see ``contract.state_dtype``), so their peak is float32's.
     """
     compute = state_dtype(dtype)
     block = tiling.block_shape(tiling.cpu_isa(), compute)
@@ -83,12 +82,12 @@ def fma_peak(dtype: torch.dtype, threads_wanted: int) -> float:
     offsets = np.arange(block.rows, dtype=np.int64) * (DEPTH * compute.itemsize)
 
     def seconds(repeats: int) -> float:
-        calls = [
+        arguments = [
             PeakArgs(out.ctypes.data, a.ctypes.data, offsets.ctypes.data, w.ctypes.data, DEPTH, repeats)
             for out, a, w in arrays
         ]
-        records = np.array(calls, np.int64)
-        launch = threads.Launch(records.ctypes.data, available, records.strides[0])
+        structs = np.array(arguments, np.int64)
+        launch = threads.Launch(structs.ctypes.data, available, structs.strides[0])
         begin = time.perf_counter()
         threads.run(run_block, launch)
         return time.perf_counter() - begin

@@ -1,11 +1,11 @@
-"""What this process has of its own: native threads and locks, and what a fork left behind.
+"""Native threads and locks of this process, and what changes in a forked child.
 
-gevent and eventlet put greenlets in the place of what ``_thread``, ``threading`` and ``queue`` offer.  Greenlets take
-turns on one thread: one that spins in a kernel until another has computed spins for ever.  So the kernels' threads, and
-what these wait on, are the interpreter's own, whatever was patched over them.
+gevent and eventlet replace what ``_thread``, ``threading`` and ``queue`` offer by greenlets.  Greenlets share one
+thread: one that spins in a kernel until another has computed never ends.  So the kernels' threads, and their locks and
+queues, are the interpreter's own, whether or not these modules were patched.
 
-A forked child has none of its parent's threads, and OpenMP's runtime does not know that: where torch shares out an
-operation in a child of a process that has done so before, it waits for threads that are not there.
+A forked child has none of its parent's threads, and OpenMP's runtime does not know that: if torch runs a parallel
+operation in a child of a process that has done so before, it waits for threads that do not exist.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def _native_threads() -> Any:
-    """The module ``_thread`` as Python has it: another copy of it where this one was patched."""
+    """Python's own module ``_thread``: a second copy of it if the first was patched."""
     if isinstance(_thread.start_new_thread, BuiltinFunctionType):
         return _thread
     spec = BuiltinImporter.find_spec("_thread")
@@ -57,27 +57,27 @@ new_lock, RLock = _native.allocate_lock, _native.RLock
 def start_thread(function: Callable[..., None], *arguments: Any) -> None:
     """Runs ``function`` on a new native thread, which does not keep the process from ending.
 
-    Raises RuntimeError where the system refuses, or where there are no native threads to be had.
+    Raises RuntimeError if the system refuses, or if native threads cannot be reached.
     """
     if not isinstance(_start_new_thread, BuiltinFunctionType):
         raise RuntimeError("Python's threads are patched, and its own cannot be had")
     _start_new_thread(function, arguments)
 
 
-_native_code = ctypes.CDLL("", handle=ctypes.pythonapi._handle)  # whose calls let other threads run Python
+_native_code = ctypes.CDLL("", handle=ctypes.pythonapi._handle)  # calls through it release the GIL
 _new_gate = ctypes.CFUNCTYPE(ctypes.c_void_p)(("PyThread_allocate_lock", _native_code))
 _wait_at = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)(("PyThread_acquire_lock", _native_code))
 _open = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(("PyThread_release_lock", _native_code))
 
 
 class Gate:
-    """What one thread sleeps at until another opens it; a signal does not wake it, so no handler runs there.
+    """A binary semaphore: one thread waits until another opens it; a signal does not wake it, so no handler runs.
 
-    A lock of Python's does not serve: who waits for one runs the handlers, which may raise, and a second signal then
-    strikes whoever cleans up after the first.  This is the same kind of lock, waited for without that.
+    Python's locks cannot be used: a thread that waits for one runs signal handlers, which may raise; a second signal
+    can then interrupt the cleanup after the first.  This is the same kind of lock, waited for without running handlers.
 
-    ``wait`` and ``open``: once each by turns, whichever comes first; both are C code.  It is never freed: that would be
-    a line of Python (``__del__``), in which an exception is lost.
+    ``wait`` and ``open`` alternate, whichever is called first; both are C code.  The lock is never freed: that would
+    take a line of Python (``__del__``), in which an exception is lost.
     """
 
     __slots__ = ("open", "wait")
@@ -100,7 +100,7 @@ def after_fork(function: Callable[[], None]) -> Callable[[], None]:
 
 _forked = False
 _lock = RLock()
-_alone: set[object] = set()  # who is inside of one_torch_thread
+_alone: set[object] = set()  # the calls inside one_torch_thread
 _hidden = 0  # what torch.get_num_threads() said before the first of them
 
 
@@ -114,7 +114,7 @@ def _in_child() -> None:
 
 
 def torch_threads() -> int:
-    """What the user has set with ``torch.set_num_threads``."""
+    """The number of threads that the user has set with ``torch.set_num_threads``."""
     return _hidden if _alone else torch.get_num_threads()
 
 
@@ -124,7 +124,7 @@ def forked() -> bool:
 
 
 def torch_would_hang() -> bool:
-    """Whether operations that torch shares out among threads may wait for ever: in a forked child, with several."""
+    """Whether parallel operations of torch's may never return: in a forked child, with several threads."""
     return _forked and torch_threads() > 1
 
 
@@ -132,7 +132,7 @@ def torch_would_hang() -> bool:
 def _one_torch_thread() -> Iterator[None]:
     global _hidden
     one = object()
-    try:  # first of all: an exception may strike at any line
+    try:  # first of all: an exception may be raised at any line
         with _lock:
             if not _alone:
                 _hidden = torch.get_num_threads()
@@ -148,7 +148,7 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 def one_torch_thread(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Inside of the decorated function, torch's operations stay on the calling thread where they would hang else."""
+    """In the decorated function torch's operations stay on the calling thread if they would hang otherwise."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:

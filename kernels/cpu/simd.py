@@ -1,4 +1,4 @@
-"""All that kernels do with vectors of one kind."""
+"""All operations of the kernels on one vector type."""
 
 from __future__ import annotations
 

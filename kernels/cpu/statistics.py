@@ -1,13 +1,13 @@
-"""What a backward pass tells a recording, beside its gradients: norms from sums of squares, statistics of gates.
+"""What a recording gets from a backward pass: norms from sums of squares, and statistics of gates.
 
-The statistics are those of the saved gates of a few rows, in one pass over what the backward pass has just read.  For
-the gates i, f and o: their sum and a histogram at every step, over the sampled rows and all units; and the sum of
-ln f of every unit, which tells how long the unit remembers.
+The statistics are those of the saved gates of a few rows, in one pass over memory that the backward pass has just read.
+For the gates i, f and o: their sum and a histogram at every step, over the sampled rows and all units; and the sum of
+ln f of every unit, which says how long the unit remembers.
 
 Every lane of an accumulator counts its own histogram, in the ten fields of ``FIELD`` bits of a 64-bit word: a value
-adds one, shifted to its bin.  They are added up before a field can overflow, and at the end of a step.  (Nine
-comparisons a gate, their results counted as bits, took twice as long and more.)  Logarithms are taken of products of
-``FACTORS`` gates, so that they cost next to nothing.
+adds one, shifted to its bin.  The lanes are added up before a field can overflow, and at the end of a step.  (Nine
+comparisons per gate, their results counted as bits, took at least twice as long.)  Logarithms are taken of products of
+``FACTORS`` gates, so that they cost almost nothing.
 
 T steps, R sampled rows, H hidden, U panels of ``lanes`` units, H' = U * lanes.
 """
@@ -39,11 +39,11 @@ from .vector import I32, I64, PTR, llvm_call, splat, sum_lanes, widen_to_double
 
 FACTORS = 40  # gates in a product: LEAST ** 40 is far from float64's smallest number
 FIELD = 6  # bits of a bin
-FULL = (1 << FIELD) - 1  # what a field can count to
+FULL = (1 << FIELD) - 1  # the largest count of a field
 
 
 def _operations(scalar: str, lanes: int):
-    """What the kernel does to vectors beyond ``simd``: (add to the accumulators, empty them, multiply into)."""
+    """Vector operations of this kernel beyond ``simd``: (accumulate, empty, multiply_into)."""
     vector = simd(scalar, lanes).vector
     words = ir.VectorType(I64, lanes)
 
@@ -57,14 +57,14 @@ def _operations(scalar: str, lanes: int):
         def codegen(context, builder, sig, args):
             totals, fields = (builder.inttoptr(address, PTR) for address in args[:2])
             value, count = args[2:]
-            kind = value.type
+            llvm = value.type
             iota = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
             some = builder.icmp_signed("<", iota, splat(builder, builder.trunc(count, I32), lanes))
-            value = builder.select(some, value, ir.Constant(kind, None))
-            before = builder.load(totals, typ=kind, align=8)
+            value = builder.select(some, value, ir.Constant(llvm, None))
+            before = builder.load(totals, typ=llvm, align=8)
             builder.store(builder.fadd(before, value), totals, align=8)
-            place = builder.fmul(value, splat(builder, ir.Constant(kind.element, float(BINS)), lanes))
-            last = splat(builder, ir.Constant(kind.element, BINS - 0.5), lanes)
+            place = builder.fmul(value, splat(builder, ir.Constant(llvm.element, float(BINS)), lanes))
+            last = splat(builder, ir.Constant(llvm.element, BINS - 0.5), lanes)
             place = builder.select(builder.fcmp_ordered("<", place, last), place, last)  # 1, and NaN: the last bin
             place = builder.fptosi(place, words if scalar == "float64" else ir.VectorType(I32, lanes))
             place = place if scalar == "float64" else builder.zext(place, words)
@@ -82,14 +82,14 @@ def _operations(scalar: str, lanes: int):
 
         def codegen(context, builder, sig, args):
             totals, fields, result = (builder.inttoptr(address, PTR) for address in args[:3])
-            kind = vector.llvm
-            total = sum_lanes(builder, widen_to_double(builder, builder.load(totals, typ=kind, align=8)))
+            llvm = vector.llvm
+            total = sum_lanes(builder, widen_to_double(builder, builder.load(totals, typ=llvm, align=8)))
             before = builder.load(result, typ=ir.DoubleType(), align=8)
             builder.store(builder.fadd(before, total), result, align=8)
-            builder.store(ir.Constant(kind, None), totals, align=8)
+            builder.store(ir.Constant(llvm, None), totals, align=8)
             counted = builder.load(fields, typ=words, align=8)
             builder.store(constant(0), fields, align=8)
-            # Every other field, so that the lanes' sum has room for twice the bits: two sums over lanes, not ten.
+            # Every other field at a time, so that a sum over lanes has twice the bits per field: two sums, not ten.
             every_other = constant(sum(FULL << 2 * FIELD * b for b in range(BINS // 2)))
             for parity in range(2):
                 some = builder.and_(builder.lshr(counted, constant(FIELD * parity)), every_other)
@@ -195,24 +195,24 @@ def norms_kernel(scalar: str):
     """The compiled kernel that makes norms of ``scalar`` from partial sums of squares."""
 
     @kernel(scalar, numba.void(getattr(numba, scalar)[:, ::1], numba.float64[:, :, ::1]))
-    def lstm_norms_kernel(norms, squares):  # (2, T * B), (2, T * B, blocks)
-        blocks = squares.shape[2]
+    def lstm_norms_kernel(norms, squares):  # (2, T * B), (2, T * B, panel groups)
+        groups = squares.shape[2]
         for which in range(2):
-            if blocks == 1:
+            if groups == 1:
                 for n in range(norms.shape[1]):
                     norms[which, n] = math.sqrt(squares[which, n, 0])
             else:
                 for n in range(norms.shape[1]):
                     total = 0.0
-                    for block in range(blocks):
-                        total += squares[which, n, block]
+                    for group in range(groups):
+                        total += squares[which, n, group]
                     norms[which, n] = math.sqrt(total)
 
     return lstm_norms_kernel
 
 
 def statistics(kernel: Callable, lanes: int, call: Call, gates: Sequence[Tensor], wanted: int) -> GateStatistics:
-    """Of ``wanted`` rows of a call, from the gates (N, U, 4, lanes) of each direction; ``kernel`` as above."""
+    """The statistics of ``wanted`` rows of a call, from the gates (N, U, 4, lanes) of each direction."""
     rows, hidden, directions, steps = call.rows, call.layer.hidden_size, len(gates), call.rows.steps
     starting, starts, row_starts = rows.batch, 0, None
     if rows.batch_sizes is not None:
@@ -231,12 +231,12 @@ def statistics(kernel: Callable, lanes: int, call: Call, gates: Sequence[Tensor]
             sums[d], counts[d], log_forget[d], products, accumulators,
             each.data_ptr(), sample.ctypes.data, len(sample), starts, steps, rows.batch, hidden,
         )  # fmt: skip
-    del row_starts  # until here
+    del row_starts  # the kernel reads it until here
     sizes = rows.batch_sizes
-    alive = np.full(steps, len(sample)) if sizes is None else (sample < sizes.numpy()[:, None]).sum(1)
+    active = np.full(steps, len(sample)) if sizes is None else (sample < sizes.numpy()[:, None]).sum(1)
     return GateStatistics(
         torch.from_numpy(sums).permute(2, 0, 1),
         torch.from_numpy(counts).permute(2, 0, 1, 3),
         torch.from_numpy(log_forget),
-        torch.from_numpy(alive),
+        torch.from_numpy(active),
     )

@@ -1,8 +1,8 @@
-"""How the threads of a launch wait for one another: one counter, atomically raised.
+"""The barriers of a launch: one counter, incremented atomically.
 
 A thread that arrives adds one and waits until all have: the counter only grows, so there is nothing to reset.  It
-spins, because a hand-off has to take less than a time step (a few hundred nanoseconds); after a while it yields the
-processor each time round, so that a thread that lost its core to another process is let in, and the launch goes on.
+spins, because a barrier has to take less than a time step (a few hundred nanoseconds); after a while it yields the
+processor in each iteration, so that a thread that lost its core to another process can run and the launch continues.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .jit import inline
 from .threads import OPEN
 from .vector import I32, I64, PTR
 
-PATIENCE = 2000  # looks at the counter before yielding: some tens of microseconds
+PATIENCE = 2000  # loads of the counter before yielding: some tens of microseconds
 
 
 @intrinsic
@@ -38,19 +38,19 @@ def _look(typingctx, address):
 
 @intrinsic
 def _relax(typingctx):
-    """Tells the processor that this is a waiting loop, where it has a word for that."""
+    """Tells the processor that this is a spin loop, if it has an instruction for that."""
     machine = platform.machine().lower()
 
     def codegen(context, builder, sig, args):
         void = ir.VoidType()
         if machine in ("x86_64", "amd64"):
-            name, kinds, values = "llvm.x86.sse2.pause", [], []
+            name, argument_types, values = "llvm.x86.sse2.pause", [], []
         elif machine in ("aarch64", "arm64"):
-            name, kinds, values = "llvm.aarch64.hint", [I32], [I32(1)]
+            name, argument_types, values = "llvm.aarch64.hint", [I32], [I32(1)]
         else:
             return context.get_dummy_value()
         function = builder.module.globals.get(name)
-        builder.call(function or ir.Function(builder.module, ir.FunctionType(void, kinds), name), values)
+        builder.call(function or ir.Function(builder.module, ir.FunctionType(void, argument_types), name), values)
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -60,12 +60,12 @@ _yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 @inline
-def arrive_and_wait(counter, members, turn):
-    """Waits at the launch's ``turn``-th barrier (1, 2, ...) for all ``members`` threads."""
+def arrive_and_wait(counter, members, index):
+    """Waits at barrier ``index`` (1, 2, ...) of the launch for all ``members`` threads."""
     if members > 1:
         _add(counter, 1)
         looks = 0
-        while _look(counter) < members * turn:
+        while _look(counter) < members * index:
             looks += 1
             if looks > PATIENCE:
                 _yield()
@@ -74,13 +74,13 @@ def arrive_and_wait(counter, members, turn):
 
 
 @inline
-def meet(a, turns):
-    """Waits at the next barrier of a launch, whose member is told ``a``; ``turns`` are behind it, plus 1 afterwards."""
-    arrive_and_wait(a.counter, a.members, turns + 1)
-    return turns + 1
+def meet(a, passed):
+    """Waits at the launch's next barrier; a: the member's arguments; returns ``passed``, barriers so far, plus 1."""
+    arrive_and_wait(a.counter, a.members, passed + 1)
+    return passed + 1
 
 
 @inline
 def opened(a):
-    """Whether the barriers of a launch were opened, because a member did not come."""
+    """Whether the barriers of a launch were released because a member did not start."""
     return a.members > 1 and _look(a.counter) >= OPEN

@@ -1,19 +1,19 @@
-"""Launches on the threads that torch has already: the members of its OpenMP team.
+"""Launches on the threads that torch already has: the members of its OpenMP team.
 
-torch's threads spin for milliseconds after every operation of torch's, waiting for the next one, on the very cores that
-threads of our own would need.  Behind a Linear, on an AMD EPYC with AVX2 and 2 cores, T = 200, B = 32, H = 64 took 7.9
+torch's threads spin for milliseconds after every operation of torch's, waiting for the next one, on the same cores that
+threads of our own would need.  After a Linear, on an AMD EPYC with AVX2 and 2 cores, T = 200, B = 32, H = 64 took 7.9
 ms on a pool and 4.0 as members of the team, training 14.8 and 9.6.  The spinning threads take work at once if it
 reaches them through the runtime that they belong to.  libtorch_cpu depends on that runtime, so a handle of it finds the
-entry by which compilers start a parallel region, ``GOMP_parallel``; GNU's runtime has it, and LLVM's and Intel's export
-it too.  What has none of them (macOS, Windows) keeps the pool of ``threads.py``.
+entry point by which compilers start a parallel region, ``GOMP_parallel``; GNU's runtime has it, and LLVM's and Intel's
+export it too.  Systems with none of them (macOS, Windows) use the pool of ``threads.py``.
 
-A launch asks for as many threads as torch does: the runtime ends threads that a smaller team leaves over, and the next
-operation of torch's would start them anew.  Those that it has no member for return at once.  A team may be smaller than
-asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC, a region inside of another): every thread looks at its size before it begins,
-so that no member waits for one that does not come, and the host learns that nothing has been computed.
+A launch asks for as many threads as torch does: the runtime ends the surplus threads of a smaller team, and torch's
+next operation would have to start them again.  Threads without a member return at once.  A team may be smaller than
+requested (OMP_THREAD_LIMIT, OMP_DYNAMIC, a nested region): every thread checks the team's size before it begins, so
+that no member waits for one that never starts, and the host learns that nothing has been computed.
 
-Every Python thread is the master of a team of its own, whose threads the runtime starts when it first asks, as for
-torch's own operations there; where the system refuses them, the runtime ends the process, as it would then.
+Every Python thread is the master of a team of its own, whose threads the runtime starts on first use, as for torch's
+own operations; if the system refuses them, the runtime ends the process, as it does for torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .arguments import Head
 
 
 class Entry(NamedTuple):
-    """The runtime's functions."""
+    """The functions of the OpenMP runtime."""
 
     parallel: Callable[[int, int, int, int], None]  # (function, its argument, threads, flags)
     in_parallel: Callable[[], int]  # whether the caller is a member of a team
@@ -45,11 +45,11 @@ class Entry(NamedTuple):
 
 @functools.cache
 def _load() -> Entry | str:
-    """The runtime's entry, or one sentence on why there is none."""
+    """The runtime's functions, or one sentence on why there are none."""
     if sys.platform != "linux":
         return "torch's threads are reached on Linux only"
     where = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
-    try:  # first of all what lies over torch's own: a runtime that was loaded before it, which its calls go to
+    try:  # a runtime that was loaded before torch's comes first: torch's calls go to it
         libraries = (ctypes.CDLL(None), ctypes.CDLL(where))
     except OSError as error:
         return f"torch's library cannot be opened: {error}"
@@ -61,7 +61,7 @@ def _load() -> Entry | str:
         except AttributeError:
             continue
         parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-        at_once = ctypes.PYFUNCTYPE(ctypes.c_int)  # keeps the GIL: to let it go can cost milliseconds
+        at_once = ctypes.PYFUNCTYPE(ctypes.c_int)  # keeps the GIL: releasing it can cost milliseconds
         in_parallel, cores = (at_once(_address(each)) for each in asked)
         thread_num, num_threads = map(_address, numbers)
         return Entry(parallel, in_parallel, cores, thread_num, num_threads)
@@ -73,16 +73,16 @@ def _address(function: Any) -> int:
 
 
 def cores() -> int | None:
-    """How many cores the process may use, as the runtime says; None where there is none."""
+    """How many cores the process may use, as the runtime reports; None without a runtime."""
     entry = _load()
     return None if isinstance(entry, str) else entry.cores()
 
 
-_too_small: str | None = None  # once a team was smaller than asked for, how
+_too_small: str | None = None  # the sentence, once a team was smaller than requested
 
 
 def missing() -> str | None:
-    """None where this thread can launch on torch's team; else one sentence on why not."""
+    """None if this thread can launch on torch's team; else one sentence on why not."""
     entry = _load()
     if isinstance(entry, str):
         return entry
@@ -96,7 +96,7 @@ def missing() -> str | None:
 @functools.cache
 def _member() -> int:
     """The address of the function that every thread of the team runs, on the address of a ``Head``."""
-    from .member import member_kernel  # the compiler is not loaded before there is something to run
+    from .member import member_kernel  # loads the compiler, so only when there is something to run
 
     return member_kernel().address
 
@@ -108,18 +108,18 @@ def prewarm() -> None:
 
 
 class Launch:
-    """A launch of the kernel at ``function`` on records, one a member; ``run`` is one call of C code."""
+    """A launch of the kernel at ``function``, with an argument struct per member; ``run`` is one call of C code."""
 
-    def __init__(self, function: int, records: int, members: int, stride: int) -> None:
+    def __init__(self, function: int, arguments: int, members: int, stride: int) -> None:
         entry = _load()
         assert isinstance(entry, Entry)
-        head = Head(function, records, stride, members, entry.thread_num, entry.num_threads, 0)
+        head = Head(function, arguments, stride, members, entry.thread_num, entry.num_threads, 0)
         self._head, self._members = np.array(head, np.int64), members
         self._asked = process.torch_threads()
         self.run = partial(entry.parallel, _member(), self._head.ctypes.data, self._asked, 0)
 
     def done(self) -> bool:
-        """Whether the members have run; else the team was too small, and is not asked again."""
+        """Whether the members have run; otherwise the team was too small and is not used again."""
         global _too_small
         size = int(self._head[-1])
         if size >= self._members:

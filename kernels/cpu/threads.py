@@ -1,17 +1,16 @@
-"""How a launch of a kernel gets its threads.
+"""The threads of a launch of a kernel.
 
-A launch is a list of records, one a member: all members run at once, the first on the caller's own thread, because they
-wait for one another inside the kernel (``sync.py``).  They are threads of torch's own team where there is one
+A launch is a list of argument structs, one per member: all members run at once, the first on the caller's own thread,
+because they wait for one another inside the kernel (``sync.py``).  They are threads of torch's own team if there is one
 (``team.py``), else of a pool kept here, whose native threads sleep on a queue between launches.  Numba's parallel
-layers do not serve: its workqueue aborts the process when two threads enter it, its OpenMP layer dies in a forked
-child, and it loads a second OpenMP runtime beside torch's.
+layers cannot be used: its workqueue aborts the process when two threads enter it, its OpenMP layer crashes in a forked
+child, and it loads a second OpenMP runtime in addition to torch's.
 
-One launch at a time; a caller that finds another running is told so by :func:`available` and runs alone, which is also
-the better use of the cores.  A forked child has none of its parent's threads: it starts with an empty pool.
+One launch at a time; if another one is running, :func:`available` returns 1 and the caller runs on its own thread,
+which also uses the cores better.  A forked child has none of its parent's threads: it starts with an empty pool.
 
-An exception may strike between any two lines of Python: signal handlers run there (Ctrl-C), and raise.  So all that
-must not be torn apart is one call of C code (see :func:`run`), and nothing has to be given back by a line that may not
-come.
+An exception may be raised between any two lines of Python: signal handlers run there (Ctrl-C).  So whatever must not be
+interrupted is one call of C code (see :func:`run`), and nothing has to be released by a line that may not be reached.
 """
 
 from __future__ import annotations
@@ -28,85 +27,85 @@ import numpy as np
 
 from . import process, team
 
-OPEN = 1 << 40  # added to a barrier's counter it lets everybody through; no launch has so many turns
+OPEN = 1 << 40  # added to a barrier's counter, it releases all threads; no launch has that many barriers
 
 _call = methodcaller("__call__")
 
 
 def count() -> int:
-    """Threads that a launch may use: torch's setting, but no more than there are cores to run them at once."""
+    """Threads that a launch may use: torch's setting, but no more than there are cores."""
     return min(process.torch_threads(), _cores())
 
 
 def _cores() -> int:
-    """How many cores this process may use, as OpenMP's runtime knows it: it may have pinned this thread to one."""
+    """How many cores this process may use; asks OpenMP's runtime, which may have pinned this thread to one core."""
     cores = team.cores()
     if cores is not None:
         return cores
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _deeper(function: Callable, record: int) -> None:
+def _deeper(function: Callable, arguments: int) -> None:
     """Calls ``function``, from one frame of the interpreter further down the stack of a thread of the pool.
 
     Called directly, one member of two took 1.6 times as long as the other (T = 500, B = 32, H = 128, alone, on an AMD
-    EPYC with AVX2: 75 to 84 ms; so 44 to 52).  The likely cause, not proven: such a stack begins at the start of a
-    page, and where the kernels' own variables lie in it as the rows that they load do, but for a multiple of 4096
-    bytes, the processor takes loads for dependent on stores that are not.
+    EPYC with AVX2: 75 to 84 ms; this way 44 to 52).  The likely cause, not proven: such a stack begins at the start of
+    a page, and if the kernels' own variables in it are a multiple of 4096 bytes away from the rows that they load, the
+    processor takes loads for dependent on stores that are not.
     """
-    function(record)
+    function(arguments)
 
 
 class _Worker:
-    """A thread of the pool: the launches and members handed to it, and what the caller sleeps at until each is over."""
+    """A thread of the pool: its inbox of (launch, member), and the gate at which the caller waits for each."""
 
-    __slots__ = ("calls", "gate")
+    __slots__ = ("gate", "inbox")
 
     def __init__(self) -> None:
-        self.calls: process.SimpleQueue = process.SimpleQueue()
+        self.inbox: process.SimpleQueue = process.SimpleQueue()
         self.gate = process.Gate()
         process.start_thread(self._serve)
 
     def _serve(self) -> None:
         while True:
-            launch, member = self.calls.get()
+            launch, member = self.inbox.get()
             launch.run(member)
             del launch
 
 
 class _Launch:
-    """A launch on the pool: the first member is the caller's own, each other a worker's.
+    """A launch on the pool: the first member runs on the caller's thread, each other on a worker's.
 
-    ``counters``: those of the barriers that its members wait at.
+    ``counters``: those of its members' barriers.
     """
 
     def __init__(self, function: Callable, addresses: Sequence[int], counters: np.ndarray | None):
         self.function, self.counters = function, counters
-        self.waiting = dict(enumerate(addresses))  # who takes a member's record out runs it
+        self.waiting = dict(enumerate(addresses))  # the thread that takes a member's arguments out runs it
         self.workers = dict(enumerate(_workers[: len(addresses) - 1], 1))
         self.waited: list[int] = []  # members whose gates the caller has passed
         self.errors: list[BaseException] = []
 
     def run(self, member: int) -> None:
-        """What a thread of the pool does; it opens its gate if the member was still to be run."""
-        record = self.waiting.pop(member, None)
-        if record is None:
+        """Runs a member on a thread of the pool, unless it was abandoned, and opens the thread's gate."""
+        arguments = self.waiting.pop(member, None)
+        if arguments is None:
             return
         try:
-            _deeper(self.function, record)
-        except BaseException as error:  # kernels raise none: there was no memory to call one; raised by the caller
+            _deeper(self.function, arguments)
+        except BaseException as error:  # kernels raise nothing: no memory for the call; the caller raises it
             self.errors.append(error)
             self.open_barriers()
         finally:
             self.workers[member].gate.open()
 
     def open_barriers(self) -> None:
-        """Nobody waits for a member that does not come."""
+        """Releases the barriers, so that no thread waits for a member that never started."""
         if self.counters is not None:
             self.counters += OPEN
 
     def abandon(self) -> None:
-        """No member starts any more; returns when those that run are over."""
+        """Lets no further member start; returns when those that run have finished."""
         self.open_barriers()
         for member, worker in self.workers.items():
             if self.waiting.pop(member, None) is None and member not in self.waited:
@@ -126,50 +125,50 @@ def _forget() -> None:
 
 def available(wanted: int) -> int:
     """How many threads a launch may use now: ``wanted``, or 1 while another launch runs."""
-    if wanted <= 1 or _lock.locked() or sys.is_finalizing():  # then no other thread gets to run any more
+    if wanted <= 1 or _lock.locked() or sys.is_finalizing():  # in which no other thread runs any more
         return 1
     return min(wanted, process.torch_threads()) if _no_team() is None else _start_workers(wanted)
 
 
 def _no_team() -> str | None:
-    """None where a launch runs on torch's team; else one sentence on why not."""
-    # With 8 threads of torch's on 2 cores (AMD EPYC) team and pool are level, but beside another process training took
-    # 1.2 times as long on the team.
+    """None if a launch runs on torch's team; else one sentence on why not."""
+    # With 8 threads of torch's on 2 cores (AMD EPYC) team and pool are equally fast, but next to another process
+    # training took 1.2 times as long on the team.
     if process.torch_threads() > _cores():
         return "torch has more threads than there are cores"
     return team.missing()
 
 
 def _start_workers(wanted: int) -> int:
-    """How many threads, of ``wanted``, the pool and the caller are."""
+    """Starts workers; returns how many threads of those ``wanted`` the pool and the caller have."""
     try:
         while len(_workers) < wanted - 1:
             _workers.append(_Worker())
-    except (RuntimeError, MemoryError):  # the system refuses more threads: use those there are
+    except (RuntimeError, MemoryError):  # the system refuses more threads: use what there is
         return len(_workers) + 1
     return wanted
 
 
 def describe() -> str:
-    """Whose threads a launch uses, for people to read."""
+    """Whose threads a launch uses, as text for users."""
     why = _no_team()
     return "torch's own" if why is None else f"of a pool: {why}"
 
 
 def prewarm() -> None:
-    """Compiles, or loads from the disk cache, what launches need beside their kernels."""
+    """Compiles, or loads from the disk cache, what launches need in addition to their kernels."""
     team.prewarm()
 
 
 class Launch(NamedTuple):
-    """Where the records of a launch lie, one a member."""
+    """The place of a launch's argument structs, one per member."""
 
     address: int
     members: int
     stride: int  # bytes
 
     def at(self, address: int) -> Launch:
-        """This one, its records at as many bytes from ``address`` as they are here from 0."""
+        """The launch with its structs moved by ``address`` bytes."""
         return Launch(address + self.address, self.members, self.stride)
 
     def addresses(self) -> range:
@@ -177,12 +176,14 @@ class Launch(NamedTuple):
 
 
 def run(kernel: Any, launch: Launch, counters: np.ndarray | None = None) -> None:
-    """Runs ``kernel`` on all records at once; no more of them than :func:`available` said.
+    """Runs ``kernel`` on all members at once; they may not be more than :func:`available` said.
 
-    ``counters`` (int64): those of the barriers that the members wait at, where they do.
+    ``counters`` (int64): those of the members' barriers, if they have any.
 
-    From taking the lock until it is free again it is one call of C code, which runs no line of Python and so no signal
-    handler: a launch has not begun, or it is over.
+    Taking the lock, running and releasing the lock are one call of C code, which runs no line of Python and so no
+    signal handler: at any line of Python a launch either has not begun or has finished.
+
+    Raises RuntimeError if the system refuses the threads.
     """
     if launch.members == 1:
         kernel(launch.address)
@@ -200,11 +201,11 @@ def run(kernel: Any, launch: Launch, counters: np.ndarray | None = None) -> None
 def _run_on_pool(function: Callable, addresses: Sequence[int], counters: np.ndarray | None) -> None:
     launch = _Launch(function, addresses, counters)
     own = partial(function, launch.waiting.pop(0))
-    hand_out = [partial(worker.calls.put, (launch, member)) for member, worker in launch.workers.items()]
+    hand_out = [partial(worker.inbox.put, (launch, member)) for member, worker in launch.workers.items()]
     waits = [
-        part
+        call
         for member, worker in launch.workers.items()
-        for part in (worker.gate.wait, partial(launch.waited.append, member))
+        for call in (worker.gate.wait, partial(launch.waited.append, member))
     ]
     _in_one(*hand_out, own, *waits, abandon=launch.abandon)
     if launch.errors:
@@ -215,13 +216,13 @@ def _nothing() -> None:
     pass
 
 
-def _in_one(*parts: Callable, abandon: Callable[[], object]) -> None:
-    """Calls ``parts``, which are C code, while nobody else does; ``abandon`` where one of them fails."""
+def _in_one(*calls: Callable, abandon: Callable[[], object]) -> None:
+    """Runs ``calls``, which are C code, under the lock and without interruption; ``abandon`` if one of them fails."""
     lock, begun = _lock, list[bool]()
     try:
-        deque(map(_call, (lock.acquire, partial(begun.append, True), *parts, begun.clear, lock.release)), maxlen=0)
+        deque(map(_call, (lock.acquire, partial(begun.append, True), *calls, begun.clear, lock.release)), maxlen=0)
     except BaseException:
-        if begun:  # there was no memory for a part
+        if begun:  # there was no memory for a call
             abandon()
             lock.release()
         raise

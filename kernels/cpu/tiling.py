@@ -1,7 +1,7 @@
 """From shape, dtype and machine to block sizes: pure functions, testable anywhere.
 
-Everything here is arithmetic on small integers; nothing allocates, compiles or reads a tensor.  Figures that a choice
-rests on stand beside it.
+Everything here is arithmetic on small integers; nothing allocates, compiles or reads a tensor.  The measurements behind
+a choice are given next to it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Block:
     """The shape of a register block, and so of the packed weights."""
 
     lanes: int  # values in a vector
-    rows: int  # of a block as wide as a panel: four vectors, one a gate
+    rows: int  # of a block as wide as a panel: four vectors, one per gate
     registers: int = 32  # of the processor, for vectors
 
     @property
@@ -51,15 +51,15 @@ class Block:
         return ceil_div(values, self.lanes) * self.lanes
 
     def row_choices(self, vectors: int) -> tuple[int, ...]:
-        """The numbers of rows that a block of ``vectors`` vectors (1, 2 or 4) is compiled for.
+        """The numbers of block rows that a block of ``vectors`` vectors (1, 2 or 4) is compiled for.
 
-        Narrow blocks take more rows, to have enough independent sums in flight: a fused multiply-add takes 4 cycles and
-        two start in each, so 8 sums are the least.
+        Narrow blocks have more rows, to have enough independent sums in flight: a fused multiply-add takes 4 cycles and
+        two start per cycle, so at least 8 sums are needed.
         """
         if vectors == 4:
             return tuple(range(1, self.rows + 1))
         most = min(2 * self.rows, (self.registers - vectors - 1) // vectors)
-        return tuple(r for r in (1, 2, 4, 6, 12) if r <= most)  # fewer: each takes its time to compile
+        return tuple(r for r in (1, 2, 4, 6, 12) if r <= most)  # not all of them: each takes time to compile
 
 
 def block_shape(isa: str, dtype: torch.dtype) -> Block:
@@ -73,21 +73,21 @@ def block_shape(isa: str, dtype: torch.dtype) -> Block:
 
 
 class Core(NamedTuple):
-    """What the model of a step knows of a core; ``rate`` and ``peak`` are of float32."""
+    """Parameters of a core in the model of a step; ``rate`` and ``peak`` are for float32."""
 
-    # Share of the peak that a block of 1, 2, ... rows reaches with its weights in the second-level cache; what bounds
-    # the small ones is the reading of weights.
+    # Share of the peak that a block of 1, 2, ... rows reaches with its weights in the second-level cache; small blocks
+    # are limited by reading weights.
     rate: tuple[float, ...]
-    peak: float  # multiply-adds a nanosecond; the scale of the model, not a promise
-    cache: float  # bytes of weights that stay in the second-level cache beside everything else
-    far: float  # bytes a nanosecond that a core draws from beyond it
+    peak: float  # multiply-adds per nanosecond; the scale of the model, not a promise
+    cache: float  # bytes of weights that stay in the second-level cache next to everything else
+    far: float  # bytes per nanosecond that a core reads from beyond that cache
 
 
 def core_of(isa: str, found: caches.Caches) -> Core:
     """Rates as measured on a Xeon (AVX-512) and on an AMD EPYC (Zen 3, AVX2), by the number of registers.
 
-    ``far`` is what fits the plans that measured best: AMD's third-level caches are near (each of two cores draws 2 MiB
-    of weights at 60 bytes a nanosecond; with larger ones 30 fits), a Xeon's is across a mesh.
+    ``far`` was fitted to the plans that measured best: AMD's third-level caches are close (each of two cores reads
+    2 MiB of weights at 60 bytes per nanosecond; for larger weights 30 fits), a Xeon's is across a mesh.
     """
     width, registers = REGISTERS[isa]
     rate = (0.25, 0.45, 0.6, 0.8, 0.93, 1.0) if registers == 32 else (0.46, 0.8, 0.71, 0.91, 0.97, 1.0)
@@ -100,26 +100,26 @@ def this_core() -> Core:
     return core_of(cpu_isa(), caches.read())
 
 
-# Of a barrier each step: nanoseconds with two threads, with the fetching of the other's h; what is lost by waiting for
-# the slower; nanoseconds of each further thread (predicted, not measured).
+# A barrier in each step costs: nanoseconds with two threads, including the transfer of the other thread's h; the factor
+# by which waiting for the slower thread lengthens a step; nanoseconds per further thread (predicted, not measured).
 HANDOFF, LOCKSTEP, ARRIVAL = 1000.0, 1.08, 100.0
 MEMORY = 512 * 1024  # bytes of a chunk's gates
-# Inputs up to this are projected inside the recurrence: the traffic of z costs more than full blocks gain.  (At
-# H = I = 64 both ways tie; at H = I = 128, B = 32 the projection ahead wins by 121 to 93 GF/s: its weights stay
-# nearer.)
+# Inputs of up to this size are projected inside the recurrence: the traffic of z costs more than full blocks gain.  (At
+# H = I = 64 both are equally fast; at H = I = 128, B = 32 projecting ahead reaches 121 GF/s, not 93: its weights stay
+# in a closer cache.)
 FUSED = 64
-# With one row a member, blocks of a single row read the weights from the second-level cache for it alone: a projection
-# ahead reads W_ih once for six.  (I = H = 64, B = 1: 2.06 ms for 1000 steps fused, 1.63 ahead; I = 16: level.)
+# With one row per member, a block reads the weights from the second-level cache for a single row: projecting ahead
+# reads W_ih once for six.  (I = H = 64, B = 1: 2.06 ms for 1000 steps fused, 1.63 ahead; I = 16: equal.)
 FUSED_ONE_ROW = 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one direction of a layer is shared among threads and cut in time."""
+    """How one direction of a layer is divided among threads and into chunks of steps."""
 
-    row_groups: int  # groups of batch rows: independent, no hand-off
-    unit_groups: int  # groups of hidden units: one hand-off a step
-    chunk: int  # steps that are projected, and whose weight gradients are taken, together
+    row_groups: int  # groups of rows: independent, no barrier
+    unit_groups: int  # groups of hidden units: one barrier per step
+    chunk: int  # steps that are projected together, and whose weight gradients are computed together
     fused: bool  # the input projection runs inside the recurrence, not ahead of it
 
     @property
@@ -128,14 +128,14 @@ class Plan:
 
 
 def step_time(rows: int, units: int, depth: int, size: int, core: Core) -> float:
-    """Modelled nanoseconds of one thread's share of a step: ``rows`` x 4 ``units`` sums of ``depth`` terms."""
-    count = ceil_div(rows, len(core.rate))  # blocks, as even as can be
+    """Modelled nanoseconds of one thread in a step: ``rows`` x 4 ``units`` sums of ``depth`` terms."""
+    count = ceil_div(rows, len(core.rate))  # blocks, as equal as possible
     smaller, larger = rows // count, rows % count
     blocks = (count - larger) * smaller / core.rate[smaller - 1]
     blocks += larger * (smaller + 1) / core.rate[smaller] if larger else 0.0
     arithmetic = blocks * 4 * units * depth / (core.peak * 4 / size)
-    weights = 4 * units * depth * size
-    return arithmetic if weights <= core.cache else max(arithmetic, weights / core.far)
+    weight_bytes = 4 * units * depth * size
+    return arithmetic if weight_bytes <= core.cache else max(arithmetic, weight_bytes / core.far)
 
 
 def shared_step_time(
@@ -149,11 +149,11 @@ def shared_step_time(
     size: int,
     core: Core,
 ) -> float:
-    """Modelled nanoseconds of a step that so many groups share."""
+    """Modelled nanoseconds of a step that is divided into so many groups."""
     rows = ceil_div(batch, row_groups)
     units = ceil_div(ceil_div(hidden, block.lanes), unit_groups) * block.lanes
     time = step_time(rows, units, depth, size, core)
-    # The projection joins rows of several steps, so it always fills its blocks.
+    # The projection joins tokens of several steps, so it always fills its blocks.
     time += rows * units * 4 * inputs / (core.peak * 4 / size)
     return time if unit_groups == 1 else time * LOCKSTEP + HANDOFF + ARRIVAL * (row_groups * unit_groups - 2)
 
@@ -173,10 +173,10 @@ def plan(
 ) -> Plan:
     """The plan for one direction; ``depth`` is P or H (what the recurrence sums over), ``inputs`` is I.
 
-    Threads take batch rows where there are enough to fill a block each and the weights fit every thread's cache: no
-    thread waits for another within a chunk.  Otherwise they take hidden units, each keeps its own weights close, and
-    a hand-off joins them each step.  The results do not depend on the choice, and the chunk does not depend on
-    ``threads``.  ``core``: this machine's, unless given.
+    Threads get rows if there are enough to fill a block for each and the weights fit every thread's cache: then no
+    thread waits for another within a chunk.  Otherwise they get hidden units, each keeps its own weights in its cache,
+    and a barrier joins them in each step.  The results do not depend on the choice, and the chunk does not depend on
+    ``threads``.  ``core``: this machine's if None.
     """
     core = core or this_core()
     panels = ceil_div(hidden, block.lanes)
@@ -190,43 +190,44 @@ def plan(
             best = min(best, (time, members, unit_groups))
     _, members, unit_groups = best
     row_bytes = 4 * panels * block.lanes * size
-    if backward:  # weight gradients are read and written once a chunk; more rows where that traffic counts
-        chunk_rows = 256 if 4 * panels * block.lanes * (depth + inputs) * size <= GRADIENTS else 512
+    if backward:  # weight gradients are read and written once per chunk; more tokens if that traffic counts
+        chunk_tokens = 256 if 4 * panels * block.lanes * (depth + inputs) * size <= GRADIENTS else 512
     else:
-        chunk_rows = min(max(MEMORY // row_bytes, 96), 4096)
-    chunk = max(1, min(steps, chunk_rows // batch))
+        chunk_tokens = min(max(MEMORY // row_bytes, 96), 4096)
+    chunk = max(1, min(steps, chunk_tokens // batch))
     row_groups = members // unit_groups
     fused = inputs <= (FUSED_ONE_ROW if row_groups == batch else FUSED)
     return Plan(row_groups, unit_groups, chunk, fused)
 
 
-# Bytes of weight gradients that are worth reading and writing once a chunk of 256 rows, and by each of two parts.
+# Bytes of weight gradients up to which a chunk has 256 tokens, and a batch two parts.
 GRADIENTS = 1.25e6
-# A batch is cut in two from so many rows on; in more where each part has as many, and steps of so many units; parts.
+# Rows from which a batch has two parts, and rows per part if it has more; rows times units per part then; most parts.
 PART_ROWS, PART_STEP, MOST_PARTS = 8, 512, 8
 
 
 def parts(batch: int, hidden: int, depth: int, inputs: int, block: Block, size: int, directions: int) -> int:
-    """Into how many parts of the batch a backward is cut, each with weight gradients of its own, added up at the end.
+    """The number of parts of the batch in a backward, each with weight gradients of its own, added up at the end (the
+    field's split-K).
 
-    A thread then multiplies what it has just written, and waits for nobody until all is done.  With one set of weight
-    gradients every thread reads the rows of all, and waits twice a chunk: two threads lost to two processes with half
-    the batch each by 1.57 at H = 16, 1.24 at H = 64, 1.1 at H = 128 (B = 32).  Two directions are two parts by
-    themselves (cut in four, H = 64, B = 8 took 1.1 times as long).  The number decides the bits, so it may not depend
-    on the number of threads: it is a power of two, and what more threads than two would want.  Two threads lose 3
-    to 6 % by four parts instead of two at B = 32 and H = 64 or 128, nothing by eight at B = 64 (AMD EPYC, Zen 3); at
-    H = 16 and at H = 256 they would lose 10 %, and two it is.  A part may still be shared among several threads, and a
-    thread works off several parts.
+    A thread then multiplies what it has just written and does not wait for other threads until the end.  With one set
+    of weight gradients every thread reads the tokens of all, and waits twice per chunk: two threads lost to two
+    processes with half the batch each by 1.57 at H = 16, 1.24 at H = 64, 1.1 at H = 128 (B = 32).  Two directions are
+    already two parts (split into four, H = 64, B = 8 took 1.1 times as long).  The number decides the bits, so it may
+    not depend on the number of threads: it is a power of two, chosen for more threads than two.  Two threads lose 3 to
+    6 % with four parts instead of two at B = 32 and H = 64 or 128, nothing with eight at B = 64 (AMD EPYC, Zen 3); at
+    H = 16 and at H = 256 they would lose 10 %, so there are two.  A part may still be divided among several threads,
+    and a thread may process several parts.
     """
-    weights = 4 * ceil_div(hidden, block.lanes) * block.lanes * max(depth, inputs) * size
-    if batch < PART_ROWS or weights > GRADIENTS:
+    weight_bytes = 4 * ceil_div(hidden, block.lanes) * block.lanes * max(depth, inputs) * size
+    if batch < PART_ROWS or weight_bytes > GRADIENTS:
         return 1
-    worth = min(batch // PART_ROWS, batch * hidden // PART_STEP, MOST_PARTS) if weights <= GRADIENTS / 4 else 2
+    worth = min(batch // PART_ROWS, batch * hidden // PART_STEP, MOST_PARTS) if weight_bytes <= GRADIENTS / 4 else 2
     most = max(1, max(2, worth) // directions)
     return 1 << most.bit_length() - 1
 
 
-# Multiply-adds that are over before one more thread has woken (about 30 microseconds).
+# Multiply-adds that take as long as waking one more thread (about 30 microseconds).
 WORTH_A_THREAD = 1_000_000
 
 
@@ -235,27 +236,27 @@ def threads_worth(multiply_adds: int) -> int:
     return 1 + multiply_adds // WORTH_A_THREAD
 
 
-def ragged_chunks(alive: np.ndarray, room: int) -> np.ndarray:
-    """Borders of chunks of steps with as many rows together as ``room`` has place for; ``alive``: (T,) rows of a step.
+def ragged_chunks(active: np.ndarray, room: int) -> np.ndarray:
+    """Borders of chunks of steps, each as long as ``room`` tokens allow; ``active``: (T,) rows of each step.
 
-    ``room`` is no less than the rows of a step.
+    ``room`` is no less than the rows of any step.
     """
-    before = np.concatenate(([0], np.cumsum(alive)))
+    before = np.concatenate(([0], np.cumsum(active)))
     borders = [0]
-    while borders[-1] < len(alive):
+    while borders[-1] < len(active):
         borders.append(int(np.searchsorted(before, before[borders[-1]] + room, side="right")) - 1)
     return np.array(borders, np.int64)
 
 
 def balanced_rows(batch_sizes, batch: int, groups: int) -> list[int]:
-    """Borders of ``groups`` ranges of the sorted rows with about equal numbers of (step, row) pairs.
+    """Borders of ``groups`` ranges of the sorted rows with about equal numbers of tokens.
 
-    ``batch_sizes``: (T,) NumPy array, never increasing, or None where all rows live for all steps.
+    ``batch_sizes``: (T,) NumPy array, never increasing, or None if all rows have all steps.
     """
     if batch_sizes is None or groups == 1:
         return [batch * g // groups for g in range(groups + 1)]
     lengths = (batch_sizes[None, :] > np.arange(batch)[:, None]).sum(1)
     middles = (2 * np.cumsum(lengths) - lengths) * groups
-    # A row that lies across the end of a share belongs where more of it lies; groups that are left over are empty.
+    # A row that crosses a border goes to the group that holds most of it; surplus groups are empty.
     ends = np.searchsorted(middles, 2 * lengths.sum() * np.arange(1, groups))
     return [0, *map(int, ends), batch]

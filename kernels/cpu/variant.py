@@ -1,4 +1,4 @@
-"""What a kernel is compiled for."""
+"""Compile-time parameters of a kernel."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .vector import SIZE
 class Variant(NamedTuple):
     """Dtypes, by NumPy's names, and the shape of register blocks."""
 
-    scalar: str  # computed in
-    storage: str  # of the tensors
+    scalar: str  # dtype of the computation
+    storage: str  # dtype of the caller's tensors
     block: Block
-    fast_reciprocal: bool  # AVX-512's estimate in place of a division
+    fast_reciprocal: bool  # AVX-512's estimate instead of a division
 
     @property
     def key(self) -> str:
-        """What tells the compiled code of this variant from that of others."""
+        """A name that is different for each variant."""
         block = self.block
         fast = "_fast" if self.fast_reciprocal else ""
         return f"{self.scalar}_{self.storage}_{block.lanes}x{block.rows}of{block.registers}{fast}"
@@ -32,12 +32,12 @@ class Variant(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of a value that is computed with."""
+        """Bytes of a value of ``scalar``."""
         return SIZE[self.scalar]
 
     @property
     def stored(self) -> int:
-        """Bytes of a value of a tensor."""
+        """Bytes of a value of ``storage``."""
         return SIZE[self.storage]
 
     @property
@@ -46,5 +46,5 @@ class Variant(NamedTuple):
 
     @property
     def gate_bytes(self) -> int:
-        """Of one row in one panel: four vectors, one a gate."""
+        """Bytes of one row of one panel: four vectors, one per gate."""
         return 4 * self.vector_bytes

@@ -1,8 +1,7 @@
-"""A vector type for Numba: LLVM vectors, and what emits code for them.
+"""A vector type for Numba: LLVM vectors, and code generation for them.
 
-What the source says is what the machine runs: nothing is left to the loop vectoriser (which made the cell eight times
-slower when it was asked to).  Lanes need not match the machine: LLVM splits a wide vector, at the price of registers;
-``tiling.py`` chooses.
+The machine runs what the source says: nothing is left to the loop vectoriser, which made the cell eight times slower.
+Lanes need not match the machine: LLVM splits a wide vector, at the cost of registers; ``tiling.py`` chooses.
 
 Arithmetic carries LLVM's ``contract`` flag: ``a * b + c`` may become one fused multiply-add.  Nothing else is
 relaxed, so NaN and Inf behave as in the formula.
@@ -80,17 +79,17 @@ def _operator(op, emit):
     infer_global(op)(VectorOperator)
 
     def lower(context, builder, sig, args):
-        def vector(value, kind):
-            if isinstance(kind, Vector):
+        def vector(value, given):
+            if isinstance(given, Vector):
                 return value
-            scalar = context.cast(builder, value, kind, getattr(types, sig.return_type.scalar))
+            scalar = context.cast(builder, value, given, getattr(types, sig.return_type.scalar))
             return splat(builder, scalar, sig.return_type.lanes)
 
         a, b = (vector(v, k) for v, k in zip(args, sig.args, strict=True))
         return emit(builder)(a, b, flags=CONTRACT)
 
-    for kinds in ((Vector, Vector), (Vector, types.Float), (types.Float, Vector)):
-        lower_builtin(op, *kinds)(lower)
+    for operands in ((Vector, Vector), (Vector, types.Float), (types.Float, Vector)):
+        lower_builtin(op, *operands)(lower)
 
 
 _operator(operator.add, lambda builder: builder.fadd)
@@ -137,7 +136,7 @@ def narrow(builder, value, storage, lanes):
 
 
 def join(builder, vectors):
-    """One vector of all the lanes of ``vectors``, a power of two of them."""
+    """One vector of all the lanes of ``vectors``, whose number is a power of two."""
     while len(vectors) > 1:
         lanes = ir.Constant(ir.VectorType(I32, 2 * vectors[0].type.count), list(range(2 * vectors[0].type.count)))
         vectors = [builder.shuffle_vector(a, b, lanes) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
@@ -156,9 +155,9 @@ def split(builder, vector, parts):
     ]
 
 
-def joining(kind: Vector, number: int) -> tuple[Callable, Callable]:
-    """For kernels: a tuple of ``number`` vectors as one, and the other way."""
-    tuple_type, wide = types.UniTuple(kind, number), Vector(kind.scalar, number * kind.lanes)
+def joining(vector: Vector, number: int) -> tuple[Callable, Callable]:
+    """For kernels: (a tuple of ``number`` vectors to one, the inverse)."""
+    tuple_type, wide = types.UniTuple(vector, number), Vector(vector.scalar, number * vector.lanes)
 
     @intrinsic
     def join_vectors(typingctx, vectors):

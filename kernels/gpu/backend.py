@@ -1,21 +1,21 @@
 """The Triton backend of the contract: host code, from tensors to launches and back.
 
-A layer is three parts.  Before the recurrence, one large product: z = W_ih x + b_ih + b_hh for all steps.  The
-recurrence, one launch for both directions, of the design that ``tiling.plan`` chooses.  After it, in backward,
+A layer has three stages.  Before the recurrence, one large product: z = W_ih x + b_ih + b_hh for all steps.  The
+recurrence, one launch for both directions, of the design that ``tiling.choose_design`` chooses.  After it, in backward,
 large products again: dx, dW_ih, dW_hh, and the sums for the biases.  The large ones are cuBLAS's (``torch.addmm``).
 
 The kernels know neither h_0 nor projections:
 
 * h_0 enters through z: z of a row's first step gets W_hh h_0 added, and dh_0 = W_hh^T dz of that step.
 * With a projection, h = W_hr m, the recurrence is one of m with the weights W_hh W_hr, which have the shape that W_hh
-  would have without one: one hand-off a step instead of two.  y = W_hr m afterwards, for all steps at once.
+  would have without one: one hand-off per step instead of two.  y = W_hr m afterwards, for all steps at once.
 
-Rows are kept flat (``flat_rows.py``).  A dense call can be captured into a CUDA graph, after one outside of it; where
-the host knows the lengths it copies a table from there.  The host waits for nothing, whoever knows them: what goes
-wrong on the device is told by a later call (``status.py``).
+Rows are kept flat (``flat_rows.py``).  A dense call can be captured into a CUDA graph, after one call outside the
+graph; if the host knows the lengths, it copies a table to the device.  The host never waits, wherever the lengths are:
+errors on the device are raised by a later call (``status.py``).
 
-T time, B batch, N alive rows over all steps (with lengths on the device: T * B, of which the last are no rows, see
-``flat_rows.py``), I input, H hidden, P projection (H where there is none), D directions.
+T time, B batch, N tokens: (step, row) pairs (with lengths on the device: T * B, of which the last are padding, see
+``flat_rows.py``), I input, H hidden, P projection (H without one), D directions.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ def supports(layer: Layer) -> str | None:
 
 
 def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """See the contract: the gates, the cells, and with a projection what it is of."""
+    """See the contract: the gates, the cells, and with a projection m = o tanh(c)."""
     D, H = layer.directions, layer.hidden_size
     shapes = [((D, room, layer.gates), layer.dtype), ((D, room, H), torch.float32), ((room, D * H), layer.dtype)]
     return shapes if layer.projected else shapes[:2]
 
 
 def measured(device: torch.device) -> bool:
-    """Whether the choice of ``"auto"`` on this device rests on measurements."""
+    """Whether the rules of ``"auto"`` were measured on a device like this."""
     if device.type != "cuda" or INTERPRETED.value:
         return False
     least = tiling.MEASURED.get(torch.cuda.get_device_capability(device))
@@ -90,7 +90,7 @@ def measured(device: torch.device) -> bool:
 
 
 def describe(layer: Layer) -> str:
-    """The designs that such a layer would run, for people to read."""
+    """The designs that such a layer would run, as text for users."""
     forward, backward = (launch.design_of(layer, backward) for backward in (False, True))
     return f"forward {forward}" + (f"; backward {backward}" if layer.training else "")
 
@@ -112,7 +112,7 @@ def prewarm(layer: Layer, *, training: bool) -> None:
 
 @contextmanager
 def products(dtype: torch.dtype) -> Iterator[None]:
-    """The large products in the precision that torch's setting for RNNs asks for, as cuDNN would take them."""
+    """Sets the precision of large products to torch's setting for RNNs, which cuDNN would use."""
     matmul = torch.backends.cuda.matmul
     wanted = "tf32" if launch.tf32() else "ieee"
     if dtype != torch.float32 or (before := matmul.fp32_precision) == wanted:
@@ -132,7 +132,7 @@ def _recurrent_weights(weights: tuple[Weights, ...]) -> Tensor:
 
 
 def _channel(recurrence: Recurrence, rows: FlatRows, *shape: int, dim: int) -> Tensor:
-    """Integers of the dtype's size, all -1: nothing written yet; 0 in the tail of N, which is ``shape[dim]``."""
+    """Integers of the dtype's size, all -1: not written yet; 0 in the tail of N, which is ``shape[dim]``."""
     if rows.tail is None:
         return torch.full(shape, -1, dtype=recurrence.bits, device=rows.device)
     return (rows.tail.to(recurrence.bits) - 1).view(-1, *[1] * (len(shape) - dim - 1)).expand(shape).contiguous()
@@ -140,7 +140,7 @@ def _channel(recurrence: Recurrence, rows: FlatRows, *shape: int, dim: int) -> T
 
 def forward(call: Call, *, save: bool = False, cells: bool = False) -> Forward:
     """See the contract."""
-    word = status.check(call.layer.device)
+    word = status.raise_pending(call.layer.device)
     flat = FlatRows(call.rows, call.layer.device, call.reset)
     recurrence = launch.recurrence_of(call.layer, flat, False, ("SAVE",) if save or cells else ())
     gates = _entering_gates(call, flat)
@@ -163,7 +163,7 @@ def forward(call: Call, *, save: bool = False, cells: bool = False) -> Forward:
 
 
 def _entering_gates(call: Call, flat: FlatRows) -> Tensor:
-    """(D, N, 4H): z without its recurrent part, but with that of h_0 in each row's first step."""
+    """(D, N, 4H): z without its recurrent part, except for that of h_0 in each row's first step."""
     x = flat.flat(call.input)
     gates = call.input.new_empty(call.layer.directions, flat.total, call.layer.gates)
     with products(call.layer.dtype):
@@ -180,7 +180,7 @@ def _entering_gates(call: Call, flat: FlatRows) -> Tensor:
 def _run_forward(
     call: Call, flat: FlatRows, recurrence: Recurrence, gates: Tensor, recurrent: Tensor, word: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """m (N, D * H), that is o tanh(c); every c_t (D, N, H) where they are kept; the last ones (D, B, H), sorted."""
+    """m = o tanh(c) (N, D * H); every c_t (D, N, H) if they are kept; the last ones (D, B, H), sorted."""
     D, H, N, new = call.layer.directions, call.layer.hidden_size, flat.total, call.input.new_empty
     if call.c_0 is None:
         c = torch.zeros(call.layer.c_shape, dtype=torch.float32, device=flat.device)
@@ -188,7 +188,7 @@ def _run_forward(
         c = flat.sorted(call.c_0).to(torch.float32, copy=True).contiguous()
     if flat.wrong is not None:
         status.note(flat.device, flat.wrong)
-        c.masked_fill_(flat.wrong, torch.nan)  # no number of theirs shall look right
+        c.masked_fill_(flat.wrong, torch.nan)  # so that none of their results looks valid
     kept = new(D, N, H, dtype=torch.float32) if "SAVE" in recurrence.given else None
     tensors: dict[str, Tensor | None]
     if recurrence.design.kind == "resident":
@@ -198,7 +198,7 @@ def _run_forward(
         bits, row = _channel(recurrence, flat, N, D, recurrence.row, dim=0), recurrence.row
         m = bits.view(call.layer.dtype)[..., :H]
         if row > H:
-            bits[..., H:] = 0  # nobody writes these, and nobody may wait for them
+            bits[..., H:] = 0  # no program writes these, so none may wait for them
             recurrent = torch.nn.functional.pad(recurrent, (0, row - H))
         tensors = {"h": bits, "h_words": bits.view(torch.int32), "gates": gates, "cells": kept, "c": c}
         tensors |= {"status": word, "w_words": recurrent.view(torch.int32)}
@@ -224,7 +224,7 @@ def _last_states(call: Call, flat: FlatRows, y: Tensor) -> Tensor:
     h_n = y.new_empty(call.layer.h_shape)
     for d in range(call.layer.directions):
         h_n[d, : flat.starting] = flat.take(y, d, False)[:, d * P : (d + 1) * P]
-        if flat.may_pass:  # rows without a step end where they begin
+        if flat.may_pass:  # rows without a step keep their initial state
             flat.passes(h_n[d], None if call.h_0 is None else flat.sorted(call.h_0)[d])
     return h_n
 
@@ -240,12 +240,12 @@ def backward(
     gate_rows: int = 0,
 ) -> Gradients:
     """See the contract."""
-    word, layer = status.check(call.layer.device), call.layer
+    word, layer = status.raise_pending(call.layer.device), call.layer
     flat = FlatRows(call.rows, layer.device, call.reset)
-    gates, cells, *projected = (each.contiguous() for each in saved)  # a saved-tensors hook may have brought them
+    gates, cells, *projected = (each.contiguous() for each in saved)  # a saved-tensors hook may have replaced them
     dy = None if grads.output is None else flat.flat(grads.output)
     dh_n = None if grads.h_n is None else flat.sorted(grads.h_n).contiguous()
-    dm, dm_n = dy, dh_n  # of m = o tanh(c): of h where there is no projection
+    dm, dm_n = dy, dh_n  # gradients of m = o tanh(c), which is h without a projection
     with products(layer.dtype):
         if layer.projected:
             dm, dm_n = _before_projection(call, dy, dh_n)
@@ -286,7 +286,7 @@ def _run_backward(
     flat: FlatRows,
     recurrence: Recurrence,
     grad_c_n: Tensor | None,
-    others: dict[str, Tensor | None],  # what else the kernel reads, by name
+    others: dict[str, Tensor | None],  # the kernel's other inputs by name
     word: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dz (D, N, 4H); the gradient of c_0 (D, B, H), sorted; sums of squares (2, D, slices, T, B) for the norms."""
@@ -311,7 +311,7 @@ def _run_backward(
 
 
 class _Products:
-    """The large products behind a backward recurrence, from the dz (D, N, 4H) of all steps."""
+    """The large products after a backward recurrence, from the dz (D, N, 4H) of all steps."""
 
     def __init__(self, call: Call, flat: FlatRows, dz: Tensor, dy: Tensor | None, dh_n: Tensor | None) -> None:
         self.call, self.flat, self.dz = call, flat, dz
@@ -320,7 +320,7 @@ class _Products:
     def gradients(
         self, y: Tensor, projected: list[Tensor], needs: Needs, norms: bool
     ) -> tuple[Tensor | None, Tensor | None, tuple[WeightGradients, ...], list[Tensor]]:
-        """dx (N, I), dh_0 (D, B, P) sorted, of the weights, and what arrives at h_t where the kernel knows m only."""
+        """dx (N, I), dh_0 (D, B, P) sorted, those of the weights, and with a projection those that arrive at h_t."""
         call, flat = self.call, self.flat
         x = flat.flat(call.input) if needs.weights else None
         dx: Tensor | None = None
@@ -340,12 +340,12 @@ class _Products:
         return dx, dh_0, tuple(weights), arrived
 
     def _of_direction(self, tensor: Tensor, d: int) -> Tensor:
-        """(N, P) of (N, D * P)."""
+        """The part (N, P) of one direction of (N, D * P)."""
         P = self.call.layer.width
         return tensor[:, d * P : (d + 1) * P]
 
     def _enter(self, dh_0: Tensor, d: int) -> None:
-        """Writes the gradient (B, P) of the h that entered each row's first step."""
+        """Writes the gradient (B, P) of the h that enters each row's first step."""
         flat = self.flat
         first = flat.take(self.dz[d], d, True) @ self.call.weights[d].weight_hh
         dh_0[: flat.starting] = flat.unless_reset(first, d)
@@ -374,10 +374,10 @@ class _Products:
 
 
 def _column_sums(x: Tensor) -> Tensor:
-    """Of (N, M), summed in float32 (of 16 bits as cuBLAS does)."""
+    """Column sums of (N, M), accumulated in float32 (for 16-bit types by cuBLAS)."""
     if x.dtype == torch.float32:
         return x.sum(0)
-    return (x.new_ones(1, len(x)) @ x).squeeze(0)  # torch's sum takes a workspace of twice the size of ``x``
+    return (x.new_ones(1, len(x)) @ x).squeeze(0)  # torch's sum needs a workspace of twice the size of ``x``
 
 
 def _magnitudes(flat: FlatRows, squares: Tensor, arrived: list[Tensor]) -> Tensor:
@@ -391,6 +391,6 @@ def _magnitudes(flat: FlatRows, squares: Tensor, arrived: list[Tensor]) -> Tenso
 
 def _gate_statistics(flat: FlatRows, gates: Tensor, hidden: int, wanted: int) -> GateStatistics:
     rows = torch.tensor(list(sampled_rows(flat.begun(), wanted)), dtype=torch.int64, device=flat.device)
-    index, alive = flat.places(rows)
+    index, active = flat.places(rows)
     sample = gates[:, index].float().unflatten(-1, (GATES, hidden))  # (D, T, R, 4, H)
-    return statistics(sample[..., [0, 1, 3], :].movedim(-2, 0), alive)
+    return statistics(sample[..., [0, 1, 3], :].movedim(-2, 0), active)

@@ -1,17 +1,17 @@
 """Device functions that the Triton kernels of both designs share.
 
-Legend of every kernel: T time, B batch, N alive rows over all steps, H hidden, D directions; in one program (CTA)
-U units of H, BT rows of B, K terms of a sum, KW parts of it (one a warp), KS terms of a part.  The weights are the
+Legend of every kernel: T time, B batch, N tokens: (step, row) pairs, H hidden, D directions; in one program (CTA)
+U units of H, BT rows of B, K terms of a sum, KW slices of K (one per warp), KS terms of a slice.  The weights are the
 left operand of the tensor cores, (gates or units, terms), and h or dz the right one, (terms, rows): the 16 rows of an
 instruction suit gates, its 8 columns a batch, so that eight rows of a batch are a full tile.  All else is
-(rows, units), as it lies in memory.
+(rows, units), as in memory.
 
-**Order of gates in a tile.**  A tile's 4U rows of weights come as blocks of 32: eight units' i, then their f, g, o.  In
+**Order of gates in a tile.**  A tile's 4U rows of weights are groups of 32: eight units' i, then their f, g, o.  In
 the accumulator of an m16n8 instruction a thread then holds all four gates of the same units, so taking the gates
 apart (``collect``) moves nothing between threads.
 
-**Rows.**  (t, row) lies at ``position``: ``t * step + row * stride`` where the batch is dense, ``offsets[t] + row``
-where rows are packed; every tensor of a call has this order, times its width.  All of it in 64 bits.
+**Tokens.**  (t, row) is at ``position``: ``t * step + row * stride`` if the batch is dense, ``offsets[t] + row`` if
+rows are packed; every tensor of a call has this order, times its width.  Positions have 64 bits.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from triton import knobs
 
 from .. import cell
 
-# Under the interpreter a product takes float32 operands: its bfloat16 is not to be trusted there.
+# Under the interpreter a product takes float32 operands: its bfloat16 is not reliable.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
-# (The interpreter calls plain functions as they are, and wants no others that know nothing of Triton.)
+# (Under the interpreter these have to be plain functions.)
 _jit = (lambda function: function) if INTERPRETED.value else triton.jit
 cell_state = _jit(cell.cell_state)
 hidden_state = _jit(cell.hidden_state)
@@ -36,13 +36,13 @@ cell_grad_prev = _jit(cell.cell_grad_prev)
 
 @triton.jit
 def exp2_approx(x):
-    """2^x by one instruction, within 2 roundings of float32; results below 2^-126 are 0."""
+    """2^x in one instruction, within 2 roundings of float32; results below 2^-126 are 0."""
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def reciprocal_approx(x):
-    """1 / x by one instruction, within a rounding of float32; 0 for infinity."""
+    """1 / x in one instruction, within a rounding of float32; 0 for infinity."""
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
@@ -50,8 +50,8 @@ def reciprocal_approx(x):
 def sigmoid(x, DTYPE: tl.constexpr):
     """1 / (1 + exp(-x)): saturates to 0 and 1, NaN stays NaN.
 
-    For 16-bit calls without the care for subnormal numbers, which takes a step of the resident design twice as many
-    instructions; the error stays that of float32, for a forget gate of 0.9999 has to be told from 1.
+    For 16-bit calls without exact subnormal numbers, which would double the instructions of a step of the resident
+    design; the error is still that of float32, because a forget gate of 0.9999 has to differ from 1.
     """
     if INTERPRETED or tl.float32 == DTYPE:
         return 1.0 / (1.0 + tl.exp(-x))
@@ -61,10 +61,10 @@ def sigmoid(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def tanh(x, DTYPE: tl.constexpr):
-    """tanh(x); of float32 to a few roundings: 1 - 2 / (exp(2|x|) + 1), and a series where that would cancel.
+    """tanh(x); for float32 to a few roundings: 1 - 2 / (exp(2|x|) + 1), and a series where that would cancel.
 
-    The series is that of tanh up to x^11; at |x| = 0.35 what it leaves out is below 1e-7 of the value.  float16 does
-    without it, with an error of 2e-7, less than the distance of its smallest numbers times four.  For bfloat16 there
+    The series is that of tanh up to x^11; at |x| = 0.35 its error is below 1e-7 of the value.  float16 does not need
+    it: without, the error is 2e-7, less than four times the distance of its smallest numbers.  For bfloat16 there
     is an instruction, with a relative error of 2^-11, a quarter of a rounding.
     """
     if INTERPRETED or tl.float32 == DTYPE:
@@ -83,7 +83,7 @@ def tanh(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b over the last two dimensions; ``PRECISION`` counts for float32 operands only."""
+    """acc + a b over the last two dimensions; ``PRECISION`` applies to float32 operands only."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
@@ -92,7 +92,7 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def tile_row(m, first, H: tl.constexpr):
-    """The row of a (4H, ·) tensor that row ``m`` of a tile holds, and its unit, which may lie beyond H."""
+    """The row of a (4H, ·) tensor that row ``m`` of a tile holds, and its unit, which may be beyond H."""
     unit = first + (m // 32) * 8 + m % 8
     return (m // 8) % 4 * H + unit, unit
 
@@ -101,11 +101,11 @@ def tile_row(m, first, H: tl.constexpr):
 def collect(acc, PARTS: tl.constexpr, GATES: tl.constexpr, U: tl.constexpr, BT: tl.constexpr, THREADS: tl.constexpr):
     """The sum over PARTS of (PARTS, GATES U, BT), rows in a tile's order; a tuple of GATES tensors (BT, U).
 
-    One exchange through shared memory, after which a thread has all parts and all gates of its entries, laid out as
-    loads and stores of (BT, U) are.  ``tl.sum`` across warps instead leaves a copy with every warp, a layout that
-    Triton carries on into all arithmetic that follows: eight times the work and the registers (340 spills in the
-    resident backward), and a shuffle for each step of each sum.  The exchange is forced by a scan over an axis of one,
-    which does nothing but start from the default layout.
+    One exchange through shared memory, after which a thread has all slices and all gates of its entries, in the layout
+    of loads and stores of (BT, U).  ``tl.sum`` across warps instead leaves a copy with every warp, a layout that
+    Triton keeps for all arithmetic that follows: eight times the work and the registers (340 spills in the resident
+    backward), and a shuffle for each step of each sum.  The exchange is forced by a scan over an axis of one, whose
+    only effect is to start from the default layout.
     """
     E: tl.constexpr = (BT * U // THREADS) if BT * U > THREADS else 1  # neighbours in a row, of one thread
     if GATES == 4:
@@ -135,7 +135,7 @@ def gates_to(i, f, g, o, U: tl.constexpr, BT: tl.constexpr):
 
 @triton.jit
 def load_gates(gates, o_t, o_u, m, H: tl.constexpr):
-    """i, f, g and o (BT, U) of a step from (N, 4H), or z of them; ``o_t`` (BT, 1): where its rows lie."""
+    """i, f, g and o (BT, U) of a step, or their z, from (N, 4H); ``o_t`` (BT, 1): the positions of its rows."""
     p = gates + o_t * (4 * H) + o_u
     return (
         tl.load(p, mask=m, other=0.0),
@@ -147,7 +147,7 @@ def load_gates(gates, o_t, o_u, m, H: tl.constexpr):
 
 @triton.jit
 def store_gates(gates, o_t, o_u, i, f, g, o, m, H: tl.constexpr):
-    """The inverse of ``load_gates``, of gates or of their gradients."""
+    """The inverse of ``load_gates``, for gates or their gradients."""
     p = gates + o_t * (4 * H) + o_u
     tl.store(p, i, mask=m)
     tl.store(p + H, f, mask=m)
@@ -157,9 +157,9 @@ def store_gates(gates, o_t, o_u, i, f, g, o, m, H: tl.constexpr):
 
 @triton.jit
 def forward_step(z_i, z_f, z_g, z_o, r_i, r_f, r_g, r_o, m_r, c_before, DTYPE: tl.constexpr):
-    """(i, f, g, o, c, h) of a step, in float32; r, what the h before it adds to z, counts where ``m_r`` is set.
+    """(i, f, g, o, c, h) of a step, in float32; r, the recurrent part of z, is added where ``m_r`` is set.
 
-    Elsewhere z has all of W_hh h_0 already, and zero times the weights, which may be infinite, is not nothing.
+    Elsewhere z includes W_hh h_0 already, and r, zero times weights that may be infinite, may be NaN.
     """
     i = sigmoid(z_i.to(tl.float32) + tl.where(m_r, r_i, 0.0), DTYPE)
     f = sigmoid(z_f.to(tl.float32) + tl.where(m_r, r_f, 0.0), DTYPE)
@@ -181,14 +181,14 @@ def backward_step(dc, dh, i, f, g, o, c, c_before, DTYPE: tl.constexpr):
 
 @triton.jit
 def square_sum(x, mask):
-    """(BT,), of each row of ``x``; in float64: the squares of a vanishing gradient would underflow in float32."""
+    """(BT,): the sum of squares of each row; in float64: those of a vanishing gradient would underflow in float32."""
     wide = tl.where(mask, x, 0.0).to(tl.float64)
     return tl.sum(wide * wide, 1)
 
 
 @triton.jit
 def store_norms(norms, slice, slices, t, row, dh, dc, m, m_row, T, B):
-    """Squares of what arrives at h and c of step t, summed over a slice's units; to (2, slices, T, B).
+    """Writes sums over a slice's units of the squared gradients at h and c of step t to (2, slices, T, B).
 
     ``slice``: of all directions, of which there are ``slices``; ``row`` and ``m_row`` (BT,).
     """
@@ -199,7 +199,7 @@ def store_norms(norms, slice, slices, t, row, dh, dc, m, m_row, T, B):
 
 @triton.jit
 def position(t, row, offsets, step, stride, RAGGED: tl.constexpr):
-    """Where (t, row) lies, in rows, 64 bits."""
+    """The position of (t, row), in tokens, 64 bits."""
     if RAGGED:
         return tl.load(offsets + t) + row
     else:
@@ -207,8 +207,8 @@ def position(t, row, offsets, step, stride, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def alive(t, row, offsets, B, exists, RAGGED: tl.constexpr):
-    """Whether ``row`` has a step t, which must be one of 0 ... T - 1; no row has where ``exists`` is false."""
+def active(t, row, offsets, B, exists, RAGGED: tl.constexpr):
+    """Whether ``row`` has a step t, which must be one of 0 ... T - 1; false if ``exists`` is false."""
     rows = B
     if RAGGED:
         rows = tl.load(offsets + t + 1) - tl.load(offsets + t)
@@ -217,10 +217,10 @@ def alive(t, row, offsets, B, exists, RAGGED: tl.constexpr):
 
 @triton.jit
 def extent(t, offsets, B, exists, step, RAGGED: tl.constexpr):
-    """Where step t begins, in rows, and how many rows it has: none where it does not ``exists``.  Scalars.
+    """The first token of step t and its number of rows, which is 0 if ``exists`` is false.  Scalars.
 
-    For what a loop carries from one step to the next: masks and positions made of these are free in any layout, while
-    tensors that are carried are laid out once and go through shared memory for each other layout, with two barriers.
+    For what a loop carries from one step to the next: masks and positions computed from these are free in any layout,
+    while carried tensors have one layout and go through shared memory for each other one, with two barriers.
     """
     if RAGGED:
         begin = tl.load(offsets + t)
@@ -231,7 +231,7 @@ def extent(t, offsets, B, exists, step, RAGGED: tl.constexpr):
 
 @triton.jit
 def to_bits(x, DTYPE: tl.constexpr, BITS: tl.constexpr):
-    """``x`` in DTYPE as integers, never -1: of all NaNs, that one says "not written yet" (see ``receive``)."""
+    """``x`` in DTYPE as integers, never -1: that one NaN means "not written yet" (see ``receive``)."""
     bits = x.to(DTYPE).to(BITS, bitcast=True)
     quiet = (1 << (BITS.primitive_bitwidth - 1)) - 1  # also a NaN
     return tl.where(bits == -1, quiet, bits)
@@ -239,11 +239,11 @@ def to_bits(x, DTYPE: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def missing_in(words, PACK: tl.constexpr):
-    """Above 0 where any entry of ``words`` (32 bits, PACK entries in each) is -1.
+    """Above 0 if any entry of ``words`` (32 bits, PACK entries in each) is -1.
 
-    Two halves are looked at in three instructions: ``(v - 1) & ~v & top bit``, with v the complement, is the old test
-    for a zero in each part of a word.  (Entry by entry it took 374 instructions for the eight loads of a thread, and
-    the waiting loop was the longest part of a step.)
+    Two halves are tested in three instructions: ``(v - 1) & ~v & top bit``, with v the complement, is the well-known
+    test for a zero in each half of a word.  (Entry by entry it took 374 instructions for the eight loads of a thread,
+    and the waiting loop was the longest part of a step.)
     """
     if PACK == 1:
         return tl.max((words == -1).to(tl.int32), axis=None)
@@ -254,7 +254,7 @@ def missing_in(words, PACK: tl.constexpr):
 
 @triton.jit
 def start_votes(x):
-    """``x``, a scalar.  A kernel calls this once, before anything else: it makes the register that ``vote`` needs."""
+    """``x``, a scalar.  A kernel calls this once, before anything else: it declares the register that ``vote`` uses."""
     if INTERPRETED:
         return x
     else:
@@ -266,11 +266,11 @@ def start_votes(x):
 
 @triton.jit
 def vote(words, PACK: tl.constexpr):
-    """Above 0, for all threads of the program, where any thread has an entry of ``words`` that is -1.
+    """Above 0, for all threads of the program, if any thread has an entry of ``words`` that is -1.
 
-    Each thread collects what it has by the test of ``missing_in``, and a barrier that votes joins them.  A reduction
-    does the same by five shuffles, two trips through shared memory and three barriers: with it a step of the split
-    design took 5 to 15 % longer (H200, bfloat16, B 16: backward 1.91 for 1.62 microseconds at H 256, 4.14 for 3.76 at
+    Each thread applies the test of ``missing_in``, and a voting barrier combines the results.  A reduction does the
+    same with five shuffles, two trips through shared memory and three barriers: with it a step of the split design
+    took 5 to 15 % longer (H200, bfloat16, B 16: backward 1.91 for 1.62 microseconds at H 256, 4.14 for 3.76 at
     H 1024).
     """
     if INTERPRETED:
@@ -297,12 +297,12 @@ def vote(words, PACK: tl.constexpr):
 
 @triton.jit
 def receive(words, p, mask, patience, PACK: tl.constexpr):
-    """Waits until all of ``words``, loaded from ``p``, is there: no entry is -1 any more.
+    """Waits until all of ``words``, loaded from ``p``, have been written: no entry is -1.
 
-    What other programs write is its own flag: the tensor is filled with -1 before the launch, each entry is written
-    once, and a reader loads (past its first-level cache: volatile) until it sees no -1.  There is no other memory
-    whose order could matter.  Returns the words and whether ``patience`` tries were not enough; what is missing then
-    reads as NaN.
+    The data of other programs are their own flags: the tensor is filled with -1 before the launch, each entry is
+    written once, and a reader loads (past its first-level cache: volatile) until it sees no -1.  No other memory is
+    involved whose order could matter.  Returns the words and whether ``patience`` tries were not enough; missing
+    entries are then NaN.
     """
     missing = vote(words, PACK)
     tries = patience
@@ -315,9 +315,9 @@ def receive(words, p, mask, patience, PACK: tl.constexpr):
 
 @triton.jit
 def product_of_words(w, words, keep, acc, PACK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + w times the values in ``words`` (KW, KS / PACK, BT), zero in rows that are not to ``keep``.
+    """acc + w times the values in ``words`` (KW, KS / PACK, BT), with zeros in rows where ``keep`` is false.
 
-    With two values in a word the even and the odd terms are multiplied one after the other, each by its own half of the
+    With two values per word the even and the odd terms are multiplied one after the other, each by its own half of the
     weights: nothing has to be interleaved.  ``w`` is a tuple of PACK tensors.
     """
     words = tl.where(keep[None, None, :], words, 0)
@@ -330,7 +330,7 @@ def product_of_words(w, words, keep, acc, PACK: tl.constexpr, DTYPE: tl.constexp
 
 @triton.jit
 def jitter(seed, i, patience, NANOSECONDS: tl.constexpr):
-    """Sleeps for a while that looks random, another with each ``patience``; for tests that look for races."""
+    """Sleeps for a pseudo-random time, which also depends on ``patience``; for tests that look for races."""
     hashed = (seed * 7919 + i * 104729 + patience * 31 + 12345) & 0x7FFFFFFF
     hashed = (hashed ^ (hashed >> 7)) * 48271 & 0x7FFFFFFF
     return tl.inline_asm_elementwise(

@@ -1,20 +1,20 @@
-"""How the rows of a call lie in the GPU kernels' memory: flat, (N, ·), and the ways there and back.
+"""Memory layout of a call's rows in the GPU kernels: flat (N, ·), and the conversions from and to the caller's layout.
 
-The order is the one that suits the caller: step by step, row by row where the batch is first in memory, packed where
-rows are ragged.  Padded ragged tensors are gathered first and scattered last.  All of it is torch operations on the
-device, none of which the host waits for; only a call whose lengths the host knows copies a small table there.
+The order follows the caller's: step by step, row by row if the batch is first in memory, packed if rows are ragged.
+Padded ragged tensors are gathered first and scattered last.  All of this is torch operations on the device, and the
+host waits for none of them; only a call whose lengths the host knows copies a small table to the device.
 
-**Lengths on the device.**  The host does not know N then, and does not wait for it: flat tensors have room for all
-T * B.  The alive rows come first, packed as ever; the *tail* behind them holds the padded positions, in any order, so
-that gathering and scattering permute whole tensors.  The recurrence spends nothing on the tail, whose rows are alive at
-no step, but the large products do run over it, since their size would have to be known to the host.  With lengths on
-the host nothing at all is spent on padding, and the copy of the table is the price.
+**Lengths on the device.**  The host then does not know the number of tokens and does not wait for it: flat tensors
+have room for T * B.  The tokens come first, packed as usual; the *tail* after them holds the padded positions, in any
+order, so that gathering and scattering permute whole tensors.  The recurrence does no work for the tail, but the large
+products run over it, since the host would have to know their size.  With lengths on the host no work at all is done for
+padding, at the cost of copying the table.
 
-The tail takes part in products, so what enters one has to read zero there, and not something that zero times it is NaN:
-what ``flat`` gathers does, ``new`` and ``clear`` see to the rest.  A row without a step has a place in the tail where
+The tail takes part in products, so their operands have to be zero there (zero times NaN or infinity is NaN): ``flat``
+gathers zeros, and ``new`` and ``clear`` write them elsewhere.  A row without a step has a position in the tail where
 others have their first and last step.
 
-T time, B batch, B' rows with at least one step (B where lengths are on the device), N alive rows over all steps (T * B
+T time, B batch, B' rows with at least one step (B where lengths are on the device), N tokens: (step, row) pairs (T * B
 where lengths are on the device), P features, D directions.
 """
 
@@ -32,40 +32,40 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class FlatRows:
-    """The kernels' order of a call's rows: (t, row) lies at ``t * step + row * stride``, or ``offsets[t] + row``."""
+    """The kernels' order of a call's tokens: (t, row) is at ``t * step + row * stride``, or ``offsets[t] + row``."""
 
     def __init__(self, rows: Rows, device: torch.device, reset: Tensor | None) -> None:
         self._rows, self.device = rows, device
         self.steps, self.batch, self.total = rows.steps, rows.batch, rows.room
         self.ragged = rows.ragged
-        self.by_row = rows.batch_first and not self.ragged  # a row's steps lie behind each other
+        self.by_row = rows.batch_first and not self.ragged  # the steps of a row are adjacent
         self.step, self.stride = (1, self.steps) if self.by_row else (self.batch, 1)
         self.starting = self.batch  # B'
-        self.index: Tensor | None = None  # (N,) of padded ragged rows: where they lie in the caller's tensor
+        self.index: Tensor | None = None  # (N,) of padded ragged rows: their index in the caller's tensor
         self.order: Tensor | None = None  # (B,) of padded ragged rows: the caller's row of each of ours
-        self.offsets: Tensor | None = None  # (T + 1,) of ragged rows: where each step begins
-        self.tail: Tensor | None = None  # (N, 1) bool, where lengths are on the device: which places nobody has
-        self.empty: Tensor | None = None  # (B, 1) bool, there: which rows have no step
-        self.wrong: Tensor | None = None  # (B, 1) bool, of lengths from the caller: which are out of range
-        # of ragged rows: where the first step of each lies (None: in the first B' places), and where the last one does
+        self.offsets: Tensor | None = None  # (T + 1,) of ragged rows: the first token of each step
+        self.tail: Tensor | None = None  # (N, 1) bool, if lengths are on the device: positions without a token
+        self.empty: Tensor | None = None  # (B, 1) bool, likewise: rows without a step
+        self.wrong: Tensor | None = None  # (B, 1) bool, likewise: rows whose length is out of range
+        # of ragged rows: positions of the first step of each (None: the first B' positions), and of the last one
         self._ends: tuple[Tensor | None, Tensor | None] = None, None
         if rows.lengths is not None:
             lengths = rows.lengths.to(torch.int64)
             wrong = (lengths < 0) | (lengths > self.steps)
-            self._roomy(lengths.masked_fill(wrong, self.steps))  # as many NaNs as there is room for
+            self._roomy(lengths.masked_fill(wrong, self.steps))  # NaN in all steps
             self.wrong = wrong[self.order, None]
         elif self.ragged and rows.roomy and not rows.packed:  # no size may depend on the lengths
             self._roomy(upload(rows.row_lengths(), device))
         elif rows.batch_sizes is not None:
             self._packed(rows, rows.batch_sizes.to("cpu"))
-        # (N,); of 32 bits: Triton lays the operands of a product out for the narrowest load that it finds behind them,
-        # and for bytes so wide that a small product reads past its end, with wrong gradients
+        # (N,); of 32 bits: Triton chooses the layout of a product's operands by the narrowest load that they depend on;
+        # for bytes it is so wide that a small product reads past its end, with wrong gradients
         self.reset = None if reset is None else self.flat(reset.unsqueeze(-1)).squeeze(-1).to(torch.int32)
         if self.reset is not None and self.wrong is not None:
-            self.reset.masked_fill_(self.wrong[self._row_of, 0], 0)  # or they would be rid of the NaN they begin with
+            self.reset.masked_fill_(self.wrong[self._row_of, 0], 0)  # a reset would remove the NaN that they begin with
 
     def _packed(self, rows: Rows, sizes: Tensor) -> None:
-        """From the (T,) rows of each step, on the CPU."""
+        """Prepares ragged rows from the number of rows (T,) of each step, on the CPU."""
         self.starting = int(sizes[0])
         lengths = self.steps - torch.searchsorted(sizes.flip(0), torch.arange(self.starting, device="cpu"), right=True)
         ends = torch.cumsum(sizes, 0)
@@ -77,7 +77,7 @@ class FlatRows:
         parts = (self.steps + 1, self.starting, self.steps, self.batch * len(order))
         self.offsets, last, sizes, user = table.split(parts)
         self._ends = None, last
-        # of each packed row: its step and its place in the step
+        # of each token: its step, and its row among the sorted ones
         self._step_of = torch.repeat_interleave(
             torch.arange(self.steps, device=self.device), sizes, output_size=self.total
         )
@@ -87,19 +87,19 @@ class FlatRows:
             self._index()
 
     def _roomy(self, lengths: Tensor) -> None:
-        """From (B,) lengths in the caller's order, on the device, from 0 to T."""
+        """Prepares ragged rows from lengths (B,) in the caller's order, on the device, from 0 to T."""
         lengths, self.order = torch.sort(lengths, descending=True, stable=True)
-        cells = torch.arange(self.total, device=self.device)  # of a table (T, B)
-        alive = (lengths > torch.arange(self.steps, device=self.device)[:, None]).flatten()
-        count = alive.cumsum(0)
+        entries = torch.arange(self.total, device=self.device)  # of a table (T, B)
+        active = (lengths > torch.arange(self.steps, device=self.device)[:, None]).flatten()
+        count = active.cumsum(0)
         self.offsets = torch.nn.functional.pad(count[self.batch - 1 :: self.batch], (1, 0))
         total = count[-1:]
-        # what is alive takes the places from 0 on, what is not those after them
-        place = torch.where(alive, count - 1, total + cells - count)
-        cell_of = torch.empty_like(cells).scatter_(0, place, cells)
-        self._step_of = cell_of // self.batch
-        self._row_of = cell_of - self._step_of * self.batch
-        self.tail, self.empty = (cells >= total)[:, None], (lengths == 0)[:, None]
+        # tokens take the positions from 0 on, padding those after them
+        place = torch.where(active, count - 1, total + entries - count)
+        entry_of = torch.empty_like(entries).scatter_(0, place, entries)
+        self._step_of = entry_of // self.batch
+        self._row_of = entry_of - self._step_of * self.batch
+        self.tail, self.empty = (entries >= total)[:, None], (lengths == 0)[:, None]
         table = place.view(self.steps, self.batch)
         self._ends = table[0], table.gather(0, (lengths - 1).clamp_(min=0)[None])[0]
         self._index()
@@ -120,22 +120,22 @@ class FlatRows:
         return flat.contiguous() if self.index is None else self.clear(flat.index_select(0, self.index))
 
     def unflat(self, flat: Tensor) -> Tensor:
-        """The inverse of :meth:`flat`, zero where rows are padded; shares memory with ``flat`` where it can."""
+        """The inverse of :meth:`flat`, zero at padding; shares memory with ``flat`` if possible."""
         if self._rows.packed:
             return flat
         shape = (self.batch, self.steps) if self._rows.batch_first else (self.steps, self.batch)
         if self.index is not None:
-            make = flat.new_zeros if self.tail is None else flat.new_empty  # with a tail, there is a row for each
+            make = flat.new_zeros if self.tail is None else flat.new_empty  # a tail fills the rest
             flat = make(self.steps * self.batch, flat.shape[-1]).index_copy_(0, self.index, flat)
         result = flat.view(*shape, flat.shape[-1])
         return result.transpose(0, 1) if self._rows.batch_first else result
 
     def clear(self, flat: Tensor) -> Tensor:
-        """(N, ·) itself, its tail now zero."""
+        """Zeroes the tail of (N, ·) in place and returns it."""
         return flat if self.tail is None else flat.masked_fill_(self.tail, 0)
 
     def new(self, like: Tensor, *shape: int) -> Tensor:
-        """A tensor of which the recurrence writes all that is alive; zero in the tail."""
+        """A new tensor whose tokens the recurrence will write; zero in the tail."""
         return like.new_empty(shape) if self.tail is None else like.new_zeros(shape)
 
     def sorted(self, state: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class FlatRows:
         return flat.view(self.steps, self.batch, -1)
 
     def take(self, flat: Tensor, direction: int, first: bool) -> Tensor:
-        """(B', ·): what each row has at the first or last step of its walk, anything if it has none; maybe a view."""
+        """(B', ·), maybe a view: each row's value at the first or last step of its walk, arbitrary if it has none."""
         at_zero = first == (direction == 0)
         if not self.ragged:
             return self.stepwise(flat)[0 if at_zero else -1]
@@ -161,7 +161,7 @@ class FlatRows:
         return flat[: self.starting] if at is None else flat.index_select(0, at)
 
     def _put(self, flat: Tensor, at_zero: bool, values: Tensor) -> None:
-        """Writes (B', ·) values to step 0 or the last step of each ragged row; into the tail where it has none."""
+        """Writes (B', ·) values to step 0 or the last step of each ragged row; into the tail if it has none."""
         at = self._ends[not at_zero]
         if at is None:
             flat[: self.starting] = values
@@ -169,7 +169,7 @@ class FlatRows:
             flat.index_copy_(0, at, values)
 
     def add_at_first(self, flat: Tensor, direction: int, left: Tensor, right: Tensor) -> None:
-        """Adds ``left @ right`` (B', ·) to what each row has at the first step of its walk."""
+        """Adds ``left @ right`` (B', ·) to the value of each row at the first step of its walk."""
         if not self.ragged or self._ends[direction] is None:
             self.take(flat, direction, True).addmm_(left, right)
         else:
@@ -177,11 +177,11 @@ class FlatRows:
 
     @property
     def may_pass(self) -> bool:
-        """Whether there may be rows without a step, which :meth:`passes` is for."""
+        """Whether there may be rows without a step, for which :meth:`passes` has to be called."""
         return self.starting < self.batch or self.empty is not None
 
     def passes(self, result: Tensor, state: Tensor | None) -> None:
-        """Gives rows without a step in ``result`` what they have in ``state`` (None: zeros); (B, ·), both sorted."""
+        """Copies rows without a step from ``state`` (None: zeros) to ``result``; (B, ·), both sorted."""
         if self.empty is None:
             result[self.starting :] = 0 if state is None else state[self.starting :]
         elif state is None:
@@ -190,7 +190,7 @@ class FlatRows:
             torch.where(self.empty, state, result, out=result)
 
     def states_before(self, y: Tensor, h_0: Tensor | None, direction: int) -> Tensor:
-        """(N, P): the h that entered each step, from (N, P) y of one direction and (B', P) h_0."""
+        """(N, P): the h that enters each step, from (N, P) y of one direction and (B', P) h_0."""
         if self.ragged:
             before = self._neighbour(-1 if direction == 0 else 1)
             result = y.index_select(0, before)
@@ -207,9 +207,9 @@ class FlatRows:
         return result if self.reset is None else result.masked_fill_(self.reset[:, None] != 0, 0)
 
     def from_after(self, g: Tensor, h_n: Tensor | None, direction: int) -> Tensor:
-        """(N, P): what each h_t gets from the step after, from the gradients (N, P) of the h that entered each step.
+        """(N, P): the gradient that each h_t gets from the next step, from those (N, P) of the h that enters each step.
 
-        The transpose of :meth:`states_before`; rows end in ``h_n`` (B', P).
+        The transpose of :meth:`states_before`; at a row's last step it is ``h_n`` (B', P).
         """
         if self.reset is not None:
             g = g.masked_fill(self.reset[:, None] != 0, 0)
@@ -227,7 +227,7 @@ class FlatRows:
         return result
 
     def _neighbour(self, steps: int) -> Tensor:
-        """(N,): where the same row lies one step later or earlier; anywhere where it has no such step."""
+        """(N,): the position of the same row one step later or earlier; arbitrary if it has no such step."""
         assert self.offsets is not None
         step = (self._step_of + steps).clamp_(0, self.steps - 1)
         return (self.offsets[step] + self._row_of).clamp_(max=self.total - 1)
@@ -243,16 +243,16 @@ class FlatRows:
         return state.masked_fill(self.take(self.reset[:, None], direction, True) != 0, 0)
 
     def places(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(T, R): where ``rows`` (R,) lie at every step, and whether they are alive there (None: all are)."""
+        """(T, R): the positions of ``rows`` (R,) at every step, and whether they are active there (None: all are)."""
         steps = torch.arange(self.steps, device=self.device)[:, None]
         if self.offsets is None:
             return steps * self.step + rows * self.stride, None
         at = self.offsets[:-1, None] + rows
-        alive = at < self.offsets[1:, None]
-        return at.clamp(max=self.total - 1), alive
+        active = at < self.offsets[1:, None]
+        return at.clamp(max=self.total - 1), active
 
     def begun(self) -> int:
-        """How many rows have a step; the host waits for it where lengths are on the device."""
+        """How many rows have a step; the host waits for it if lengths are on the device."""
         return self.starting if self.empty is None else self.batch - int(self.empty.sum())
 
     def by_step(self, values: Tensor, result: Tensor) -> None:

@@ -1,6 +1,6 @@
 """From a layer to the launch of its recurrence: the design, the kernel, its arguments by name, the compiler's options.
 
-What compiles kernels without running them takes the same arguments from here.
+Code that compiles kernels without running them uses the same arguments.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .tiling import Design
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 BITS = {2: torch.int16, 4: torch.int32}  # integers of a dtype's size
-# How often a program looks for another's data before it gives up; a look takes about a microsecond.
+# How often a program polls for another's data before it gives up; a poll takes about a microsecond.
 PATIENCE = 4_000_000
-JITTER = 0  # nanoseconds of random delay a step, for tests
+JITTER = 0  # nanoseconds of random delay per step, for tests
 
 
 @functools.lru_cache(maxsize=64)
 def sms(device: torch.device) -> int:
-    """How many programs can wait for each other: one an SM."""
+    """How many programs can wait for each other: one per SM."""
     return 16 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -50,10 +50,10 @@ def tf32() -> bool:
 
 
 def design_of(layer: Layer, backward: bool) -> Design:
-    """The design of a layer's recurrence on its device; ValueError where none fits."""
+    """The design of a layer's recurrence on its device; ValueError if none fits."""
     precision = tiling.precision_of(layer.dtype, tf32())
     sizes = layer.hidden_size, layer.batch, layer.directions
-    return tiling.plan(*sizes, precision, sms(layer.device), backward, shared=shared(layer.device))
+    return tiling.choose_design(*sizes, precision, sms(layer.device), backward, shared=shared(layer.device))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Recurrence:
 
     @property
     def row(self) -> int:
-        """H': entries of a row that is read 16 bytes at a time."""
+        """H': H padded so that a row can be read 16 bytes at a time."""
         return (self.hidden + 7) // 8 * 8
 
     @property
@@ -104,7 +104,7 @@ class Recurrence:
         return {name: value for name, value in every.items() if name in names}
 
     def options(self) -> dict[str, Any]:
-        """For the compiler, which left alone aims at two programs an SM: on half the registers, some kernels spill."""
+        """Compiler options: its default aims at two programs per SM, with so few registers that some kernels spill."""
         warps = self.design.warps
         options = {"num_warps": warps, "enable_fp_fusion": True, "maxnreg": min(255, 65536 // (32 * warps))}
         return options | ({"launch_cooperative_grid": True} if self.design.kind == "split" else {})
@@ -112,17 +112,17 @@ class Recurrence:
     def pointers(self) -> dict[str, torch.dtype]:
         """The dtypes of the kernel's tensors by name."""
         state, words = dict.fromkeys(("c", "cells", "dc", "dcells"), torch.float32), torch.int32
-        kinds = state | dict.fromkeys(("status", "h_words", "dz_words", "w_words", "reset"), words)
-        kinds |= {"offsets": torch.int64, "norms": torch.float64}
+        dtypes = state | dict.fromkeys(("status", "h_words", "dz_words", "w_words", "reset"), words)
+        dtypes |= {"offsets": torch.int64, "norms": torch.float64}
         if self.design.kind == "split":
-            kinds |= {"h": self.bits, "dz": self.bits}
+            dtypes |= {"h": self.bits, "dz": self.bits}
         rest = {*self.module.SIZES, *self.constants}
-        return {name: kinds.get(name, self.dtype) for name in self.kernel.arg_names if name not in rest}
+        return {name: dtypes.get(name, self.dtype) for name in self.kernel.arg_names if name not in rest}
 
     def launch(self, rows: FlatRows, tensors: Mapping[str, Tensor | None], entered: bool = False) -> None:
-        """Runs it; ``tensors``: the kernel's by name, None where there is none.
+        """Launches the kernel; ``tensors``: its tensors by name, None for absent ones.
 
-        ``entered`` (forward): what h_0 adds is in z already.
+        ``entered`` (forward): z already includes the contribution of h_0.
         """
         design, options = self.design, {} if INTERPRETED.value else self.options()
         nothing = next(each for each in tensors.values() if each is not None)
@@ -148,15 +148,15 @@ class Recurrence:
                     if "cooperative" not in str(error):
                         raise
                     del options["launch_cooperative_grid"]
-            for i in range(rows.steps):  # a launch a step waits for nobody
+            for i in range(rows.steps):  # one launch per step: no program waits for another
                 kernel(**given, begin=i, end=i + 1, **constants, **options)
 
 
-_recurrence = functools.lru_cache(maxsize=1024)(Recurrence)  # for its constants, which are found once
+_recurrence = functools.lru_cache(maxsize=1024)(Recurrence)  # so that its constants are computed once
 
 
 def recurrence_of(layer: Layer, rows: FlatRows, backward: bool, given: tuple[str, ...]) -> Recurrence:
-    """Of a layer, over these rows."""
+    """The recurrence of a layer over these rows."""
     precision = tiling.precision_of(layer.dtype, tf32())
     return _recurrence(
         design_of(layer, backward), layer.dtype, layer.hidden_size, precision, backward, rows.reset is not None,

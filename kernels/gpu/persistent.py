@@ -1,13 +1,13 @@
-"""The Triton design for hidden sizes whose recurrent weights fit one CTA: a batch tile of its own for all T steps.
+"""The Triton design for hidden sizes whose recurrent weights fit one program, which computes a tile of rows alone.
 
-A program owns BT rows of one direction and all H units.  Nobody waits for anybody; h, c and the weights stay in
-registers; what a step reads from memory (z, or the gates in backward) was asked for a step earlier.
+A program owns BT rows of one direction and all H units, for all T steps.  No program waits for another; h, c and the
+weights stay in registers; what a step reads from memory (z, or the gates in backward) is requested one step earlier.
 
     grid: D x ceil(B / BT)
 
-**Weights in registers**, as in ``split.py``: batched products, one part a warp, and a ``while`` loop.  Forward
+**Weights in registers**, as in ``split.py``: batched products, one slice per warp, and a ``while`` loop.  Forward
 splits the rows of the weights (each warp makes all gates of U / KW units from all of h, so nothing is summed across
-warps); backward splits K such that a warp multiplies the very dz that it has just computed, and sums dh across warps
+warps); backward splits K so that a warp multiplies the dz that it has just computed itself, and sums dh across warps
 through shared memory.
 """
 
@@ -80,13 +80,13 @@ def lstm_fwd_kernel(
     h_t = tl.zeros((BT, U), DTYPE)
 
     t = tl.where(d == 0, 0, T - 1).to(tl.int64)
-    first = row.to(tl.int64) * stride  # (BT, 1): where a row lies in a step
+    first = row.to(tl.int64) * stride  # (BT, 1): position of a row in a step
     begin, rows = extent(t, offsets, B, True, step, RAGGED)
     z_i, z_f, z_g, z_o = load_gates(gates, begin + first, o_u, (row < rows) & (o_u < H), H)
-    rows_before = 0  # how many have a step before this one
+    rows_before = 0  # rows that have a step before this one
     i = 0
     while i < T:
-        # asked for now, needed in the next step
+        # requested now, needed in the next step
         more = i < T - 1
         t_next = tl.where(more, tl.where(d == 0, t + 1, t - 1), t)
         begin_next, rows_next = extent(t_next, offsets, B, more, step, RAGGED)
@@ -174,12 +174,12 @@ def lstm_bwd_kernel(
 
     o_state = (d * B + row) * H + o_u
     dc_t = tl.load(dc + o_state, mask=m_state, other=0.0)
-    dh_t = tl.zeros((BT, U), tl.float32)  # what comes from the step after
+    dh_t = tl.zeros((BT, U), tl.float32)  # from the next step
     if HAS_DH_N:
         dh_t = tl.load(dh_n + o_state, mask=m_state, other=0.0).to(tl.float32)
 
     t = tl.where(d == 0, T - 1, 0).to(tl.int64)
-    first = row.to(tl.int64) * stride  # (BT, 1): where a row lies in a step
+    first = row.to(tl.int64) * stride  # (BT, 1): position of a row in a step
     begin, rows = extent(t, offsets, B, True, step, RAGGED)
     m = (row < rows) & m_u
     i_t, f_t, g_t, o_gate = load_gates(gates, begin + first, o_u, m, H)
@@ -191,7 +191,7 @@ def lstm_bwd_kernel(
     while i < T:
         o_t = begin + first
         m = (row < rows) & m_u
-        # asked for now, needed in the next step: of the step before in time, whose c enters this one
+        # requested now, needed in the next step: those of the step before in time, whose c enters this one
         more = i < T - 1
         t_before = tl.where(more, tl.where(d == 0, t - 1, t + 1), t)
         begin_before, rows_before = extent(t_before, offsets, B, more, step, RAGGED)
@@ -226,7 +226,7 @@ def lstm_bwd_kernel(
         dz_g = tl.where(m, dz_g, 0.0).to(DTYPE)
         dz_o = tl.where(m, dz_o, 0.0).to(DTYPE)
         store_gates(dz, o_t, o_u, dz_i, dz_f, dz_g, dz_o, m, H)
-        # what goes to the step before; a row that has no step t has not begun its walk back and keeps what it has
+        # gradients for the step before; a row without step t has not begun its walk back and keeps what it has
         operand = tl.reshape(gates_to(dz_i, dz_f, dz_g, dz_o, U, BT), (KW, 4 * U // KW, BT))
         dh_before = collect(product(w, operand, None, PRECISION), KW, 1, U, BT, 32 * KW)[0]
         dh_t = tl.where(m, tl.where(keep, dh_before, 0.0), dh_t)

@@ -1,6 +1,6 @@
-"""The hand-off of ``split.py`` on its own: programs that do nothing but pass rows around.
+"""The hand-off of ``split.py`` alone: programs that only exchange rows.
 
-What it costs by number of programs and size of a row is what the model of a step (``tiling.py``) rests on.
+The model of a step (``tiling.py``) uses its cost by number of programs and size of a row.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ def handoff_kernel(
     patience,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,  # of a row
-    WIDTH: tl.constexpr,  # the power of two that is not below WORDS
-    SHARE: tl.constexpr,  # words of a row that one program writes
+    WIDTH: tl.constexpr,  # the smallest power of two that is at least WORDS
+    SLICE: tl.constexpr,  # words of a row that one program writes
 ):
-    """Each program writes its share of a row, one more than the largest word of the row before."""
+    """Each program writes its slice of a row: one more than the largest word of the row before."""
     patience = start_votes(patience)
     i_row = tl.arange(0, ROWS)[:, None]
     o_word = tl.arange(0, WIDTH)[None, :]
-    o_share = tl.program_id(0) * SHARE + tl.arange(0, SHARE)[None, :]
-    tl.store(y + i_row * WORDS + o_share, tl.zeros((ROWS, SHARE), tl.int32))
+    o_slice = tl.program_id(0) * SLICE + tl.arange(0, SLICE)[None, :]
+    tl.store(y + i_row * WORDS + o_slice, tl.zeros((ROWS, SLICE), tl.int32))
     i = 1
     while i < steps:
         before = y + tl.cast(i - 1, tl.int64) * ROWS * WORDS
@@ -39,7 +39,7 @@ def handoff_kernel(
             tl.store(status, 1)
             patience = 0
         value = tl.max(words, axis=None) + 1
-        tl.store(before + ROWS * WORDS + i_row * WORDS + o_share, tl.zeros((ROWS, SHARE), tl.int32) + value)
+        tl.store(before + ROWS * WORDS + i_row * WORDS + o_slice, tl.zeros((ROWS, SLICE), tl.int32) + value)
         i += 1
 
 
@@ -49,11 +49,11 @@ def handoff_latency(ctas: int, rows: int, width: int, dtype: torch.dtype, steps:
     Each program writes ``width`` entries of ``dtype`` of every row and reads all ``ctas * width``.  ``rows`` is
     rounded up to a power of two.
 
-    Raises RuntimeError where a program gave up waiting, or a value is not what the hand-offs should have made it.
+    Raises RuntimeError if a program gave up waiting, or if a value is not what the hand-offs should have produced.
     """
     rows = triton.next_power_of_2(rows)
-    share = max(1, width * dtype.itemsize // 4)
-    y = torch.empty(steps, rows, ctas * share, dtype=torch.int32, device="cuda")
+    words = max(1, width * dtype.itemsize // 4)
+    y = torch.empty(steps, rows, ctas * words, dtype=torch.int32, device="cuda")
     status = torch.zeros(1, dtype=torch.int32, device="cuda")
     times = []
     for _ in range(4):  # the first compiles
@@ -61,7 +61,7 @@ def handoff_latency(ctas: int, rows: int, width: int, dtype: torch.dtype, steps:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         handoff_kernel[(ctas,)](
-            y, status, steps, 4_000_000, rows, ctas * share, triton.next_power_of_2(ctas * share), share,
+            y, status, steps, 4_000_000, rows, ctas * words, triton.next_power_of_2(ctas * words), words,
             num_warps=8, launch_cooperative_grid=True, enable_fp_fusion=True,
         )  # fmt: skip
         end.record()

@@ -1,31 +1,31 @@
 """The Triton design for hidden sizes whose recurrent weights need several CTAs: units split over a group of them.
 
 Forward, in one program: four gates of U units, for the rows of its group.  Its slice of W_hh stays in registers for
-all T steps.  A step needs all of h_{t-1}, which the group's programs hand to each other through the second-level
-cache: the output is the channel and its data the flag (``receive``), one trip a step.  Backward is the same with dz,
+all T steps.  A step needs all of h_{t-1}, which the group's programs exchange through the second-level
+cache: the output is the channel and its data the flag (``receive``), one trip per step.  Backward is the same with dz,
 of which a step needs all 4H, and with the slice of W_hh that leads from there to U units of dh.
 
     grid: D x groups x slices; a group has ``tiles`` tiles of ``rows`` rows (at most BT), a slice U units
 
-The programs of a group wait for each other, so all must be resident at once: launched cooperatively.  Where that
-cannot be had, steps ``begin`` to ``end`` can be launched one at a time: then nobody ever waits.  The cell state lies
-in memory between steps (read before the wait, so that costs nothing) and serves both ways.
+The programs of a group wait for each other, so all must be resident at once: a cooperative launch.  If that is not
+possible, the steps (``begin`` to ``end``) are launched one at a time, and no program waits for another.  The cell state
+is in memory between steps (read before the wait, so that costs nothing), which works for both ways of launching.
 
-**Weights in registers.**  A batched product splits K over the warps (KW parts): each warp multiplies its own part of
+**Weights in registers.**  A batched product splits K over the warps (KW slices): each warp multiplies its own slice of
 the weights, and the chain of dependent instructions is K / (16 KW) long.  The loops over steps and tiles are ``while``
 loops on purpose: into a ``for`` loop Triton (3.6 to 3.9) sinks the loading of dot operands from shared memory, and all
-weights are read again in every step, 128 KiB at 128 bytes a clock, 0.55 microseconds; out of a ``while`` loop it
-hoists them, and they stay.  STREAM is for slices larger than the register file: the weights are read from the
-second-level cache in every step, K terms at a time.
+weights are read again in every step, 128 KiB at 128 bytes per clock, 0.55 microseconds; out of a ``while`` loop it
+hoists them, and they stay in registers.  STREAM is for slices larger than the register file: the weights are read from
+the second-level cache in every step, K terms at a time.
 
-What was tried, and what it made of a step, is in docs/notes/gpu-tuning.md.  Masks of the channel have to compare words,
-not entries: ``2 k < H`` hides from Triton that neighbours share a mask, and every load becomes four bytes wide.
+What was tried, and the time of a step with it, is in docs/notes/gpu-tuning.md.  Masks of the channel have to compare
+words, not entries: ``2 k < H`` hides from Triton that neighbours share a mask, and every load becomes four bytes wide.
 
-**Channel.**  It is read as 32-bit words, two 16-bit entries in each (``missing_in`` says why), 16 bytes a load; so a
-row of h takes H' entries, H rounded up to a multiple of eight, and the host copies them where that is not H.
+**Channel.**  It is read as 32-bit words, two 16-bit entries in each (``missing_in`` says why), 16 bytes per load; so a
+row of h has H' entries, H rounded up to a multiple of eight, and the host copies them if that is not H.
 
-**K.**  A row of h or dz is received in chunks of K terms, a power of two; the next is asked for before the present one
-is waited for.  Without STREAM there are NK of them, unrolled: 768 = 3 x 256, 3072 = 3 x 1024, nothing is wasted.
+**K.**  A row of h or dz is received in chunks of K terms, a power of two; the next one is requested before the
+current one is waited for.  Without STREAM there are NK of them, unrolled: 768 = 3 x 256, 3072 = 3 x 1024, no waste.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from .device import (
-    alive,
+    active,
     backward_step,
     collect,
     forward_step,
@@ -68,7 +68,7 @@ SIZES = [
 
 @triton.jit
 def load_gate_rows(w_words, first, k, H: tl.constexpr, H_ROW: tl.constexpr, U: tl.constexpr, PACK: tl.constexpr):
-    """Of W_hh (4H, H'), in words: the gates' rows of U units, the words ``k`` of each: (KW, 4U, KS)."""
+    """(KW, 4U, KS): from W_hh (4H, H') in words, the rows of the gates of U units, the words ``k`` of each."""
     row, unit = tile_row(tl.arange(0, 4 * U), first, H)
     p = w_words + row[None, :, None].to(tl.int64) * (H_ROW // PACK) + k
     return tl.load(p, mask=(unit < H)[None, :, None] & (k < H_ROW // PACK), other=0)
@@ -76,7 +76,7 @@ def load_gate_rows(w_words, first, k, H: tl.constexpr, H_ROW: tl.constexpr, U: t
 
 @triton.jit
 def unpack(words, PACK: tl.constexpr, DTYPE: tl.constexpr):
-    """The PACK values in each word, a tuple of tensors: of two, the even ones and the odd ones."""
+    """The PACK values in each word, a tuple of tensors: if two, the even ones and the odd ones."""
     if PACK == 1:
         return (words.to(DTYPE, bitcast=True),)
     else:
@@ -85,9 +85,9 @@ def unpack(words, PACK: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_unit_columns(w_hh, first, k, H: tl.constexpr, U: tl.constexpr, PACK: tl.constexpr):
-    """Of the transpose of W_hh (4H, H): the columns of U units, the rows PACK k (and PACK k + 1).
+    """From the transpose of W_hh (4H, H): the columns of U units, the rows PACK k (and PACK k + 1).
 
-    A tuple of (KW, U, KS), as ``unpack`` makes of words.
+    A tuple of (KW, U, KS), as ``unpack`` returns it.
     """
     unit = (first + tl.arange(0, U))[None, :, None]
     p = w_hh + (PACK * k).to(tl.int64) * H + unit
@@ -103,8 +103,8 @@ def load_unit_columns(w_hh, first, k, H: tl.constexpr, U: tl.constexpr, PACK: tl
 def channel(words, k, o_row, m_row, terms: tl.constexpr, PACK: tl.constexpr):
     """Addresses and mask of (KW, KS, BT) words of h or dz.
 
-    k (KW, KS, 1): which words of a row of ``terms`` entries; o_row (BT,): the word where each row begins; m_row: which
-    rows there are.
+    k (KW, KS, 1): which words of a row of ``terms`` entries; o_row (BT,): the first word of each row; m_row: which rows
+    exist.
     """
     return words + o_row[None, None, :] + k, (k < (terms + PACK - 1) // PACK) & m_row[None, None, :]
 
@@ -123,9 +123,9 @@ def received(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(acc + w times the rows of the channel at ``o_row``, whether a wait gave up): NK chunks, each asked for early.
+    """(acc + w times the rows of the channel at ``o_row``, whether a wait gave up): NK chunks, each requested early.
 
-    CHUNKS: terms of a row, words of a chunk, NK, entries of a word.  ``keep``: the rows that are not to count as zero.
+    CHUNKS: terms of a row, words of a chunk, NK, entries of a word.  ``keep``: the rows that do not count as zero.
     """
     TERMS: tl.constexpr = CHUNKS[0]
     WORDS: tl.constexpr = CHUNKS[1]
@@ -221,10 +221,10 @@ def lstm_fwd_kernel(
         i_tile = 0
         while i_tile < tiles:
             row = (i_group * tiles + i_tile) * rows + i_row
-            m_row = (i_row < rows) & alive(t, row, offsets, B, True, RAGGED)
+            m_row = (i_row < rows) & active(t, row, offsets, B, True, RAGGED)
             o_t = position(t, row, offsets, step, stride, RAGGED)
             m = m_row[:, None] & (o_u < H)
-            # all that does not depend on h_{t-1}, while that is on its way
+            # everything that does not depend on h_{t-1}, while that is on its way
             z_i, z_f, z_g, z_o = load_gates(gates, o_t[:, None], o_u, m, H)
             p_c = c + (d * B + row[:, None]) * H + o_u
             c_before = tl.load(p_c, mask=m, other=0.0)
@@ -233,7 +233,7 @@ def lstm_fwd_kernel(
                 keep = tl.load(reset + o_t, mask=m_row, other=1) == 0
                 c_before = tl.where(keep[:, None], c_before, 0.0)
 
-            m_before = m_row & alive(t_before, row, offsets, B, i > 0, RAGGED)
+            m_before = m_row & active(t_before, row, offsets, B, i > 0, RAGGED)
             o_before = position(t_before, row, offsets, step, stride, RAGGED)
             o_before = o_before * (D * H_ROW // PACK) + d * (H_ROW // PACK)
             acc = tl.zeros((KW, 4 * U, BT), tl.float32)
@@ -259,7 +259,7 @@ def lstm_fwd_kernel(
                 )  # fmt: skip
             if missing > 0:
                 tl.store(status, 1)
-                patience = 0  # whoever is late now is lost: end soon, with NaN in what is missing
+                patience = 0  # a program that is still missing will not arrive: stop soon, with NaN for its data
 
             r_i, r_f, r_g, r_o = collect(acc, KW, 4, U, BT, 32 * KW)
             m_r = (m_before.to(tl.int32) >= entered)[:, None]
@@ -273,7 +273,7 @@ def lstm_fwd_kernel(
                 store_gates(gates, o_gates, o_u, i_t.to(DTYPE), f_t.to(DTYPE), g_t.to(DTYPE), o_gate.to(DTYPE), m, H)
                 tl.store(cells + o_t[:, None] * H + o_u, c_t, mask=m)
             i_tile += 1
-        tl.debug_barrier()  # c is read by other threads than wrote it
+        tl.debug_barrier()  # c is read by other threads than those that wrote it
         i += 1
 
 
@@ -359,13 +359,13 @@ def lstm_bwd_kernel(
         i_tile = 0
         while i_tile < tiles:
             row = (i_group * tiles + i_tile) * rows + i_row
-            m_row = (i_row < rows) & alive(t, row, offsets, B, True, RAGGED)
+            m_row = (i_row < rows) & active(t, row, offsets, B, True, RAGGED)
             o_t = position(t, row, offsets, step, stride, RAGGED)
             m = m_row[:, None] & (o_u < H)
-            # all that does not depend on dz of the step after, while that is on its way
+            # everything that does not depend on dz of the next step, while that is on its way
             i_t, f_t, g_t, o_gate = load_gates(gates, o_t[:, None], o_u, m, H)
             c_t = tl.load(cells + o_t[:, None] * H + o_u, mask=m, other=0.0)
-            m_before = m_row & alive(t_before, row, offsets, B, i < T - 1, RAGGED)
+            m_before = m_row & active(t_before, row, offsets, B, i < T - 1, RAGGED)
             o_before = position(t_before, row, offsets, step, stride, RAGGED)
             c_before = tl.load(cells + o_before[:, None] * H + o_u, mask=m & m_before[:, None], other=0.0)
             o_state = (d * B + row[:, None]) * H + o_u
@@ -382,7 +382,7 @@ def lstm_bwd_kernel(
             dh = tl.zeros((BT, U), tl.float32)
             if HAS_DY:
                 dh += tl.load(dy + (o_t * (D * H) + d * H)[:, None] + o_u, mask=m, other=0.0).to(tl.float32)
-            m_after = m_row & alive(t_after, row, offsets, B, i > 0, RAGGED)
+            m_after = m_row & active(t_after, row, offsets, B, i > 0, RAGGED)
             if HAS_DH_N:
                 ends = m & (m_after == 0)[:, None]
                 dh += tl.load(dh_n + o_state, mask=ends, other=0.0).to(tl.float32)
@@ -415,7 +415,7 @@ def lstm_bwd_kernel(
                 )  # fmt: skip
             if missing > 0:
                 tl.store(status, 1)
-                patience = 0  # whoever is late now is lost: end soon, with NaN in what is missing
+                patience = 0  # a program that is still missing will not arrive: stop soon, with NaN for its data
             dh += collect(acc, KW, 1, U, BT, 32 * KW)[0]
 
             dz_i, dz_f, dz_g, dz_o, dc_t, dc_before = backward_step(
@@ -430,5 +430,5 @@ def lstm_bwd_kernel(
             dc_before = tl.where(keep[:, None], dc_before, 0.0)
             tl.store(dc + o_state, dc_before, mask=m)
             i_tile += 1
-        tl.debug_barrier()  # dc is read by other threads than wrote it
+        tl.debug_barrier()  # dc is read by other threads than those that wrote it
         i += 1

@@ -1,20 +1,20 @@
-"""What went wrong on a device, in words that the host reads without waiting: told by a later call, if not the next."""
+"""Error flags of a device, in memory that the host reads without synchronizing; a later call raises them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_words: dict[torch.device, Tensor] = {}  # kernels set them, when a wait gave up
-# Copies of a count on the device, of rows whose lengths were out of range: added to, never set, so that a call in which
-# all is well does not undo what one before it said.
-_wrong_lengths: dict[torch.device, tuple[Tensor, Tensor]] = {}  # (there, and its copy)
-_told: dict[torch.device, int] = {}  # of those, how many have been told
+_words: dict[torch.device, Tensor] = {}  # set by a kernel in which a wait gave up
+# Counts on the device of rows whose lengths were out of range, and copies of them for the host.  They only grow, so
+# that a valid call does not clear the error of an earlier one.
+_wrong_lengths: dict[torch.device, tuple[Tensor, Tensor]] = {}  # (count, copy)
+_reported: dict[torch.device, int] = {}  # the count at the last error that was raised
 
 
 def _readable(device: torch.device) -> Tensor:
-    """A zero that is page-locked: written by the device, readable by the host."""
-    with torch.inference_mode(False):  # what is made in that mode cannot be cleared outside of it
+    """A zero in page-locked memory: the device writes it, the host reads it."""
+    with torch.inference_mode(False):  # what is made in that mode cannot be cleared outside it
         return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 
@@ -28,7 +28,7 @@ def word(device: torch.device) -> Tensor:
 def note(device: torch.device, wrong: Tensor) -> None:
     """Counts the rows that are ``wrong`` (B, 1), without waiting."""
     if device not in _wrong_lengths:
-        with torch.inference_mode(False):  # what is made in that mode cannot be added to outside of it
+        with torch.inference_mode(False):  # what is made in that mode cannot be added to outside it
             count = torch.zeros(1, dtype=torch.int32, device=device)
             _wrong_lengths[device] = count, _readable(device)
     count, copy = _wrong_lengths[device]
@@ -37,8 +37,11 @@ def note(device: torch.device, wrong: Tensor) -> None:
     copy.copy_(count, non_blocking=True)
 
 
-def check(device: torch.device) -> Tensor:
-    """The word for kernels.  RuntimeError if an earlier call on ``device`` gave up, ValueError for its lengths."""
+def raise_pending(device: torch.device) -> Tensor:
+    """The word for kernels on ``device``, after raising what is pending there.
+
+    RuntimeError if an earlier call gave up waiting, ValueError if its lengths were out of range.
+    """
     here = word(device)
     if here.item():
         here.zero_()
@@ -49,10 +52,10 @@ def check(device: torch.device) -> Tensor:
         )
     if device in _wrong_lengths:
         _, copy = _wrong_lengths[device]
-        if copy.item() > _told.get(device, 0):
+        if copy.item() > _reported.get(device, 0):
             if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-                torch.cuda.synchronize(device)  # other layers of that call may still be at it: told once
-            _told[device] = int(copy.item())
+                torch.cuda.synchronize(device)  # other layers of that call may still run: one error for all
+            _reported[device] = int(copy.item())
             raise ValueError(
                 f"lengths should be from 0 to T, the steps of input; those of an earlier call on {device}, or of "
                 f"an earlier layer of this one, were not, and its results are NaN in the rows in question. Nothing "

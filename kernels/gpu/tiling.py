@@ -1,7 +1,8 @@
 """The GPU half of the tiling: from sizes, dtype and device to a design and its tiles; pure functions.
 
-Every program of both designs keeps its share of the recurrent weights in registers (``split.py`` says how), so
-what a program can hold decides the design.  Among the tiles that fit, a model of a step's time chooses.
+Every program of both designs keeps its slice of the recurrent weights in registers (``split.py`` says how), so the
+registers of a program decide the design.  Among the tiles that fit, a model of a step's time chooses.
+K chunk: terms of a row of h or dz that are received together.
 
 The model's constants were fitted to what ``python -m bench.gpu_designs`` measured on an H200 (bfloat16, 71 designs of
 eight shapes from H 128 to 1024 and B 16 to 256, in bench/results/designs): it is 10 % off on average and 27 % at most,
@@ -20,40 +21,40 @@ import torch
 
 from ..integers import ceil_div
 
-# Where the GPU tests passed and the benchmark was run: the compute capability, and SMs at least (9.0: an H200,
-# and an H100 SXM has as many).  On others "auto" leaves the call to torch, and says so; backend="triton" runs the
-# kernels all the same.
+# Devices on which the GPU tests passed and the benchmark was run: compute capability, and the least number of SMs
+# (9.0: an H200; an H100 SXM has as many).  On others "auto" leaves the call to torch, and says so; backend="triton"
+# runs the kernels anyway.
 MEASURED: dict[tuple[int, int], int] = {(9, 0): 132}
 
-# Bytes that one weight takes in registers.  Strict float32 multiplies with three TF32 products, of a high and a low
-# part of each operand; both parts are kept.
+# Bytes of one weight in registers.  Strict float32 multiplies with three TF32 products of a high and a low half of each
+# operand; both halves are kept.
 WEIGHT = {"16": 2, "tf32": 4, "float32": 8}
 STATE = {"16": 2, "tf32": 4, "float32": 4}  # bytes of an entry of h or dz
-# Terms of a chunk that a warp takes at least: sixteen an instruction (Triton 3.6 wants as many of float32 too), and of
-# 16-bit words both halves.
+# The fewest terms of a K chunk per warp: sixteen per instruction (Triton 3.6 requires as many for float32 too), and
+# both halves of words that hold two 16-bit entries.
 DEPTH = {"16": 32, "tf32": 16, "float32": 16}
 
 WEIGHT_REGISTERS = 128  # of a thread's 255, at most, for weights
-# And, by tile, for two chunks of h or dz on their way to shared memory.  Twice as many, so half the chunks, were tried:
-# level on average, 8 % slower at worst.
+# And, by tile, for two K chunks of h or dz on their way to shared memory.  Twice as many, and so half the chunks, were
+# tried: equal on average, 8 % slower at worst.
 TILE_REGISTERS = {8: 32, 16: 32}
-SUM_REGISTERS = 160  # for weights and the sums of a tile together: above it, most kernels spill
-# Of a program that shares the units, with 255 registers a thread.  Sixteen were tried: 2 to 30 % slower.
+SUM_REGISTERS = 160  # for weights and the sums of a tile together: with more, most kernels spill
+# Warps of a program of the split design, with 255 registers per thread.  Sixteen were tried: 2 to 30 % slower.
 WARPS = 8
-# Of one that has them all, at most: (forward, backward).  Sixteen are 10 % faster in forward; in backward they were
+# Of the resident design, at most: (forward, backward).  Sixteen are 10 % faster in forward; in backward they were
 # 40 % slower, and spilled, as both do in strict float32.
 RESIDENT_WARPS = {"16": (16, 8), "tf32": (16, 8), "float32": (8, 8)}
 SHARED = 160 * 1024  # bytes of shared memory of a program on the large GPUs (8.0: 163 KiB, 9.0 and 10.0: 227)
 
 LATENCY = 0.55  # microseconds of a step in which nothing but latency counts: product, sum over warps, cell
-HANDOFF = 0.14  # of each doubling of the programs that hand h or dz to each other
+HANDOFF = 0.14  # for each doubling of the programs that exchange h or dz
 RESIDENT_LATENCY = (0.97, 1.35)  # without a hand-off: (forward, backward)
-PASS = 0.37  # of each further tile of rows of the same program
-CHUNK = 0.02  # of each further chunk of K: a look at what has arrived and the barriers
-STREAM_CHUNK = 0.17  # of a chunk of streamed weights, for each eight rows of a tile
-SM_RATE = 59.0  # kilobytes a microsecond of h or dz that a program draws from the second-level cache
+PASS = 0.37  # for each further tile of rows of the same program
+CHUNK = 0.02  # for each further K chunk: polling for its data, and barriers
+STREAM_CHUNK = 0.17  # for a K chunk of streamed weights, per eight rows of a tile
+SM_RATE = 59.0  # kilobytes per microsecond of h or dz that a program reads from the second-level cache
 STREAM_RATE = 41.0  # and of weights
-SHARED_RATE = 134.0  # kilobytes a microsecond of an SM's shared memory
+SHARED_RATE = 134.0  # kilobytes per microsecond of an SM's shared memory
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:
@@ -62,26 +63,26 @@ def precision_of(dtype: torch.dtype, tf32: bool) -> str:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below ``n``."""
+    """The smallest power of two that is at least ``n``."""
     return 1 << max(0, n - 1).bit_length()
 
 
 @dataclass(frozen=True)
 class Design:
-    """One launch: which kernel, and everything that it is told about tiles."""
+    """One launch: which kernel, and its tile sizes."""
 
     kind: str  # "resident" or "split"
     units: int  # U
     tile: int  # BT, rows of a tile in registers
-    rows: int  # rows of a tile that exist
+    rows: int  # rows of a tile that belong to the batch
     groups: int  # groups of rows; each has programs of its own
-    tiles: int  # tiles of rows of a group, one after the other
+    tiles: int  # tiles of rows of a group, one after another
     slices: int  # slices of units; the programs of a group
     directions: int
     warps: int  # KW
     chunk: int = 0  # K, terms of a row of h or dz that are received together
     chunks: int = 0  # NK
-    stream: bool = False  # weights are read in every step: they do not fit
+    stream: bool = False  # weights do not fit the registers and are read in every step
     step_time: float = 0.0  # predicted, microseconds
 
     @property
@@ -98,7 +99,7 @@ class Design:
 def cover(terms: int, least: int, most: int) -> tuple[int, int]:
     """(K, NK): NK chunks of K terms, a power of two, that cover ``terms`` with little waste.
 
-    Chunks are as long as ``most`` allows unless shorter ones save a tenth of the whole.
+    Chunks have ``most`` terms unless shorter ones reduce the total by a tenth.
     """
     size = max(least, min(power_of_two(terms), most))
     best = size
@@ -112,12 +113,12 @@ def cover(terms: int, least: int, most: int) -> tuple[int, int]:
 def resident_design(
     hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, shared: int = SHARED
 ) -> Design | None:
-    """A CTA for each tile of rows, or None where one cannot hold the weights."""
+    """A program for each tile of rows, or None if one cannot hold the weights."""
     units = max(power_of_two(hidden), 16)
     warps = min(RESIDENT_WARPS[precision][backward], units // 4)
     if 4 * units * units * WEIGHT[precision] > WEIGHT_REGISTERS * 4 * 32 * min(WARPS, warps):
         return None
-    if 4 * units * units * STATE[precision] + 4096 > shared:  # weights come to the registers by way of it
+    if 4 * units * units * STATE[precision] + 4096 > shared:  # weights are loaded into registers through it
         return None
     tile = 8 if directions * ceil_div(batch, 8) <= sms else 16
     groups = ceil_div(batch, tile)
@@ -128,8 +129,8 @@ def resident_design(
 def split_time(
     terms: int, tile: int, rows: int, tiles: int, m: int, slices: int, chunks: int, stream: bool, precision: str
 ) -> float:
-    """Predicted microseconds of a step that multiplies ``m`` rows of weights by ``tiles`` tiles of ``tile`` rows."""
-    read = rows * terms * STATE[precision] / 1000  # kilobytes that a program receives for a tile
+    """Predicted microseconds of a step: ``m`` rows of weights times ``tiles`` tiles of ``tile`` rows."""
+    read = rows * terms * STATE[precision] / 1000  # kilobytes that a program receives per tile
     staged = terms * tile * STATE[precision] / 1000
     summed = WARPS * m * tile * 4 / 1000
     one = read / SM_RATE + 2 * (staged + summed) / SHARED_RATE + (chunks - 1) * CHUNK
@@ -138,12 +139,12 @@ def split_time(
     return LATENCY + HANDOFF * math.log2(slices) + tiles * one + (tiles - 1) * PASS
 
 
-def _share(terms: int, m: int, tile: int, precision: str, shared: int, narrower: bool) -> tuple[int, int, bool] | None:
+def _tiles(terms: int, m: int, tile: int, precision: str, shared: int, narrower: bool) -> tuple[int, int, bool] | None:
     """(K, NK, whether weights are streamed) of a program that multiplies ``m`` rows of weights by ``tile`` columns.
 
-    None where it would spill; ``narrower``: the device has SMs enough for slices of fewer units.
+    None if it would spill; ``narrower``: the device has enough SMs for slices of fewer units.
     """
-    # a chunk on its way takes registers, and the next one as many
+    # a K chunk on its way takes registers, and the next one as many
     longest = TILE_REGISTERS[tile] * 4 * 32 * WARPS // (2 * tile * WEIGHT[precision])
     chunk, chunks = cover(terms, DEPTH[precision] * WARPS, longest)
     weights = ceil_div(m * chunk * chunks * WEIGHT[precision], 4 * 32 * WARPS)  # registers of a thread
@@ -153,14 +154,14 @@ def _share(terms: int, m: int, tile: int, precision: str, shared: int, narrower:
     staged = chunk * tile * STATE[precision] + WARPS * m * tile * 4
     if fits and m * chunk * chunks * STATE[precision] + staged <= shared:
         return chunk, chunks, False
-    # weights of two chunks in registers, the present and the next, besides the sums
+    # weights of two K chunks in registers, the current and the next, in addition to the sums
     if m > 64 and narrower:
-        return None  # these spill: only where there are too few SMs for narrower slices
+        return None  # these spill: only if there are too few SMs for narrower slices
     sums = m * tile // 32 * (2 if precision == "float32" else 1)
     if tile > 8 and sums > SUM_REGISTERS - WEIGHT_REGISTERS:
         return None
-    share = 4 if precision == "16" else 8 if tile == 8 else 16
-    longest = min(longest, WEIGHT_REGISTERS * 4 * 32 * WARPS // (share * m * WEIGHT[precision]))
+    held = 4 if precision == "16" else 8 if tile == 8 else 16
+    longest = min(longest, WEIGHT_REGISTERS * 4 * 32 * WARPS // (held * m * WEIGHT[precision]))
     chunk = max(DEPTH[precision] * WARPS, min(longest, power_of_two(terms)))
     return chunk, ceil_div(terms, chunk), True
 
@@ -168,13 +169,13 @@ def _share(terms: int, m: int, tile: int, precision: str, shared: int, narrower:
 def split_designs(
     hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, shared: int = SHARED
 ) -> Iterator[Design]:
-    """Every way to split the units that fits the device, with its predicted time."""
+    """All split designs that fit the device, with their predicted times."""
     terms = 4 * hidden if backward else hidden
     narrower = directions * ceil_div(hidden, 16) <= sms
     for units, tile in product((16, 32) if backward else (8, 16, 32), TILE_REGISTERS):
         slices = ceil_div(hidden, units)
         m = units if backward else 4 * units
-        if (share := _share(terms, m, tile, precision, shared, narrower)) is None:
+        if (k_tiles := _tiles(terms, m, tile, precision, shared, narrower)) is None:
             continue
         for groups in range(1, min(sms // (directions * slices), ceil_div(batch, 8)) + 1):
             rows = ceil_div(batch, groups)
@@ -182,14 +183,14 @@ def split_designs(
             rows = ceil_div(rows, tiles)
             if tile > 8 and rows <= tile // 2:
                 continue
-            chunk, chunks, stream = share
+            chunk, chunks, stream = k_tiles
             time = split_time(terms, tile, rows, tiles, m, slices, chunks, stream, precision)
             sizes = (units, tile, rows, groups, tiles, slices, directions, WARPS)
             yield Design("split", *sizes, chunk, chunks, stream, time)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(
+def choose_design(
     hidden: int,
     batch: int,
     directions: int,
@@ -202,7 +203,7 @@ def plan(
 ) -> Design:
     """The design for one layer on a device with ``sms`` SMs and ``shared`` bytes of shared memory; ``kind`` forces one.
 
-    Raises ValueError where none fits (more slices than SMs at the widest tile: H above 32 x SMs / D).
+    Raises ValueError if none fits (more slices than SMs at the widest tile: H above 32 x SMs / D).
     """
     if kind != "split":
         resident = resident_design(hidden, batch, directions, precision, sms, backward, shared)
@@ -222,4 +223,4 @@ def plan(
 
 def predict(hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool) -> float:
     """Predicted microseconds of a step of the recurrence."""
-    return plan(hidden, batch, directions, precision, sms, backward).step_time
+    return choose_design(hidden, batch, directions, precision, sms, backward).step_time

@@ -1,12 +1,11 @@
 """ATen's LSTM, as ``torch.nn.LSTM`` runs it, as a backend of the contract: one layer, for the operators of ``ops.py``.
 
-An ordinary call of ``backend="torch"`` takes :func:`run` from here: ATen gets all layers at once and keeps a graph of
-its own.
+An ordinary call of ``backend="torch"`` uses :func:`run`: ATen gets all layers at once and keeps a graph of its own.
 
-A graph that is compiled or exported has a node a layer, and what ATen keeps for its backward cannot be told beforehand:
-so :func:`forward` keeps nothing, and :func:`backward` computes it anew.
+A graph that is compiled or exported has one node per layer, and what ATen saves for its backward is not known in
+advance: so :func:`forward` saves nothing, and :func:`backward` computes it again.
 
-B batch, N alive rows over all steps, T time, I input, H hidden, P projection, L layers, D directions.
+B batch, N tokens: (step, row) pairs, T time, I input, H hidden, P projection, L layers, D directions.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def supports(layer: Layer) -> str | None:
 
 
 def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Nothing: backward computes forward anew."""
+    """Nothing: backward computes forward again."""
     return []
 
 
@@ -39,7 +38,7 @@ def run(
     params: Sequence[Tensor],
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.lstm``: output, h_n, c_n; time comes first, whatever the options say."""
+    """``torch.lstm``: output, h_n, c_n; time comes first, regardless of the options."""
     if batch_sizes is None:
         results = _VF.lstm(input, hx, params, *options[:5], False)  # type: ignore[call-overload]
     else:
@@ -57,10 +56,10 @@ def _differentiable_again(
     params: Sequence[Tensor],
     options: Options,
 ) -> None:
-    """Lets cuDNN's gradient, of the :func:`run` that gave ``results``, be differentiated in turn.
+    """Makes cuDNN's gradient of the :func:`run` that returned ``results`` differentiable.
 
-    ATen does so by itself on the CPU.  For cuDNN a hook on its node in the graph puts, under ``create_graph=True``, the
-    reference's gradient in the place of its own; not where there is dropout between layers.
+    ATen's gradient on the CPU already is.  For cuDNN a hook on its node in the graph replaces its gradient under
+    ``create_graph=True`` by the reference's, unless there is dropout between layers.
     """
     node = results[0].grad_fn
     for _ in range(3):  # views may be in between
@@ -77,10 +76,10 @@ def _again(
     params: Sequence[Tensor],
     options: Options,
     grad_inputs: tuple[Tensor | None, ...],  # of input, the parameters, h_0 and c_0; None where not needed
-    grad_outputs: tuple[Tensor | None, ...],  # of output, h_n, c_n, and of what else the node puts out
+    grad_outputs: tuple[Tensor | None, ...],  # of output, h_n, c_n, and of the node's other outputs
 ) -> tuple[Tensor | None, ...] | None:
     L, D = options.num_layers, options.directions
-    masked = options.dropout and options.train and L > 1  # cuDNN alone knows the masks: its gradient stays as it is
+    masked = options.dropout and options.train and L > 1  # only cuDNN knows the masks: its gradient stays as it is
     if masked or not torch.is_grad_enabled():
         return None
     steps, batch = input.shape[:2]
@@ -109,7 +108,7 @@ def _again(
 
 
 def forward(call: Call, *, save: bool = False, cells: bool = False) -> Forward:
-    """See the contract, but for what ATen does not have: ``reset``, ``cells`` and ragged rows that are not packed."""
+    """See the contract, without what ATen does not have: ``reset``, ``cells``, and ragged rows that are not packed."""
     layer, rows = call.layer, call.rows
     assert call.reset is None
     assert not cells
@@ -132,7 +131,7 @@ def backward(
     norms: bool = False,
     gate_rows: int = 0,
 ) -> Gradients:
-    """See the contract: by computing forward anew and differentiating it; nothing can be recorded."""
+    """See the contract; computes forward again and differentiates it; nothing can be recorded."""
     assert not norms
     assert not gate_rows
     return reference.differentiate(forward, call, grads, needs)

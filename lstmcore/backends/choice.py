@@ -1,4 +1,4 @@
-"""The one place that chooses a backend, and says why.  It knows what the registry's entries say, and none by name."""
+"""The one place that chooses a backend, and says why.  It uses the registry's entries, and knows none by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lstmcore.backends.registry import AUTO, REGISTRY, Backend, check_name, load
 from lstmcore.kernels.contract import Layer
 from lstmcore.kernels.cpu import process, threads
 
-LONG, SOME = 1024, 32  # steps, and rows or inputs, that stand for unknown ones
+LONG, SOME = 1024, 32  # steps, and rows or inputs, assumed for unknown ones
 _LOST_THREADS = (
     "in this forked child it may wait for ever for threads of torch's that the fork left behind; "
     "torch.set_num_threads(1) lets it compute here"
@@ -21,7 +21,7 @@ _LOST_THREADS = (
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that runs a call, and what was said about each one considered (name, reason), best first."""
+    """The backend that runs a call, and a reason for each one considered, (name, reason), best first."""
 
     name: str
     reasons: tuple[tuple[str, str], ...]
@@ -32,7 +32,7 @@ class Choice:
         return "\n".join(lines)
 
     def with_threads(self) -> Choice:
-        """The same, saying whose threads a backend of the CPU would use: that may change from call to call."""
+        """The same, with the threads that a backend of the CPU would use, which may change from call to call."""
         backend = REGISTRY[self.name]
         if backend.device != "cpu":
             return self
@@ -42,21 +42,21 @@ class Choice:
 
 
 class Situation(NamedTuple):
-    """What a choice depends on besides the layers."""
+    """What a choice depends on in addition to the layers."""
 
     extended: bool = False  # the call uses what torch's LSTM does not have: lengths, reset, cells, a recording
     opaque: bool = False  # its tensors are of a subclass, or torch.jit traces it
-    orphan: bool = False  # torch may wait for threads that stayed with the parent process
+    orphan: bool = False  # torch may wait for threads that only the parent process has
     several: bool = True  # there is more than one thread
 
     @staticmethod
     def now(extended: bool, opaque: bool = False) -> Situation:
-        """Of a call in this process and thread."""
+        """The situation of a call in this process and thread."""
         return Situation(extended, opaque, process.torch_would_hang(), threads.count() > 1)
 
 
 def _why_not(backend: Backend, layers: tuple[Layer, ...], situation: Situation) -> str | None:
-    """One sentence on why a backend cannot run these layers here, or None when it can."""
+    """One sentence on why a backend cannot run these layers here, or None if it can."""
     dtype = layers[0].dtype
     if situation.extended and not backend.extended:
         return "it has no lengths, reset or return_cells, and nothing to record; use backend='auto'"
@@ -76,7 +76,7 @@ def _why_not(backend: Backend, layers: tuple[Layer, ...], situation: Situation) 
 
 
 def _declined(backend: Backend, layers: tuple[Layer, ...], situation: Situation) -> str | None:
-    """One sentence on why ``"auto"`` does not take a backend for these layers, or None when it does."""
+    """One sentence on why ``"auto"`` does not take a backend for these layers, or None if it does."""
     device = layers[0].device
     if backend.device not in (None, device.type):  # known without loading a compiler
         return f"it runs on {backend.device}, not on {device}"
@@ -92,14 +92,14 @@ def _declined(backend: Backend, layers: tuple[Layer, ...], situation: Situation)
 
 
 def _described(backend: Backend, layers: tuple[Layer, ...], why: str) -> str:
-    """``why`` with how the backend would run the first layer, where it tells."""
+    """``why``, and how the backend would run the first layer, if it has ``describe``."""
     describe = getattr(load(backend.name), "describe", None)
     return why if describe is None else f"{why}: {describe(layers[0])}"
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(name: str, layers: tuple[Layer, ...], situation: Situation = Situation()) -> Choice:  # noqa: B008 (immutable)
-    """The backend for a stack of layers: the first one, and the others' common sizes where there are more.
+    """The backend for a stack of layers: the first one, and the common sizes of the others if there are more.
 
     A named backend that cannot run them raises RuntimeError with the reason; ``"auto"`` always finds one.
     """
@@ -120,29 +120,29 @@ def choose(name: str, layers: tuple[Layer, ...], situation: Situation = Situatio
             )
             return Choice(candidate, (*reasons, (candidate, _described(backend, layers, why))))
         reasons.append((candidate, reason))
-    # Only a dtype that no backend of ours computes, with an argument that ATen's LSTM does not have.
+    # Only for a dtype that none of our backends computes, with an argument that ATen's LSTM does not have.
     raise RuntimeError("no backend can run this call:\n" + "\n".join(f"  {name}: {why}" for name, why in reasons))
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(name: str, layer: Layer, num_layers: int, situation: Situation) -> Choice:
-    """:func:`choose` for a stack that begins with ``layer``; cached, because it runs once a call."""
+def chosen(name: str, layer: Layer, num_layers: int, situation: Situation) -> Choice:
+    """:func:`choose` for a stack that begins with ``layer``; cached, because every call uses it."""
     return choose(name, (layer,) if num_layers == 1 else (layer, layer.after()), situation)
 
 
 def in_graph(name: str, layer: Layer, extended: bool) -> str:
     """The backend of a layer in a compiled or exported graph, or under a transform: chosen once, for every T and B.
 
-    As for a long sequence of some rows: steps and batch may be symbols there.  The hidden size becomes a constant.
+    As for a long sequence of some rows, because steps and batch may be symbols.  The hidden size becomes a constant.
     """
     fixed = layer._replace(
         steps=LONG, batch=SOME, input_size=SOME, hidden_size=int(layer.hidden_size), proj_size=int(layer.proj_size)
     )
-    return plan(name, fixed, 1, Situation(extended, orphan=process.torch_would_hang())).name
+    return chosen(name, fixed, 1, Situation(extended, orphan=process.torch_would_hang())).name
 
 
 def own_cell(name: str, device: torch.device) -> str | None:
-    """The backend whose own single step a cell runs; None where it is an LSTM of one step."""
+    """The backend whose own single step a cell runs; None if it runs an LSTM of one step."""
     check_name(name)
     orphan = device.type == "cpu" and process.torch_would_hang()
     for candidate, backend in REGISTRY.items():

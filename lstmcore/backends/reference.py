@@ -1,10 +1,10 @@
-"""The LSTM as a plain, differentiable loop over time: the formula one can read, and the path of double backward.
+"""The LSTM as a plain, differentiable loop over time: a readable formula, and the path of double backward.
 
-:func:`forward` answers the backend contract of :mod:`lstmcore.kernels` in ordinary torch operations, so autograd
-differentiates it any number of times.  It is the twin of the kernels, not their judge: both take their arithmetic from
-``kernels/cell.py``, and the tests compare them with float64 ``torch.nn.LSTM``.
+:func:`forward` implements the backend contract of :mod:`lstmcore.kernels` in ordinary torch operations, so autograd
+differentiates it any number of times.  The kernels are not tested against it, because both take their arithmetic from
+``kernels/cell.py``: the tests compare them with float64 ``torch.nn.LSTM``.
 
-T time, B batch, N alive rows over all steps, n alive rows of one step, I input, H hidden, P projection, D directions.
+T time, B batch, N tokens: (step, row) pairs, n active rows of one step, I input, H hidden, P projection, D directions.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def supports(layer: Layer) -> str | None:
 
 
 def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Nothing: backward computes forward anew."""
+    """Nothing: backward computes forward again."""
     return []
 
 
 class Trace:
-    """What a recording wants of a pass: the norms of the gradients at every state, the gates of some rows.
+    """What a recording needs from a pass: the norms of the gradients at every state, the gates of some rows.
 
     The norms are written when the pass is differentiated.
     """
@@ -69,7 +69,7 @@ class Trace:
                 self._hooks.append(state.register_hook(arrived))
 
     def end(self) -> None:
-        """No later pass over the same graph is taken down."""
+        """Stops the recording, so that later passes over the same graph are not recorded."""
         for hook in self._hooks:
             hook.remove()
 
@@ -79,27 +79,27 @@ class Trace:
 
     @property
     def norms(self) -> Tensor:
-        """(2, D, T, B), rows as the caller's, in the state dtype."""
+        """(2, D, T, B), in the caller's order of rows and in the state dtype."""
         norms = self._norms.to(self._gates.dtype)
         order = self._rows.order
         return norms if order is None else norms.index_select(-1, torch.argsort(order).to(norms.device))
 
     @property
     def gates(self) -> GateStatistics | None:
-        """Of the sampled rows; None where none were wanted."""
+        """Statistics of the sampled rows; None if there are none."""
         if not len(self._sample):
             return None
-        sizes, alive = self._rows.batch_sizes, None
+        sizes, active = self._rows.batch_sizes, None
         if sizes is not None:
-            alive = (self._sample < sizes[:, None]).to(self._gates.device)
-        return statistics(self._gates, alive)
+            active = (self._sample < sizes[:, None]).to(self._gates.device)
+        return statistics(self._gates, active)
 
 
 def forward(call: Call, *, save: bool = False, cells: bool = False, trace: Trace | None = None) -> Forward:
-    """One layer, differentiable in every floating-point tensor; ``save`` is accepted and means nothing here.
+    """One layer, differentiable in every floating-point tensor; ``save`` is accepted and has no effect.
 
     16-bit types compute in float32 and round where the kernels do: h_t, because the next step and the caller read it.
-    ``trace`` takes down what happens on the way.
+    ``trace`` records gates and norms on the way.
     """
     rows, input = call.rows.on_host(), call.input
     h_0 = input.new_zeros(call.layer.h_shape) if call.h_0 is None else call.h_0
@@ -132,9 +132,9 @@ def backward(
     norms: bool = False,
     gate_rows: int = 0,
 ) -> Gradients:
-    """See the contract: by computing forward anew and differentiating it; ``output`` and ``saved`` are not looked at.
+    """See the contract; computes forward again and differentiates it; ``output`` and ``saved`` are not used.
 
-    Under grad mode the gradients have a graph of their own, and so can be differentiated in turn.
+    In grad mode the gradients have a graph of their own, so they can be differentiated.
     """
     if not norms and not gate_rows:
         return differentiate(forward, call, grads, needs)
@@ -146,7 +146,7 @@ def backward(
 
 
 def differentiate(forward: Callable[..., Forward], call: Call, grads: GradOutputs, needs: Needs) -> Gradients:
-    """The gradients of ``forward``, which autograd differentiates; with a graph of their own under grad mode."""
+    """The gradients of ``forward``, by autograd; with a graph of their own in grad mode."""
     reset, *tensors = call.tensors
 
     def run(*values: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -164,10 +164,10 @@ def differentiate(forward: Callable[..., Forward], call: Call, grads: GradOutput
 def pull(
     run: Callable[..., Sequence[Tensor | None]], tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of ``tensors`` from those of what ``run`` makes of them; with a graph of their own in grad mode."""
+    """The gradients of ``tensors`` from those of the outputs of ``run``; with a graph of their own in grad mode."""
     again = torch.is_grad_enabled()
     # Every tensor enters through an alias of its own, which stops the walk back at this layer: without it the gradient
-    # with respect to ``input`` would take in the paths that lead from ``input`` to ``h_0`` outside of the layer.
+    # with respect to ``input`` would include the paths that lead from ``input`` to ``h_0`` outside the layer.
     aliases = [
         tensor if tensor is None else tensor.view_as(tensor) if again and tensor.requires_grad else _leaf(tensor)
         for tensor in tensors
@@ -209,7 +209,7 @@ def _direction(
     c = c.to(state)
     hs, cs = list(inputs), list(inputs)  # every entry is overwritten
     for t in range(len(inputs) - 1, -1, -1) if d == 1 else range(len(inputs)):
-        n = inputs[t].shape[0]  # rows are sorted: the first n are alive, the others keep their state
+        n = inputs[t].shape[0]  # rows are sorted: the first n are active, the others keep their state
         h_prev, c_prev = h[:n], c[:n]
         restart = resets[t]
         if restart is not None:

@@ -1,4 +1,4 @@
-"""The backends there are: one entry each, the fastest first, in the order in which ``"auto"`` considers them."""
+"""The registry of backends: one entry each, the fastest first, in the order in which ``"auto"`` considers them."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Backend:
-    """A module that answers the contract of :mod:`lstmcore.kernels`, and what is known of it before it is loaded."""
+    """A module that implements the contract of :mod:`lstmcore.kernels`, and what is known before it is loaded."""
 
     name: str
     module: str
-    why: str  # in a choice of "auto": what speaks for it, to people
+    why: str  # the reason for it in a choice of "auto", as text for users
     device: str | None = None  # the type of device that it runs on; None: any
     dtypes: tuple[torch.dtype, ...] | None = FLOATS  # None: any
-    missing: Callable[[], str | None] = lambda: None  # one sentence where it cannot be imported, or must not be
-    # One sentence where "auto" does not take it although it supports the layer: it was never seen to work there, or a
+    missing: Callable[[], str | None] = lambda: None  # one sentence if it cannot or must not be imported
+    # One sentence if "auto" does not take it although it supports the layer: it was never tested on the device, or a
     # later one in the registry was measured faster (``several``: there is more than one thread).
     unproven: Callable[[Any, Layer], str | None] = lambda module, layer: None
     slower: Callable[[Layer, bool], str | None] = lambda layer, several: None
-    fused: bool = True  # opaque to autograd, tracers, modes and tensor subclasses; else made of torch's operations
+    fused: bool = True  # opaque to autograd, tracers, modes and tensor subclasses; else it consists of torch operations
     extended: bool = True  # it has lengths, reset and cells, and can be recorded
     whole: bool = False  # it has ``run``, which computes all layers of a call at once, with a graph of its own
     cell: bool = False  # it has a single step of its own, torch's
@@ -104,11 +104,11 @@ _ENTRIES = (
     ),
 )
 REGISTRY: dict[str, Backend] = {each.name: each for each in _ENTRIES}
-REFERENCE = "reference"  # the twin of all others, which can be differentiated any number of times
+REFERENCE = "reference"  # computes the same as all others, and can be differentiated any number of times
 
 
 def names() -> tuple[str, ...]:
-    """What ``backend=`` may be."""
+    """The values that ``backend=`` accepts."""
     return (AUTO, *REGISTRY)
 
 
@@ -122,7 +122,7 @@ def check_name(name: str) -> None:
 def load(name: str) -> Any:
     """The module of a backend, imported on first use (Numba alone takes a third of a second).
 
-    Raises ImportError, which says what would help, where a package that it needs is missing, too old or switched off.
+    Raises ImportError, which says what would help, if a package that it needs is missing, too old or switched off.
     """
     backend = REGISTRY[name]
     if (reason := backend.missing()) is not None:

@@ -1,4 +1,4 @@
-"""When ``"auto"`` leaves a layer to torch: what was measured, as rules by class of shape.
+"""When ``"auto"`` leaves a layer to torch: measurements as rules by class of shape.
 
 T steps, B rows, H hidden units.
 """
@@ -19,17 +19,17 @@ def _bfloat16_hardware() -> bool:
 
 
 def faster_than_aten(layer: Layer, several: bool = True) -> bool:
-    """Whether the Numba kernels beat ATen for this class of layer: what measurements say, as a rule.
+    """Whether the Numba kernels beat ATen for this class of layer: a rule from measurements.
 
-    ``several``: they share the work out among threads.
+    ``several``: there is more than one thread.
 
-    * Dense float32 and bfloat16: ATen calls oneDNN, which wins where a call is over in a few steps, or the layer is so
-      small that nothing is left to gain; in inference of a wide layer both are level for longer.  Measured behind an
+    * Dense float32 and bfloat16: ATen calls oneDNN, which wins if a call has only a few steps, or the layer is so small
+      that nothing can be gained; in inference of a wide layer both are equally fast for more steps.  Measured after an
       operation of torch's for T 1 to 160, B 1, 8, 32 and H 16 to 512, on two kinds of processor: what this rule picks
       is 0.99 to 2.6 times as fast in training with two threads and 1.0 to 3.7 in inference, with one thread 1.0 to 1.6
       and 0.99 to 1.95 (AMD EPYC, Zen 3, AVX2); 0.97 to 1.9 and 1.01 to 2.5 with two threads (Intel Xeon, AVX-512).
     * What oneDNN does not cover (packed, projections, float64, float16) ATen runs step by step, at some 50
-      microseconds a step; what is laid out anew for each batch of lengths costs 0.3 ms a pass.
+      microseconds per step; preparing arguments for each batch of lengths costs us 0.3 ms per pass.
     * bfloat16 on a CPU that multiplies it: oneDNN uses that, our kernels compute in float32; ours win while the cell
       and the overhead of a step outweigh its products.
     """
@@ -48,15 +48,15 @@ def faster_than_aten(layer: Layer, several: bool = True) -> bool:
 
 
 def faster_than_cudnn(layer: Layer) -> bool:
-    """Whether the Triton kernels beat cuDNN for this class of layer: what measurements on an H200 say, as a rule.
+    """Whether the Triton kernels beat cuDNN for this class of layer: a rule from measurements on an H200.
 
     * Where cuDNN launches kernels for each step (bfloat16, float32 of H > 192, packed, projections, an H that is no
-      multiple of 128), a step takes it 13 microseconds forward and 27 backward, whatever its size up to H 1024 and 64
-      rows, most of it that host's: ours are 2 to 14 times as fast there.  A call costs us 0.2 ms more in inference and
-      1 to 2 ms in training, and cuDNN wins where products count: H 2048 (0.95), 256 rows of H 1024 (0.73 to 0.86);
-      float32 of H 1024 is level.
-    * Where it keeps one kernel running (float16, and float32 of H <= 192), ours are 1.05 to 2.8 times as fast over 1024
-      steps, but for inference of 16 rows of H 768 (0.87).
+      multiple of 128), a step takes it 13 microseconds forward and 27 backward for all sizes up to H 1024 and 64 rows,
+      most of them on that host: ours are 2 to 14 times as fast there.  A call costs us 0.2 ms more in inference and 1
+      to 2 ms in training, and cuDNN wins where products dominate: H 2048 (0.95), 256 rows of H 1024 (0.73 to 0.86);
+      float32 of H 1024 is equally fast.
+    * Where it uses one persistent kernel (float16, and float32 of H <= 192), ours are 1.05 to 2.8 times as fast over
+      1024 steps, except in inference of 16 rows of H 768 (0.87).
     """
     steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
     if hidden > 1024 or batch > 256 or (hidden > 512 and batch > 64):
@@ -72,12 +72,12 @@ def faster_than_cudnn(layer: Layer) -> bool:
 
 
 def slower_than_aten(layer: Layer, several: bool) -> str | None:
-    """One sentence where ATen is faster than the Numba kernels."""
+    """One sentence if ATen is faster than the Numba kernels, else None."""
     return None if faster_than_aten(layer, several) else "ATen was measured faster for this class of shape"
 
 
 def slower_than_cudnn(layer: Layer, several: bool) -> str | None:
-    """One sentence where cuDNN is faster than the Triton kernels, or may be."""
+    """One sentence if cuDNN is faster than the Triton kernels, or may be, else None."""
     if faster_than_cudnn(layer):
         return None
     return "cuDNN was measured faster for this class of shape, or ours was not measured on it"

@@ -30,7 +30,7 @@ ITSELF = "(model)"  # the module that is the model; pandas would take its name, 
 
 
 def to_csv(records: Sequence[Record], path: str | Path) -> Path:
-    """Writes a tidy table and returns its path: a line has one quantity at one position of one layer in one pass.
+    """Writes a tidy table and returns its path: each line has one quantity at one position of one layer in one pass.
 
     | quantity              | axis | columns filled                                                             |
     |-----------------------|------|----------------------------------------------------------------------------|
@@ -42,13 +42,13 @@ def to_csv(records: Sequence[Record], path: str | Path) -> Path:
     | horizon               | unit | mean: steps until the forget gates of unit ``position`` have left one half |
 
     Empty is NaN or not applicable, ``inf`` infinite, as pandas reads them; numbers are exact.  The model itself is
-    called ``(model)``.  For the norms by lag, an iteration a column:
+    called ``(model)``.  For the norms by lag, one column per iteration:
 
         table = pandas.read_csv(path).query("quantity == 'c' and axis == 'lag' and layer == 0")
         table.pivot(index="position", columns="iteration", values="mean").plot(logy=True)
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -57,18 +57,18 @@ def to_csv(records: Sequence[Record], path: str | Path) -> Path:
             key = (record.iteration, record.module or ITSELF, record.layer, record.direction, record.call)
             for quantity, axis, columns in _tables(record):
                 for position, values in enumerate(zip(*(column.tolist() for column in columns.values()), strict=True)):
-                    cells = dict(zip(columns, map(_cell, values), strict=True))
-                    writer.writerow([*key, quantity, axis, position, *(cells.get(name, "") for name in COLUMNS[8:])])
+                    fields = dict(zip(columns, map(_field, values), strict=True))
+                    writer.writerow([*key, quantity, axis, position, *(fields.get(name, "") for name in COLUMNS[8:])])
     return Path(path)
 
 
 def to_json(records: Sequence[Record], path: str | Path) -> Path:
-    """Writes everything, one record a line, and returns the path; :func:`from_json` reads it back, bit by bit.
+    """Writes everything, one record per line, and returns the path; :func:`from_json` reads it back exactly.
 
     JSON has no NaN and no infinity: NaN is written as null, the infinities as the strings "inf" and "-inf".
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     head = {"format": FORMAT, "version": VERSION, "gates": GATES, "quantiles": QUANTILES}
     with writing(path), open(path, "w", encoding="utf-8") as file:
@@ -103,10 +103,10 @@ def from_json(path: str | Path) -> list[Record]:
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """A handful of numbers for a logger; 0 becomes -inf in a logarithm, what is unknown is NaN.
+    """The main numbers for a logger; the logarithm of 0 is -inf, unknown values are NaN.
 
     Of the gradient at h and, with a cell, at c: the mean norm at lag 0 and at the far end, the latter over the former,
-    and log10 of the same at lag 100, where there is one.  With gates: the median memory horizon in steps, the mean of
+    and log10 of that ratio at lag 100, if there is one.  With gates: the median memory horizon in steps, the mean of
     the forget gates, and the shares of closed and open gates.
     """
     found: dict[str, float] = {}
@@ -135,8 +135,8 @@ def log(records: Sequence[Record], writer: Any) -> None:
     Args:
         records: as :func:`lstmcore.record_gradient_flow` collects them.
         writer: TensorBoard's SummaryWriter, or another object with ``add_scalar(tag, value, step)``; if it also has
-            ``add_histogram(tag, values, step)``, that gets log2 of the units' memory horizons, those that are finite.
-            Or a callable, which gets a dictionary and the iteration, once for each iteration (``wandb.log`` is one).
+            ``add_histogram(tag, values, step)``, it gets log2 of the units' finite memory horizons.
+            Or a callable, which gets a dictionary and the iteration, once per iteration (such as ``wandb.log``).
 
     Raises:
         TypeError: anything else.
@@ -162,7 +162,7 @@ def log(records: Sequence[Record], writer: Any) -> None:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Makes the folders that ``path`` lies in; an OSError inside says which path could not be written."""
+    """Creates the folders of ``path``; an OSError inside says which path could not be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -185,7 +185,7 @@ def _tag(record: Record) -> str:
 
 
 def _tables(record: Record) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
-    """Quantity, axis and columns, all of one length, of every block of the CSV."""
+    """Quantity, axis and columns, all of one length, of every section of the CSV."""
     for state, norms in (("h", record.h), ("c", record.c)):
         if norms is None:
             continue
@@ -203,7 +203,7 @@ def _tables(record: Record) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
         yield "horizon", "unit", {"mean": gates.horizon}
 
 
-def _cell(value: float) -> str:
+def _field(value: float) -> str:
     return "" if math.isnan(value) else repr(value)
 
 
@@ -217,8 +217,8 @@ def _plain(record: Record) -> dict[str, Any]:
 
 
 def _record(plain: dict[str, Any]) -> Record:
-    def part(kind: type, values: dict[str, Any] | None) -> Any:
-        return None if values is None else kind(**{key: _tensor(value) for key, value in values.items()})
+    def part(cls: type, values: dict[str, Any] | None) -> Any:
+        return None if values is None else cls(**{key: _tensor(value) for key, value in values.items()})
 
     values = dict(plain)
     states = {"h": part(Norms, values.pop("h")), "c": part(Norms, values.pop("c"))}

@@ -1,25 +1,25 @@
-"""One step of a recurrent layer taken apart: what a gradient is multiplied with on its way back through time.
+"""The Jacobian of one step of a recurrent layer: what a gradient is multiplied with on its way back through time.
 
-The LSTM's cell is c_t = f_t ⊙ c_{t-1} + i_t ⊙ g_t, its gates read h_{t-1} = o_{t-1} ⊙ tanh(c_{t-1}) (through W_hr where
+The LSTM's cell is c_t = f_t ⊙ c_{t-1} + i_t ⊙ g_t, its gates read h_{t-1} = o_{t-1} ⊙ tanh(c_{t-1}) (through W_hr if
 there is a projection).  With D_{t-1} = diag(o_{t-1} (1 - tanh² c_{t-1})), and W^k the rows of gate k in W_hh (in
-W_hh W_hr), the Jacobian ∂c_t / ∂c_{t-1} is the sum of four terms, exactly, for o_{t-1} does not depend on c_{t-1}:
+W_hh W_hr), the Jacobian ∂c_t / ∂c_{t-1} is exactly the sum of four terms, because o_{t-1} does not depend on c_{t-1}:
 
     A_t = diag(c_{t-1} ⊙ f_t (1 - f_t)) W^f D_{t-1}    through the forget gate
     B_t = diag(f_t)                                    along the cell: the direct, additive path
     C_t = diag(g_t ⊙ i_t (1 - i_t)) W^i D_{t-1}        through the input gate
     E_t = diag(i_t ⊙ (1 - g_t²)) W^g D_{t-1}           through the candidate
 
-Direction 1 walks backwards: read t + 1 for t - 1.  A walk starts from c_0 and h_0, which are given: no output gate has
-made h_0 from c_0, so D is zero at the first step, and the Jacobian with respect to c_0 is B alone.
+Direction 1 runs backwards: read t + 1 for t - 1.  A direction starts from c_0 and h_0, which are given: h_0 was not
+computed from c_0, so D is zero at the first step, and the Jacobian with respect to c_0 is B alone.
 
-A product of these Jacobians over several steps is what the gradient meets on its way along the cells, every output gate
-held fixed.  It is not all of dc_t / dc_{t-k} from k = 2 on: it leaves out c_{t-2} → h_{t-2} → o_{t-1} → h_{t-1} → c_t,
+A product of these Jacobians over several steps acts on the gradient on its way along the cells, with every output gate
+held fixed.  It is not all of dc_t / dc_{t-k} from k = 2 on: it lacks c_{t-2} → h_{t-2} → o_{t-1} → h_{t-1} → c_t,
 which goes from h to h through the output gate, past the cell.
 
 The plain network's h_t = σ(z_t), z_t = W_ih x_t + W_hh h_{t-1} + b, has one term, diag(σ'(z_t)) W_hh, and a product of
 those is all of dh_t / dh_{t-k}.  Its norm is at most (γ ‖W_hh‖₂)^k, γ the largest σ' (Pascanu et al. 2013).
 
-T time, B batch, I input, H hidden, P projection (H where there is none), L layers, D directions.
+T time, B batch, I input, H hidden, P projection (H without one), L layers, D directions.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Terms(NamedTuple):
 class CellJacobian(Jacobian):
     """∂c_t / ∂c_{t-1} of one layer and direction of an LSTM, for every step and row, in float64.
 
-    The docstring of :mod:`lstmcore.flow.jacobian` has the equations.  The batch has one row where the input had none.
+    The docstring of :mod:`lstmcore.flow.jacobian` has the equations.  The batch has one row if the input was unbatched.
     """
 
     def __init__(
         self,
         forget: Tensor,  # (T, B, H): f
-        scales: Tensor,  # (T, B, 3, H): what stands in front of W in A, C and E
+        scales: Tensor,  # (T, B, 3, H): the diagonals before W in A, C and E
         weight: Tensor,  # (3H, H): W^f, W^i, W^g
         cell: Tensor,  # (T, B, H): the diagonal of D_{t-1}
         direction: int,
@@ -66,7 +66,7 @@ class CellJacobian(Jacobian):
         self.shape, self.device = tuple(forget.shape), forget.device  # type: ignore[assignment]
         self._forget, self._scales, self._weight, self._cell = forget, scales, weight, cell
         left, each = scales.unbind(-2), weight.chunk(3)
-        self.parts: dict[str, Operators] = {
+        self.by_term: dict[str, Operators] = {
             "A": Scaled(left[0], each[0], cell),
             "B": Diagonal(forget),
             "C": Scaled(left[1], each[1], cell),
@@ -83,14 +83,14 @@ class CellJacobian(Jacobian):
 
     def terms(self, t: int | slice) -> Terms:
         """The four terms of a step, or of a slice of them; errors as :meth:`matrix`."""
-        return Terms(*(part.matrix(t) for part in self.parts.values()))
+        return Terms(*(term.matrix(t) for term in self.by_term.values()))
 
     def matrix(self, t: int | slice) -> Tensor:
         A, B, C, E = self.terms(t)
         return A + B + C + E
 
     def norms(self, ord: int | str = 2) -> dict[str, Tensor]:
-        return {name: part.norm(ord) for name, part in self.parts.items()} | {"sum": self.norm(ord)}
+        return {name: term.norm(ord) for name, term in self.by_term.items()} | {"sum": self.norm(ord)}
 
     def frobenius(self) -> Tensor:
         """The squares of B + K, K = A + C + E, added up: B², then 2 B K on the diagonal, then K² term by term."""
@@ -105,7 +105,7 @@ class CellJacobian(Jacobian):
 class RNNJacobian(Scaled, Jacobian):
     """∂h_t / ∂h_{t-1} of one layer of a plain recurrent network, for every step and row, in float64.
 
-    The batch has one row where the input had none.
+    The batch has one row if the input was unbatched.
     """
 
     def __init__(self, derivative: Tensor, weight: Tensor, slope: float) -> None:  # (T, B, H), (H, H)
@@ -135,14 +135,14 @@ def cell_jacobian(
     """The Jacobians ∂c_t / ∂c_{t-1} of one layer and direction of an LSTM, run on ``input`` without dropout.
 
     Args:
-        module: an ``lstmcore.LSTM`` or ``torch.nn.LSTM``; computed in float64, whatever its dtype.
+        module: an ``lstmcore.LSTM`` or ``torch.nn.LSTM``; computed in float64, regardless of its dtype.
         input: (T, B, I), (B, T, I) when batch_first, (T, I) unbatched; of any floating dtype.
         hx: the initial states, (L * D, B, P) and (L * D, B, H), without B when unbatched; None for zeros.
         layer: which layer, from 0 on.
-        direction: 1 walks from the last step to the first.
+        direction: 1 runs from the last step to the first.
 
     Raises:
-        TypeError: a module of another kind.
+        TypeError: another module.
         IndexError: a layer or direction that the module does not have.
         ValueError: a ``PackedSequence``; input of a wrong rank or dtype; input, states or parameters that are not
             finite.
@@ -156,7 +156,7 @@ def cell_jacobian(
         torch.Size([4])
     """
     if getattr(module, "mode", None) != "LSTM":
-        raise TypeError(f"expected an lstmcore.LSTM or torch.nn.LSTM, got {_kind(module)}")
+        raise TypeError(f"expected an lstmcore.LSTM or torch.nn.LSTM, got {_class_name(module)}")
     if isinstance(hx, Tensor) or (hx is not None and len(hx) != 2):
         raise RuntimeError("an LSTM expects two hidden states: hx must be a tuple (h_0, c_0)")
     directions = 2 if module.bidirectional else 1
@@ -167,11 +167,11 @@ def cell_jacobian(
 
     def run(x: Tensor, first: int, last: int, cells: bool) -> Any:
         """The layers from ``first`` to ``last - 1``."""
-        states, part = slice(first * directions, last * directions), len(params) // module.num_layers
+        states, per_layer = slice(first * directions, last * directions), len(params) // module.num_layers
         return functional.lstm(
             x,
             (h_0[states], c_0[states]),
-            list(params.values())[first * part : last * part],
+            list(params.values())[first * per_layer : last * per_layer],
             module.bias,
             last - first,
             bidirectional=module.bidirectional,
@@ -214,7 +214,7 @@ def rnn_jacobian(
     :func:`cell_jacobian`.  ValueError for a bidirectional module.
     """
     if not isinstance(module, nn.RNNBase) or getattr(module, "nonlinearity", None) not in NONLINEARITIES:
-        raise TypeError(f"expected an lstmcore.RNN or torch.nn.RNN, got {_kind(module)}")
+        raise TypeError(f"expected an lstmcore.RNN or torch.nn.RNN, got {_class_name(module)}")
     if module.bidirectional:
         raise ValueError("expected an RNN in one direction, got a bidirectional one")
     _check_index("layer", layer, module.num_layers)
@@ -227,7 +227,7 @@ def rnn_jacobian(
     return RNNJacobian(sigma.derivative(output), params[f"weight_hh_l{layer}"], sigma.slope)
 
 
-def _kind(module: Any) -> str:
+def _class_name(module: Any) -> str:
     return type(module).__name__
 
 
@@ -246,7 +246,7 @@ def _arguments(
             "a PackedSequence has rows of different lengths: pass one row, cut to its length and unbatched, "
             "input[:length, row]"
         )
-    x, batched = checks.time_first(_kind(module), input, module.batch_first)
+    x, batched = checks.time_first(_class_name(module), input, module.batch_first)
     if not input.is_floating_point():
         raise ValueError(f"expected input of a floating-point dtype, got {input.dtype}")
     checks.features(x, module.input_size)
@@ -282,7 +282,7 @@ def _parameters(module: nn.RNNBase) -> dict[str, Tensor]:
 
 
 def _check_finite(values: Tensor, what: str, direction: int = 0) -> None:  # (T, B, ·)
-    """ValueError with the first step, in the order of the walk, at which ``values`` are not finite."""
+    """ValueError with the first step, in the order of the direction, at which ``values`` are not finite."""
     bad = (~values.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
     if bad:
         hint = "check where it comes from for NaN, infinity and overflow"
@@ -292,5 +292,5 @@ def _check_finite(values: Tensor, what: str, direction: int = 0) -> None:  # (T,
 
 
 def _previous(states: Tensor, first: Tensor, direction: int) -> Tensor:
-    """Of (T, B, ·): what each step reads of the step before it, ``first`` (B, ·) where there is none."""
+    """(T, B, ·): the state before each step, ``first`` (B, ·) at the first one."""
     return torch.cat([states[1:], first[None]] if direction else [first[None], states[:-1]])

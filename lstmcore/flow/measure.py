@@ -15,28 +15,28 @@ from torch import Tensor
 
 from lstmcore.flow.record import Record
 
-# float32 holds 24 bits, 6e-8 of a value: what is a million times smaller than the rest of a sum changes its last few
+# float32 has 24 bits, 6e-8 of a value: a term a million times smaller than the rest of a sum changes its last few
 # bits, far below the noise between two batches, and no optimizer can learn from that.
 VANISHED = 1e-6
-# The near end then has less than a thousandth of the weights' gradient, and clipping takes away even that.
+# The last steps then contribute less than a thousandth of the weights' gradient, and clipping removes even that.
 EXPLODED = 1e3
-# A step that directly receives less than this share of what is there has got it from afar: even the thousand steps
-# around it could not add up to it.
+# If a step directly receives less than this share of its gradient, the rest comes from far away: even the thousand
+# steps around it could not add up to it.
 FED = 1e-3
 
 
 @dataclass(frozen=True)
 class Flow:
-    """The figures of one record's gradient along the lags; NaN where there is nothing to take a figure of."""
+    """The figures of one record's gradient along the lags; NaN where a figure is undefined."""
 
-    curve: Tensor  # (T,) mean norm by lag: of dL/dc, or of dL/dh where there is no cell
-    start: int | None  # the first lag that has a gradient; None: none has
+    curve: Tensor  # (T,) mean norm by lag: of dL/dc, or of dL/dh without a cell
+    start: int | None  # the first lag that has a gradient; None if there is no gradient
     far: int  # the last lag that a row of the batch has
     peak: int  # the lag of the largest norm
     reach: int  # the last lag that the loss, or the layer above, feeds
     vanished: int | None  # the first lag from which the norm stays below VANISHED of its largest value
     broken: int | None  # the first lag at which a norm, of h or of c, is not finite
-    growth: float  # the largest norm over the first, beyond what more and more steps feeding it would explain
+    growth: float  # the largest norm over the first, divided by what the gradient that enters on the way explains
     rate: float  # what one step back keeps: exp of the slope of the log norms, by least squares
 
     def ratio(self, lag: int) -> float:
@@ -45,7 +45,7 @@ class Flow:
 
     @property
     def throughout(self) -> bool:
-        """Whether gradient enters all along the way, so that the norms cannot show what crosses it."""
+        """Whether gradient enters at most steps, so that the norms cannot show what crosses the sequence."""
         return 2 * self.reach > self.far
 
 
@@ -73,13 +73,13 @@ def measure(record: Record) -> Flow:
     norms = record.h if record.c is None else record.c
     curve = norms.mean_by_lag
     lags = torch.arange(len(curve), device=curve.device)
-    alive = ~curve.isnan()
-    far = int(lags[alive].max()) if alive.any() else 0
-    infinite = alive & ~(curve.isfinite() & record.h.mean_by_lag.isfinite())
+    active = ~curve.isnan()
+    far = int(lags[active].max()) if active.any() else 0
+    infinite = active & ~(curve.isfinite() & record.h.mean_by_lag.isfinite())
     broken = int(lags[infinite].min()) if infinite.any() else None
     entering = record.entering_by_lag
     reach = _reach(record, far)
-    usable = alive & curve.isfinite() & (lags < (far + 1 if broken is None else broken))
+    usable = active & curve.isfinite() & (lags < (far + 1 if broken is None else broken))
     present = usable & (curve > 0)
     if not present.any():
         return Flow(curve, None, far, 0, reach, None, broken, math.nan, math.nan)
@@ -94,7 +94,7 @@ def measure(record: Record) -> Flow:
     more = (fed / fed[start]).clamp(min=1) if fed[start] > 0 else torch.ones_like(fed)
     growth = float((size / (curve[start] * more)).max())
 
-    # The rate is fitted from where no more is added to where the norm has vanished, or to where it is largest.
+    # The rate is fitted from the last lag at which gradient enters to the lag where the norm has vanished or peaks.
     begin, end = (reach if 2 * reach <= far else peak), (far if vanished is None else vanished)
     if growth > EXPLODED:
         begin, end = start, peak
@@ -111,13 +111,13 @@ def ragged(record: Record) -> bool:
 
 
 def _reach(record: Record, far: int) -> int:
-    """The last lag that is fed from outside of the layer."""
+    """The last lag at which gradient enters from outside the layer."""
     lags = (record.entering_by_lag > FED * record.h.mean_by_lag).nonzero()  # False for NaN
     return min(int(lags.max()), far) if len(lags) else 0
 
 
 def _rate(lags: Tensor, norms: Tensor) -> float:
-    """The factor a step of norms that fall or rise geometrically."""
+    """The factor per step of norms that fall or rise geometrically."""
     if len(lags) < 2:
         return math.nan
     x, y = lags.double(), norms.log()

@@ -1,6 +1,6 @@
-"""Matrices given for every step and row of a sequence: their norms, and what their products over many steps do.
+"""Matrices for every step and row of a sequence: their norms, and properties of their products over many steps.
 
-They are applied to vectors, and formed only where asked for; nothing here knows what network they come from.
+They are applied to vectors, and formed only on request; nothing here depends on the network they come from.
 
 T time, B batch, H the size of a matrix.
 """
@@ -19,18 +19,18 @@ from torch.nn.functional import linear
 
 # Singular values: H up to which a matrix is formed and decomposed, and how the iteration beyond it ends.
 EXACT = 64
-TOLERANCE = 1e-10  # relative change over CHECK iterations
-CHECK = 8
-ITERATIONS = 400  # by then what is found is good to a few digits at the least
+TOLERANCE = 1e-10  # relative change over CONVERGENCE_EVERY iterations
+CONVERGENCE_EVERY = 8
+ITERATIONS = 400  # by then the result has a few correct digits at least
 
-CHUNK = 2**20  # entries of what is worked out for many steps at a time
-STACK = 2**26  # entries of the largest stack of matrices that is handed out: half a GiB
+AT_ONCE = 2**20  # entries that are computed together, for several steps
+STACK = 2**26  # entries of the largest stack of matrices that is returned: half a GiB
 
 
 class Operators(ABC):
-    """An H×H matrix for every step and row, as products with vectors; formed only where asked for.
+    """An H×H matrix for every step and row, as products with vectors; formed only on request.
 
-    A step ``t`` is one of the input's, in either direction; where it may be a slice, results have its steps in front.
+    A step ``t`` is one of the input's, in either direction; if it is a slice, results have its steps in front.
     """
 
     shape: tuple[int, int, int]  # T, B, H
@@ -42,13 +42,13 @@ class Operators(ABC):
 
     @abstractmethod
     def vjp(self, t: int | slice, u: Tensor) -> Tensor:
-        """A vector times each matrix of the step, as a gradient goes back; shapes of :meth:`jvp`."""
+        """A vector times each matrix of the step, as for a gradient; shapes of :meth:`jvp`."""
 
     @abstractmethod
     def matrix(self, t: int | slice) -> Tensor:
         """The matrices (B, H, H) of a step, or (T', B, H, H) of a slice.
 
-        Raises IndexError for a step that is not there, ValueError for a slice too large to hold.
+        Raises IndexError for a step that does not exist, ValueError for a slice too large to hold.
         """
 
     @abstractmethod
@@ -59,15 +59,15 @@ class Operators(ABC):
         """(T, B): largest singular values; exact for H up to ``EXACT``, then by Lanczos to a relative 1e-9 or so."""
         T, B, H = self.shape
         exact = H <= EXACT
-        steps = max(1, CHUNK // max(1, B * H * (H if exact else 1)))
+        steps = max(1, AT_ONCE // max(1, B * H * (H if exact else 1)))
         found = []
         for start in range(0, T, steps):
-            part = slice(start, min(start + steps, T))
+            some = slice(start, min(start + steps, T))
             if exact:
-                found.append(_largest_singular(self.matrix(part)))
+                found.append(_largest_singular(self.matrix(some)))
             else:
-                like = _random(part.stop - start, B, H, device=self.device)
-                found.append(_lanczos(partial(self.jvp, part), partial(self.vjp, part), like))
+                like = _random(some.stop - start, B, H, device=self.device)
+                found.append(_lanczos(partial(self.jvp, some), partial(self.vjp, some), like))
         return torch.cat(found)
 
     def norm(self, ord: int | str = 2) -> Tensor:
@@ -92,7 +92,7 @@ class Operators(ABC):
         return self._index(t)
 
     def _index(self, t: int) -> int:
-        """A step of the input, counted from the front; IndexError where there is none."""
+        """A step of the input, counted from the front; IndexError if it does not exist."""
         T, index = self.shape[0], operator.index(t)
         if not -T <= index < T:
             raise IndexError(f"step {t} of a sequence of {T}: expected {-T} to {T - 1}")
@@ -144,11 +144,11 @@ class Scaled(Operators):
 
 
 class Jacobian(Operators):
-    """The Jacobians of a state with respect to the one before, and what their products do.
+    """The Jacobians of a state with respect to the previous one, and properties of their products.
 
-    ``end`` is the step of the input that a product ends with; None for the last one that the direction takes, which is
-    step 0 in direction 1.  The product over ``lag`` steps is J_end J_{end-1} ... J_{end-lag+1} (with + for -
-    in direction 1): how the state at ``end`` answers the state ``lag`` steps before.
+    ``end`` is the step of the input that a product ends with; None for the last one of the direction, which is step 0
+    in direction 1.  The product over ``lag`` steps is J_end J_{end-1} ... J_{end-lag+1} (with + for -
+    in direction 1): how the state at ``end`` depends on the state ``lag`` steps before.
     """
 
     direction = 0
@@ -172,7 +172,7 @@ class Jacobian(Operators):
         """(B,): the spectral norm of the product over ``lag`` steps; 1 for ``lag`` = 0.
 
         Raises:
-            IndexError: an ``end`` that is not there.
+            IndexError: an ``end`` that does not exist.
             ValueError: a ``lag`` that goes beyond the first step.
         """
         return self.log_product_norm(lag, end).exp()
@@ -187,8 +187,8 @@ class Jacobian(Operators):
         if H <= EXACT:
             matrices, log_scale = deque(self._products(steps), maxlen=1).pop()
             return _largest_singular(matrices).log() + log_scale
-        # One sweep finds by how much each step scales a vector.  With that divided out, the product is a matrix of
-        # moderate size along all of the way, and still linear.
+        # One pass finds by how much each step scales a vector.  Divided by these scales, all partial products have a
+        # moderate size, and are still linear.
         v, scales = _random(B, H, device=self.device), []
         for t in steps:
             v, scale = _unit(self.jvp(t, v))
@@ -209,11 +209,11 @@ class Jacobian(Operators):
     def log_product_norms(self, end: int | None = None) -> Tensor:
         """(N + 1, B): natural logarithms of the norms of the products over 0, 1, ... N steps, N all up to ``end``.
 
-        -inf where a product is zero.  The product is carried along, H×H for each row, as H vectors that go back
-        together: one pass for all lags, where iterating on vectors would take one for each.
+        -inf where a product is zero.  The product is kept, H×H for each row, as H vectors that go back
+        together: one pass for all lags, while iterating on vectors would take one pass for each.
 
         Raises:
-            IndexError: an ``end`` that is not there.
+            IndexError: an ``end`` that does not exist.
         """
         products = self._products(self._walk(end))
         return torch.stack([_largest_singular(matrices).log() + log_scale for matrices, log_scale in products])
@@ -221,10 +221,10 @@ class Jacobian(Operators):
     def lyapunov_exponents(self, k: int | None = None) -> Tensor:
         """(k, B): the leading ``k`` Lyapunov exponents (None: all H), largest first, in nats per step.
 
-        By the QR method (Benettin et al. 1980) over all T steps: of a sequence this long, the mean rates at which the
-        longest axes of an ellipsoid grow.  The vectors start where a sweep of gradients from the end comes out, close
-        to the axes that grow most, so that no steps are lost on turning there.  All H exponents add up to the mean of
-        ln |det J|.
+        By the QR method (Benettin et al. 1980) over all T steps: the mean rates, over a sequence of this length, at
+        which the longest axes of an ellipsoid grow.  The initial vectors are gradients propagated from the end, which
+        are close to the axes that grow most, so that no steps are lost on turning towards them.  All H exponents
+        add up to the mean of ln |det J|.
 
         Raises:
             ValueError: ``k`` out of range.
@@ -244,13 +244,13 @@ class Jacobian(Operators):
         return (total / T).sort(-1, descending=True).values.T
 
     def _walk(self, end: int | None) -> list[int]:
-        """The steps from the first that the direction takes to ``end``."""
+        """The steps from the first one of the direction to ``end``."""
         T = self.shape[0]
         last = self._index(end) if end is not None else 0 if self.direction else T - 1
         return list(range(T - 1, last - 1, -1) if self.direction else range(last + 1))
 
     def _products(self, steps: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of the last 0, 1, ... of ``steps``: the product (B, H, H), scaled, and the logarithm (B,) of the scale."""
+        """For the last 0, 1, ... of ``steps``: the product (B, H, H), scaled, and the logarithm (B,) of the scale."""
         _, B, H = self.shape
         rows = torch.eye(H, dtype=torch.float64, device=self.device)[:, None].expand(H, B, H)
         scale = rows.new_zeros(B)
@@ -264,7 +264,7 @@ class Jacobian(Operators):
 
 
 def _random(*shape: int, device: torch.device) -> Tensor:
-    """Normally distributed, and the same each time; the global generators are left alone."""
+    """Normally distributed, the same each time; the global generators are not used."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
 
 
@@ -285,11 +285,12 @@ def _largest_singular(matrices: Tensor) -> Tensor:
 
 
 def _lanczos(jvp: Callable[[Tensor], Tensor], vjp: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """(...,): the largest singular values of linear maps on vectors (..., H), by their products with vectors.
+    """(...,): the largest singular values of linear maps on vectors (..., H), from products with vectors.
 
-    The power iteration on JᵀJ, which keeps what every iteration finds: Golub & Kahan's bidiagonalisation J V = U S, by
-    Lanczos.  The largest singular value of the small S nears that of J from below, in the square root of the
-    iterations.  Vectors are not made orthogonal to all before them, which costs copies of values, never larger ones.
+    Like the power iteration on JᵀJ, but it keeps the vectors of every iteration: Golub & Kahan's bidiagonalisation
+    J V = U S, by Lanczos.  The largest singular value of the small S approaches that of J from below, in the square
+    root of the iterations of the power method.  Vectors are not reorthogonalised, which yields copies of singular
+    values, but never larger ones.
     """
     v, _ = _unit(start)
     u, alpha = _unit(jvp(v))
@@ -300,7 +301,7 @@ def _lanczos(jvp: Callable[[Tensor], Tensor], vjp: Callable[[Tensor], Tensor], s
         u, alpha = _unit(jvp(v) - beta * u)
         diagonal.append(alpha)
         above.append(beta)
-        if iteration % CHECK == 0:
+        if iteration % CONVERGENCE_EVERY == 0:
             small = torch.diag_embed(torch.cat(diagonal, -1)) + torch.diag_embed(torch.cat(above, -1), offset=1)
             before, best = best, torch.linalg.svdvals(small)[..., 0]
             if ((best - before).abs() <= TOLERANCE * best).all():

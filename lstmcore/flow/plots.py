@@ -1,4 +1,4 @@
-"""Pictures of a recording: every function returns a matplotlib Figure, ``save`` and ``plot_all`` write files.
+"""Figures of a recording: every function returns a matplotlib Figure, ``save`` and ``plot_all`` write files.
 
 T steps, B rows of the batch, N iterations.  What needs more than MAX_PANELS panels says what it leaves out.
 """
@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise ImportError("the pictures need matplotlib: pip install matplotlib") from error
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, in an order that puts like things far from each other
+# Okabe and Ito's colours, which colour-blind readers can distinguish, in an order that keeps similar ones apart
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
 CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, RED, "#444444")
 STATES = {"c": ("cell state c", BLUE), "h": ("hidden state h", ORANGE)}
@@ -40,26 +40,26 @@ TERMS = {
 GREY = "#777777"
 LAST, FIRST = "last recorded pass", "first recorded pass"
 
-DECADES = 16  # below the first norm of a layer: what is smaller lies on the floor of its picture
+DECADES = 16  # below the first norm of a layer; smaller values are drawn at the lower edge
 MAX_PANELS = 8
-MAX_COLUMNS = 1000  # iterations of a heatmap; of more, evenly spaced ones are drawn
-FEW = 40  # steps up to which single points and bars can be told apart
+MAX_COLUMNS = 1000  # iterations of a heatmap; if there are more, evenly spaced ones are drawn
+FEW = 40  # steps up to which single points and bars are distinguishable
 
 History = TypeVar("History")
 STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130}
-# Wraps every function that makes a figure: the settings apply to it alone, not to the pictures of whoever imports this.
+# Wraps every function that makes a figure: the settings apply to these figures only, not to others of the program.
 styled = matplotlib.rc_context(STYLE)
 
 
 @styled
 def norms_by_step(records: Sequence[Record]) -> Figure:
-    """Gradient norms over the time steps of the last recorded pass, one panel a layer; the first pass is dashed."""
+    """Gradient norms over the time steps of the last recorded pass, one panel per layer; the first pass is dashed."""
     return _norms(records, by_lag=False)
 
 
 @styled
 def norms_by_lag(records: Sequence[Record], iteration: int | None = None) -> Figure:
-    """Gradient norms over the steps back from the end, of ``iteration`` (None: the last recorded), a panel a layer.
+    """Gradient norms over the steps back from the end, of ``iteration`` (None: the last recorded), one panel per layer.
 
     Raises:
         ValueError: an iteration that was not recorded.
@@ -76,7 +76,7 @@ def norms_by_lag(records: Sequence[Record], iteration: int | None = None) -> Fig
 def heatmap(records: Sequence[Record], by: str = "lag") -> Figure:
     """log10 of the mean gradient norm over the training: iterations across, lags or steps (``by``) upwards.
 
-    Cells where no row is alive are grey, what is not finite is orange, what is zero or below the scale black.
+    Squares without an active row are grey, values that are not finite orange, zero and values below the scale black.
 
     Raises:
         ValueError: another ``by``.
@@ -91,7 +91,7 @@ def heatmap(records: Sequence[Record], by: str = "lag") -> Figure:
     firsts = [math.log10(flow.curve[flow.start]) for flow in flows if flow.start is not None]
     high = float(values.max()) if len(values) else 0.0
     low = max(float(values.min()), min([high, *firsts]) - DECADES) if len(values) else -1.0
-    high = max(high, low + 1)  # of one norm only there would be no scale
+    high = max(high, low + 1)  # a single norm would give no scale
 
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="#dddddd", under="black", over=RED)
     smaller = larger = False
@@ -143,7 +143,7 @@ def terms(norms_by_term: Mapping[str, Tensor]) -> Figure:
     lengths = {len(value) for value in values.values()}
     if len(lengths) > 1 or lengths == {0}:
         raise ValueError(f"expected the same number of steps, at least one, for every term, got {sorted(lengths)}")
-    stack = np.nan_to_num(np.stack(list(values.values())), posinf=np.nan)  # (terms, T); what is not finite is left out
+    stack = np.nan_to_num(np.stack(list(values.values())), posinf=np.nan)  # (terms, T); without non-finite values
     total = stack.sum(0)
     figure = Figure(figsize=(8.6, 5.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -168,7 +168,7 @@ def terms(norms_by_term: Mapping[str, Tensor]) -> Figure:
 
 @styled
 def gate_histograms(records: Sequence[Record]) -> Figure:
-    """How the activations of the three gates are distributed: bars of the last recorded pass, a line for the first.
+    """The distribution of the activations of the three gates: bars for the last recorded pass, a line for the first.
 
     Raises:
         ValueError: no record has gates.
@@ -234,7 +234,7 @@ def horizons(records: Sequence[Record]) -> Figure:
 
 @styled
 def compare_by_lag(curves: Mapping[str, Tensor | Sequence[Record]]) -> Figure:
-    """Several models in one picture: gradient norms by lag over each one's first, so that all start at 1.
+    """Several models in one figure: gradient norms by lag, divided by each one's first, so that all start at 1.
 
     Args:
         curves: by label, a curve (T,), or records, of which the mean norms of the last pass are drawn: of the cell
@@ -277,7 +277,7 @@ def compare_by_lag(curves: Mapping[str, Tensor | Sequence[Record]]) -> Figure:
 
 
 def save(figure: Figure, folder: str | Path, name: str, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Writes ``folder/name.png`` and so on, makes the folder where there is none; returns the paths.
+    """Writes ``folder/name.png`` and so on, creates the folder if it does not exist; returns the paths.
 
     Raises:
         ValueError: a format that matplotlib does not write.
@@ -296,7 +296,7 @@ def save(figure: Figure, folder: str | Path, name: str, formats: Sequence[str] =
 
 
 def plot_all(records: Sequence[Record], folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Writes every picture that the records allow; returns the paths."""
+    """Writes all figures for which there are records; returns the paths."""
     figures = {"norms_by_step": norms_by_step, "norms_by_lag": norms_by_lag}
     if len({record.iteration for record in records}) > 1:
         figures["heatmap"] = heatmap
@@ -355,7 +355,7 @@ def _along(norms: Norms, by_lag: bool) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _line(axes: Axes, curve: np.ndarray, floor: float, **style: Any) -> None:
-    """A curve, raised to ``floor``, with a gap for NaN and a cross on the upper edge for what is not finite."""
+    """A curve, raised to ``floor``, with a gap for NaN and a cross on the upper edge for values that are not finite."""
     x = np.arange(len(curve))
     finite = np.where(np.isfinite(curve), np.maximum(curve, floor), np.nan)
     marker = {"marker": "o", "markersize": 3} if np.isfinite(curve).sum() <= FEW else {}
@@ -368,7 +368,7 @@ def _line(axes: Axes, curve: np.ndarray, floor: float, **style: Any) -> None:
 
 
 def _floor(curves: Sequence[np.ndarray], first: float) -> float:
-    """Where what is zero or too small is drawn: ``DECADES`` below the first norm, or a decade below all others."""
+    """Where zero and too small values are drawn: ``DECADES`` below the first norm, or a decade below all others."""
     values = np.concatenate([curve[np.isfinite(curve) & (curve > 0)] for curve in curves])
     lowest = float(values.min()) if len(values) else 1.0
     zero = any((curve == 0).any() for curve in curves)
@@ -376,7 +376,7 @@ def _floor(curves: Sequence[np.ndarray], first: float) -> float:
 
 
 def _scale(axes: Axes, curves: Sequence[np.ndarray], floor: float, threshold: float | None) -> None:
-    """A logarithmic axis around curves, floor and threshold; says so where values lie on the floor."""
+    """A logarithmic axis around curves, floor and threshold; says so if values are at the floor."""
     values = np.concatenate([curve[np.isfinite(curve)] for curve in curves])
     values = values[values > floor]
     high = max([floor, *([float(values.max())] if len(values) else []), *([threshold] if threshold else [])])
@@ -411,7 +411,7 @@ def _whole(steps: int) -> Any:
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels, two a line."""
+    """A figure of ``count`` panels, two per row."""
     columns = min(2, count)
     lines = -(-count // columns)
     size = (max(7.0, width * columns), 1.2 + height * lines)

@@ -1,4 +1,4 @@
-"""What a recording holds: the gradient norms and the gates of one layer, one direction, one backward pass.
+"""The data of a recording: the gradient norms and the gates of one layer, one direction, one backward pass.
 
 T steps, B rows of the batch, H hidden units, Q quantiles.  Time runs as in the input, also for direction 1.
 """
@@ -25,15 +25,15 @@ class Norms:
     """Euclidean norms of the gradient that arrives at a state, each step of each row, over the batch.
 
     By step, t = 0 is the first of the input.  By lag, k = 0 is the last step that a row computes in this direction
-    (t = length - 1 for direction 0, t = 0 for direction 1), and k counts back from there along the row's own walk: the
-    axis on which a gradient vanishes.  NaN where no row of the batch is alive, infinite where a gradient is not finite.
+    (t = length - 1 for direction 0, t = 0 for direction 1), and k counts back from there along the row's own steps: the
+    axis on which a gradient vanishes.  NaN where no row is active, infinite where a gradient is not finite.
     """
 
     mean: Tensor  # (T,) float64
     quantiles: Tensor  # (Q, T) float64, at QUANTILES
     mean_by_lag: Tensor  # (T,)
     quantiles_by_lag: Tensor  # (Q, T)
-    rows: Tensor | None = None  # (T, B), by step, NaN beyond a row's end; where rows were asked for
+    rows: Tensor | None = None  # (T, B), by step, NaN beyond a row's end; if rows were requested
 
     @staticmethod
     def of(norms: Tensor, lengths: Tensor | None, direction: int, keep_rows: bool = False) -> list[Norms]:
@@ -41,7 +41,7 @@ class Norms:
 
         Args:
             norms: (S, T, B).
-            lengths: (B,) int64, the rows' steps; None where all have T.
+            lengths: (B,) int64, the steps of each row; None if all have T.
             direction: 0 or 1.
             keep_rows: whether to keep ``rows``.
         """
@@ -75,8 +75,8 @@ def entering_of(norms: Tensor, lengths: Tensor | None, direction: int) -> tuple[
 
 
 def _both_ways(norms: Tensor, lengths: Tensor | None, direction: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Norms (S, T, B) by step, NaN beyond a row's end; and by lag, None where that is the same or its reverse."""
-    # NumPy's functions stay on this thread; torch's wake threads that run against the kernels of a training.
+    """Norms (S, T, B) by step, NaN beyond a row's end; and by lag, None if that is the same or its reverse."""
+    # NumPy's functions stay on this thread; torch's wake threads that compete with the kernels of a training.
     values = norms.cpu().numpy()
     values = np.where(np.isfinite(values), values, math.inf)
     if lengths is None:
@@ -94,13 +94,13 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 
 def _over_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (S, T) and quantiles (S, Q, T) of (S, T, B), of the rows that are alive at each step: not NaN."""
+    """Mean (S, T) and quantiles (S, Q, T) of (S, T, B), of the rows that are active at each step: not NaN."""
     ordered = np.sort(values, axis=2)  # NaN comes last
     if np.isnan(ordered[:, :, -1]).any():
-        alive = ~np.isnan(values)
-        count = alive.sum(2)
-        with np.errstate(invalid="ignore"):  # 0 / 0 where no row is alive
-            mean = np.where(alive, values, 0).sum(2, dtype=np.float64) / count
+        active = ~np.isnan(values)
+        count = active.sum(2)
+        with np.errstate(invalid="ignore"):  # 0 / 0 where no row is active
+            mean = np.where(active, values, 0).sum(2, dtype=np.float64) / count
         at = np.array(QUANTILES) * np.maximum(count - 1, 0)[..., None]  # (S, T, Q)
         low, high = np.floor(at).astype(np.int64), np.ceil(at).astype(np.int64)
         below, above = np.take_along_axis(ordered, low, 2), np.take_along_axis(ordered, high, 2)
@@ -118,13 +118,13 @@ def _over_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Gates:
     """The activations of the input, forget and output gate over a sample of rows, and over all units."""
 
-    mean: Tensor  # (3, T) float64; NaN where no sampled row is alive
+    mean: Tensor  # (3, T) float64; NaN where no sampled row is active
     histogram: Tensor  # (3, T, 10) float64: the share of activations in [0, 0.1), ... [0.9, 1]
     horizon: Tensor  # (H,) float64: steps until the product of a unit's forget gates, at its mean rate, is one half
 
     @staticmethod
     def of(statistics: GateStatistics, direction: int) -> Gates:
-        """From what a backward pass tells of one direction."""
+        """The gates of one direction, from the statistics of a backward pass."""
         sums, counts, log_forget, rows = (each.cpu().numpy() for each in statistics)
         log_forget = log_forget[direction]
         with np.errstate(divide="ignore", invalid="ignore"):  # steps without a row; gates that are one
@@ -152,12 +152,12 @@ class Record:
     module: str  # the module's name in the model that is recorded; "" for the model itself
     layer: int
     direction: int
-    call: int  # 0; a module called more than once in the forward pass has more, the last call first
+    call: int  # index of the call of a module in one forward pass, counted from the last one; 0 if there is one call
     h: Norms  # of dL/dh_t
     c: Norms | None  # of dL/dc_t; None for a plain RNN, which has no cell
-    entering: Tensor  # (T,) float64: the mean norm of what comes to h_t and c_t from outside: the loss, the layer above
+    entering: Tensor  # (T,) float64: mean norm of the gradient that h_t and c_t get from the loss or the layer above
     entering_by_lag: Tensor  # (T,)
-    gates: Gates | None  # None for a plain RNN, and where they were not asked for
+    gates: Gates | None  # None for a plain RNN, or if they were not requested
 
     @property
     def steps(self) -> int:
@@ -166,7 +166,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """How a reader calls it: ``encoder.lstm, layer 1, backward``, without what goes without saying."""
+        """A readable name, such as ``encoder.lstm, layer 1, reverse direction``, without the parts that are 0."""
         parts = [self.module] if self.module else []
         parts.append(f"layer {self.layer}")
         if self.direction:

@@ -1,4 +1,4 @@
-"""``record_gradient_flow``: the norms and gates of every LSTM of a model, from the backward passes that it trains with.
+"""``record_gradient_flow``: the norms and gates of every LSTM of a model, from the backward passes of its training.
 
 T steps, B rows of the batch, D directions.
 """
@@ -28,11 +28,11 @@ from lstmcore.recording import Observation
 if TYPE_CHECKING:
     from lstmcore.flow.summary import Summary
 
-# Norms wait as they are until somebody reads them, so that a training waits for nobody.  Means and quantiles take less
-# room only where there are more rows than this; then at most so many bytes wait.
+# Norms are kept raw until they are read, so that training is not delayed.  Means and quantiles take less memory only if
+# there are more rows than this; then at most so many bytes are kept raw.
 PENDING_ROWS = 24
 PENDING = 64 << 20
-KINDS = (LSTM, RNN)
+RECORDED = (LSTM, RNN)
 
 
 class GradientFlow:
@@ -57,7 +57,7 @@ class GradientFlow:
         if gate_rows < 0:
             raise ValueError(f"gate_rows is a number of rows of the batch: expected 0 or more, got {gate_rows}")
         self._modules: dict[nn.Module, str] = {
-            module: name for name, module in model.named_modules() if isinstance(module, KINDS)
+            module: name for name, module in model.named_modules() if isinstance(module, RECORDED)
         }
         if not self._modules:
             others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.RNNBase)})
@@ -77,21 +77,21 @@ class GradientFlow:
         self._every, self._rows, self._scaler, self._log = every, rows, scaler, log
         self._error_if_nonfinite = error_if_nonfinite
         self._lock = threading.Lock()
-        self._tasks: dict[int, int] = {}  # autograd's number of each backward pass that runs now, and ours
+        self._tasks: dict[int, int] = {}  # our number of each backward pass that runs now, by autograd's
         self._pending: list[tuple[int, Observation]] = []
         self._pending_bytes = 0
         self._records: list[Record] = []
-        self._treated = 0  # records that have been logged and looked at
+        self._treated = 0  # records that have been logged and checked
 
     def __enter__(self) -> GradientFlow:
         recording.watch(list(self._modules), self)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         recording.unwatch(self)
-        if kind is not None:
+        if error_type is not None:
             return
         if not self.passes:
             names = ", ".join(name or type(module).__name__ for module, name in self._modules.items())
@@ -106,12 +106,12 @@ class GradientFlow:
                 warnings.warn(_nonfinite(bad), RuntimeWarning, stacklevel=2)
 
     def _suspicious(self) -> bool:
-        """Whether a norm is not finite, told without working anything up."""
+        """Whether any norm is not finite, without computing means and quantiles."""
         if any(not np.isfinite(observation.norms.cpu().numpy()).all() for _, observation in self._pending):
             return True
         return not all(map(_finite, self._records))
 
-    # What the nodes of the graph call, on whichever thread runs them.
+    # Called by the nodes of the graph, on the thread that runs them.
 
     def wants(self) -> bool:
         task = torch._C._current_graph_task_id()
@@ -128,7 +128,7 @@ class GradientFlow:
 
     def observe(self, observation: Observation) -> None:
         norms, entering = observation.norms, observation.entering
-        if self._scaler is not None:  # divides by the loss scale where it lies, without waiting for the device
+        if self._scaler is not None:  # divides by the loss scale on its device, without waiting for it
             scale = self._scaler.scale(torch.ones((), device=norms.device))
             observation = observation._replace(norms=norms / scale, entering=entering / scale)
         with self._lock:
@@ -151,7 +151,7 @@ class GradientFlow:
                 if not _finite(record):
                     raise RuntimeError(_nonfinite(record))
 
-    # What a reader calls.
+    # Called by the user.
 
     @property
     def records(self) -> list[Record]:
@@ -159,7 +159,7 @@ class GradientFlow:
         with self._lock:
             pending, self._pending, self._pending_bytes = self._pending, [], 0
         for _, of_pass in itertools.groupby(pending, key=lambda each: each[0]):
-            self._records += self._worked_up(list(of_pass))
+            self._records += self._records_of(list(of_pass))
         return self._records
 
     def select(
@@ -178,7 +178,7 @@ class GradientFlow:
             iteration: of this backward pass (-1: of the last recorded); None: of all.
 
         Raises:
-            ValueError: there is no such record; it names those that there are.
+            ValueError: there is no such record; the message names those that exist.
         """
         records = self.records
         if iteration is not None and iteration < 0 and records:
@@ -196,16 +196,16 @@ class GradientFlow:
         return found
 
     def summary(self) -> Summary:
-        """What the recording shows, in words, and what to try; print it."""
+        """The findings of the recording as text, with advice; print it."""
         from lstmcore.flow.summary import summarize
 
         return summarize(self.records)
 
     def plot(self, folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-        """Writes every picture that the records allow into ``folder``; returns their paths.  Needs matplotlib.
+        """Writes all figures for which there are records into ``folder``; returns their paths.  Needs matplotlib.
 
         Args:
-            folder: is made where there is none.
+            folder: is created if it does not exist.
             formats: of the files, those that matplotlib writes.
         """
         from lstmcore.flow.plots import plot_all
@@ -219,7 +219,7 @@ class GradientFlow:
         return to_csv(self.records, path)
 
     def to_json(self, path: str | Path) -> Path:
-        """Writes all of it; see :func:`lstmcore.flow.export.to_json`.  ``from_json`` there reads it back."""
+        """Writes everything; see :func:`lstmcore.flow.export.to_json`.  ``from_json`` there reads it back."""
         from lstmcore.flow.export import to_json
 
         return to_json(self.records, path)
@@ -234,7 +234,7 @@ class GradientFlow:
 
         log(records, to)
 
-    def _worked_up(self, observed: list[tuple[int, Observation]]) -> list[Record]:
+    def _records_of(self, observed: list[tuple[int, Observation]]) -> list[Record]:
         """The records of one backward pass."""
         names = list(self._modules.values())
         calls: Counter[tuple[str, int]] = Counter()
@@ -298,15 +298,15 @@ def record_gradient_flow(
     """Records what happens to the gradient on its way back through time, in every LSTM inside ``model``.
 
     The context may span one backward pass or a whole training.  For each layer, direction and step it takes the
-    Euclidean norms of dL/dh_t and dL/dc_t of every row, as the backward kernel has them in hand, and statistics of the
+    Euclidean norms of dL/dh_t and dL/dc_t of every row, as the backward kernel computes them, and statistics of the
     input, forget and output gates; nothing about the training changes, except that within the context
-    ``backend="auto"`` does not choose ATen's LSTM, which has nothing to show.  Outside of a context nothing is paid.
+    ``backend="auto"`` does not choose ATen's LSTM, which cannot be recorded.  Outside a context it costs nothing.
     Each backward pass counts as one: under gradient accumulation, each micro-batch.
 
     Args:
         model: a module with one :class:`lstmcore.LSTM` or more inside (also :class:`lstmcore.RNN`), or one itself.
         every: records backward passes 0, every, 2 every, ...
-        rows: keeps the norms of every row, ``record.h.rows`` (T, B), beside their mean and quantiles over the batch.
+        rows: also keeps the norms of every row, ``record.h.rows`` (T, B).
         gate_rows: how many rows of the batch, evenly spread, the statistics of the gates are taken over; 0 for none.
         scaler: the ``torch.amp.GradScaler`` that scales the loss, so that its scale is divided out.
         error_if_nonfinite: raise RuntimeError from the backward pass whose norms are not all finite, instead of

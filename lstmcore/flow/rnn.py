@@ -1,6 +1,6 @@
 """A plain recurrent network, to compare the LSTM with: h_t = σ(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
 
-Elman 1990, in torch.nn.RNN's parameters.  It has no kernels, only a loop of in-place torch operations between one
+Elman 1990, with torch.nn.RNN's parameters.  It has no kernels, only a loop of in-place torch operations between one
 product for all inputs and one for all weight gradients; its backward passes can be recorded like those of the LSTM.
 
 T time, B batch, I input, H hidden, L layers.
@@ -24,7 +24,7 @@ from lstmcore.kernels.contract import Rows
 
 
 class Nonlinearity(NamedTuple):
-    """What σ may be."""
+    """A nonlinearity σ."""
 
     apply: Callable[[Tensor], Tensor]
     apply_: Callable[[Tensor], Tensor]  # in place
@@ -39,7 +39,7 @@ NONLINEARITIES = {
 }
 
 
-class Weights(NamedTuple):
+class Parameters(NamedTuple):
     """The parameters of one layer."""
 
     weight_ih: Tensor  # (H, I)
@@ -78,8 +78,8 @@ def rnn(
     if hx is not None and hx.shape != shape:
         raise RuntimeError(f"Expected hidden size {shape}, got {list(hx.shape)}")
     output, h_n = input, []
-    for layer, weights in enumerate(layers):
-        output, h = _reference(output, None if hx is None else hx[layer], weights, nonlinearity)
+    for layer, parameters in enumerate(layers):
+        output, h = _reference(output, None if hx is None else hx[layer], parameters, nonlinearity)
         h_n.append(h)
     return output, torch.stack(h_n)
 
@@ -168,18 +168,18 @@ class RNN(nn.RNNBase):
 
         module: weakref.ref[nn.Module] = weakref.ref(self)
         output, states = x, []
-        for layer, weights in enumerate(_layers(params, self.bias)):
+        for layer, parameters in enumerate(_layers(params, self.bias)):
             h_0 = None if hx is None else hx[layer]
-            output, h = _layer(recording.Source(module, layer), self.nonlinearity, output, h_0, weights)
+            output, h = _layer(recording.Source(module, layer), self.nonlinearity, output, h_0, parameters)
             states.append(h)
         form = checks.Form(batched, batched and self.batch_first)
         return form.of_input(output), form.of_state(torch.stack(states))  # type: ignore[return-value]
 
     def flatten_parameters(self) -> None:
-        """Does nothing; callers of RNNs call it.  Parameters are read one by one, wherever they lie."""
+        """Does nothing: parameters need not be contiguous.  It exists for code written for ``torch.nn.RNN``."""
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in the place of this module: torch's, which knows no sigmoid."""
+        """The module that ``torch.jit.script`` compiles instead: torch's, unless σ is sigmoid, which that lacks."""
         return self if self.nonlinearity == "sigmoid" else scripting.stand_in(self, RNN, nn.RNN)
 
     def extra_repr(self) -> str:
@@ -193,43 +193,43 @@ def _check_nonlinearity(name: str) -> None:
         raise ValueError(f"Unknown nonlinearity '{name}'. Select from 'sigmoid', 'tanh' or 'relu'.")
 
 
-def _layers(params: Sequence[Tensor], has_biases: bool) -> list[Weights]:
+def _layers(params: Sequence[Tensor], has_biases: bool) -> list[Parameters]:
     """The flat list of parameters, layer by layer."""
     fields = 4 if has_biases else 2
     if not params or len(params) % fields:
         raise RuntimeError(
             f"got an incorrect number of RNN parameters: each layer has {fields}, got {len(params)} in all"
         )
-    return [Weights(*params[at : at + fields]) for at in range(0, len(params), fields)]
+    return [Parameters(*params[at : at + fields]) for at in range(0, len(params), fields)]
 
 
-def _reference(input: Tensor, h_0: Tensor | None, weights: Weights, nonlinearity: str) -> tuple[Tensor, Tensor]:
+def _reference(input: Tensor, h_0: Tensor | None, parameters: Parameters, nonlinearity: str) -> tuple[Tensor, Tensor]:
     """(output, h_n), (T, B, H) and (B, H), of one layer: the formula, differentiable any number of times."""
     apply = NONLINEARITIES[nonlinearity].apply
-    h = input.new_zeros(input.shape[1], len(weights.weight_hh)) if h_0 is None else h_0
+    h = input.new_zeros(input.shape[1], len(parameters.weight_hh)) if h_0 is None else h_0
     output = []
-    for x in linear(input, weights.weight_ih, weights.bias_ih).unbind(0):
-        h = apply(x + linear(h, weights.weight_hh, weights.bias_hh))
+    for x in linear(input, parameters.weight_ih, parameters.bias_ih).unbind(0):
+        h = apply(x + linear(h, parameters.weight_hh, parameters.bias_hh))
         output.append(h)
     return torch.stack(output), h
 
 
 def _layer(
-    source: recording.Source, nonlinearity: str, input: Tensor, h_0: Tensor | None, weights: Weights
+    source: recording.Source, nonlinearity: str, input: Tensor, h_0: Tensor | None, parameters: Parameters
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`_reference` returns, faster; with a graph only when autograd will want one."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, h_0, *weights)):
-        return _Layer.apply(source, nonlinearity, input, h_0, *weights)
-    output = _forward(nonlinearity, input, h_0, weights)
+    """The results of :func:`_reference`, faster; with a graph only if autograd needs one."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, h_0, *parameters)):
+        return _Layer.apply(source, nonlinearity, input, h_0, *parameters)
+    output = _forward(nonlinearity, input, h_0, parameters)
     return output, output[-1].clone()
 
 
-def _forward(nonlinearity: str, input: Tensor, h_0: Tensor | None, weights: Weights) -> Tensor:
-    """Every h_t (T, B, H), over the projections of the inputs, which are computed in its place."""
+def _forward(nonlinearity: str, input: Tensor, h_0: Tensor | None, parameters: Parameters) -> Tensor:
+    """Every h_t (T, B, H), computed in place of the projections of the inputs."""
     apply_ = NONLINEARITIES[nonlinearity].apply_
-    bias = None if weights.bias_ih is None or weights.bias_hh is None else weights.bias_ih + weights.bias_hh
-    output = linear(input, weights.weight_ih, bias).contiguous()  # (T, B, H), now z without the recurrent part
-    recurrent = weights.weight_hh.t().contiguous()
+    bias = None if parameters.bias_ih is None or parameters.bias_hh is None else parameters.bias_ih + parameters.bias_hh
+    output = linear(input, parameters.weight_ih, bias).contiguous()  # (T, B, H), now z without the recurrent part
+    recurrent = parameters.weight_hh.t().contiguous()
     h = h_0
     for step in output.unbind(0):
         if h is not None:
@@ -268,10 +268,10 @@ class _Layer(Function):
     def forward(
         ctx: Any, source: recording.Source, nonlinearity: str, input: Tensor, h_0: Tensor | None, *flat: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        output = _forward(nonlinearity, input, h_0, Weights(*flat))  # type: ignore[arg-type]
+        output = _forward(nonlinearity, input, h_0, Parameters(*flat))  # type: ignore[arg-type]
         ctx.source, ctx.nonlinearity = source, nonlinearity
         ctx.save_for_backward(input, h_0, *flat, output)
-        ctx.set_materialize_grads(False)  # an output nobody used has no gradient, and costs nothing
+        ctx.set_materialize_grads(False)  # an unused output has no gradient, and costs nothing
         return output, output[-1].clone()
 
     @staticmethod
@@ -321,21 +321,21 @@ def _gradients(
         if h_0 is not None:
             d_weight_hh.addmm_(dz[0].t(), h_0)
     d_bias = flat.sum(0) if any(needs[4:]) else None
-    # two tensors, for what is accumulated in place into one .grad must not show up in the other
+    # two tensors, because accumulating in place into one .grad must not change the other
     return d_input, d_h_0, d_weight_ih, d_weight_hh, d_bias, d_bias.clone() if d_bias is not None else None
 
 
 def _through_reference(
     nonlinearity: str, tensors: Sequence[Tensor | None], needs: Sequence[bool], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The same gradients, by differentiating the reference, and so differentiable in turn.
+    """The same gradients, by differentiating the reference, and so differentiable themselves.
 
     Every tensor enters through an alias of its own, which stops the walk back at this layer: without it the gradient
-    with respect to ``input`` would take in the paths that lead from ``input`` to ``h_0`` outside of the layer.
+    with respect to ``input`` would include the paths that lead from ``input`` to ``h_0`` outside the layer.
     """
     aliases: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     input, h_0, *flat = aliases
-    results = _reference(input, h_0, Weights(*flat), nonlinearity)
+    results = _reference(input, h_0, Parameters(*flat), nonlinearity)
     used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     found = iter(
         torch.autograd.grad(

@@ -1,4 +1,4 @@
-"""What a recording means, in plain words: ``print(summarize(records))``.
+"""The meaning of a recording, in plain words: ``print(summarize(records))``.
 
 T steps, B rows of the batch, H hidden units.  A lag counts steps back from the last one that a layer computes.  What is
 judged is the gradient at the cell state, which is the LSTM's memory, or at the hidden state of a plain RNN.
@@ -18,11 +18,11 @@ from lstmcore.flow.record import GATES, Record
 
 KINDS = ("non-finite", "exploding", "vanishing", "no-gradient", "saturated", "unclear", "short-horizon", "healthy")
 
-MOSTLY = 0.5  # a gate is called closed where more than half of its activations are
-SWITCHES = 0.9  # hardly an activation is left where the sigmoid's slope exceeds 0.09, so these gates hardly learn
-# A unit keeps 2^-10, a thousandth, over ten times its horizon; chrono's longest has two thirds of the sequence.
+MOSTLY = 0.5  # a gate is called closed if more than half of its activations are
+SWITCHES = 0.9  # hardly any activation is where the sigmoid's slope exceeds 0.09, so these gates hardly learn
+# Over ten times its horizon a unit keeps 2^-10, a thousandth; the longest of chrono's is two thirds of the sequence.
 HORIZONS = 10
-WIDTH = 96  # characters a line
+WIDTH = 96  # characters per line
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Finding:
     where: str  # the record's name
     numbers: dict[str, float]  # what the text says, unrounded
     text: str  # the judgement, in sentences
-    advice: str = ""  # what to try, one suggestion a line
+    advice: str = ""  # what to try, one suggestion per line
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class Summary:
     """What :func:`summarize` found; ``str`` of it is a text in lines of up to 96 characters."""
 
     heading: str  # what was recorded, and what is compared
-    findings: list[Finding]  # layer by layer, of each the worst first
+    findings: list[Finding]  # layer by layer, the worst of each first
 
     def __str__(self) -> str:
-        blocks = ["\n".join(map(_wrapped, self.heading.splitlines()))]
+        paragraphs = ["\n".join(map(_wrapped, self.heading.splitlines()))]
         for where in dict.fromkeys(finding.where for finding in self.findings):
             here = [finding for finding in self.findings if finding.where == where]
             lines = [f"{where}: {', '.join(dict.fromkeys(finding.kind for finding in here))}"]
             lines += [_wrapped(finding.text, "  ", 2) for finding in here]
             advice = dict.fromkeys(line for finding in here for line in finding.advice.splitlines())
             lines += [_wrapped(line, "       " if n else "  Try: ", 9) for n, line in enumerate(advice)]
-            blocks.append("\n".join(lines))
-        return "\n\n".join(blocks)
+            paragraphs.append("\n".join(lines))
+        return "\n\n".join(paragraphs)
 
 
 def summarize(records: Sequence[Record]) -> Summary:
@@ -89,7 +89,7 @@ def number(value: float) -> str:
 
 
 def share(value: float) -> str:
-    """A share as percentage, a tiny one as a power: ``62%``, ``3e-12``."""
+    """A share as a percentage, a tiny one in scientific notation: ``62%``, ``3e-12``."""
     return f"{number(100 * value)}%" if value == 0 or value >= 1e-3 else number(value)
 
 
@@ -107,9 +107,9 @@ def _judge(history: list[Record], layers: dict[str, list[Record]]) -> list[Findi
 
 
 def _main(history: list[Record], flows: list[Flow], above: bool, short: bool) -> Finding | None:
-    """What the curve of the last pass says; None where norms that are not finite hide it.
+    """The finding about the curve of the last pass; None if norms that are not finite hide it.
 
-    ``above``: another layer lies above; ``short``: there is a finding about the horizons.
+    ``above``: there is a layer above; ``short``: there is a finding about the horizons.
     """
     record, flow, far = history[-1], flows[-1], flows[-1].far
     if flow.start is None:
@@ -215,7 +215,7 @@ def _non_finite(history: list[Record], flows: list[Flow]) -> Finding | None:
 
 
 def _saturated(record: Record) -> list[Finding]:
-    """Gates that are shut where that hurts, and gates that have become switches."""
+    """Findings about gates that are closed and should not be, or that have become switches."""
     if record.gates is None:
         return []
     closed = dict(zip(GATES, record.gates.closed.nanmean(-1).tolist(), strict=True))
@@ -235,7 +235,7 @@ def _saturated(record: Record) -> list[Finding]:
             f"The output gates are mostly closed ({share(closed['output'])} of their values are below 0.1): little of"
         )
         add(f"{text} the cell is shown, and the gradient hardly gets in.", calmer)
-    # Closed beside open forget gates they write little into what is kept for long: chrono means them to.
+    # With open forget gates, closed input gates protect what is kept for long: chrono sets them so.
     if closed["input"] > MOSTLY and opened["forget"] <= MOSTLY:
         text = f"The input gates are mostly closed ({share(closed['input'])} of their values are below 0.1): hardly"
         add(f"{text} anything is written into the cell.", calmer)
@@ -247,12 +247,12 @@ def _saturated(record: Record) -> list[Finding]:
 
 
 def _short_horizon(record: Record, flow: Flow) -> Finding | None:
-    """Forget gates that cannot carry anything across the sequence."""
+    """A finding about forget gates that cannot carry anything across the sequence."""
     if record.gates is None or not (flow.vanished is not None or flow.throughout):
-        return None  # without gates, or no problem: the gradient crosses
+        return None  # no gates, or no problem: the gradient crosses the sequence
     steps = flow.far + 1
     numbers = _horizon_numbers(record, steps)
-    if not numbers["longest"] * HORIZONS < steps:  # NaN: nothing known
+    if not numbers["longest"] * HORIZONS < steps:  # NaN: unknown
         return None
     text = f"The forget gates are too low for {_count(steps, 'step')}: {_horizons(numbers)}."
     return Finding("short-horizon", record.name, numbers, text, _remedy(record, steps))
@@ -283,7 +283,7 @@ def _horizons(numbers: dict[str, float]) -> str:
 
 
 def _trend(flows: list[Flow]) -> tuple[str, dict[str, float]]:
-    """How much crossed at the start of the recording, as far as both passes go."""
+    """How much of the gradient crossed the sequence at the start of the recording, over the lags of both passes."""
     then, now = flows[0], flows[-1]
     lag = min(then.far, now.far)
     if len(flows) < 2 or lag == 0 or then.start is None or now.start is None or then.broken is not None:
@@ -297,7 +297,7 @@ def _trend(flows: list[Flow]) -> tuple[str, dict[str, float]]:
 
 
 def _left(record: Record, flow: Flow) -> str:
-    """How much is there at lag 100 and at the far end."""
+    """How much of the gradient is left at lag 100 and at the far end."""
     assert flow.start is not None
     left = flow.ratio(flow.far)
     arrives = share(left) if left else "nothing (exactly 0)"
@@ -314,7 +314,7 @@ def _per_step(flow: Flow) -> str:
 
 
 def _kept(rate: float) -> str:
-    """Two digits of what is kept, or of what is lost where that says more: 51%, 99.35%."""
+    """What is kept, with two digits of it, or of what is lost if that is more precise: 51%, 99.35%."""
     lost = 100 * (1 - rate)
     if not 1e-6 < lost < 10:
         return share(rate)
@@ -322,7 +322,7 @@ def _kept(rate: float) -> str:
 
 
 def _grows(record: Record) -> bool:
-    """Whether what enters grows with the lag."""
+    """Whether the gradient that enters grows with the lag."""
     entering = record.entering_by_lag
     entering = entering[entering.isfinite() & (entering > 0)]
     return len(entering) > 1 and bool(entering.max() > EXPLODED * entering[0])
@@ -360,7 +360,7 @@ def _count(n: int, thing: str, plural: str = "s") -> str:
 
 
 def _wrapped(text: str, first: str = "", indent: int = 0) -> str:
-    """Lines of up to WIDTH characters; code is not torn apart."""
+    """Lines of up to WIDTH characters; code is not broken."""
     return textwrap.fill(
         text,
         WIDTH,

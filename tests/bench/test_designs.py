@@ -36,7 +36,7 @@ def place(row: Row) -> tuple[int, int, bool]:
 @pytest.mark.parametrize("backward", [False, True])
 def test_designs_of_a_shape(shape, backward):
     found = designs(*shape, backward, *H200)
-    assert found[0] == tiling.plan(*shape, 1, "16", H200[0], backward, shared=H200[1])
+    assert found[0] == tiling.choose_design(*shape, 1, "16", H200[0], backward, shared=H200[1])
     assert 1 < len(found) <= MOST
     assert len(set(found)) == len(found)
     assert all(design.programs <= H200[0] for design in found if design.kind == "split")
@@ -79,7 +79,7 @@ def test_the_tiling_chooses_what_measured_best():
     """Or what took a tenth longer at most: so much differs from one run to the next."""
     for (hidden, batch, backward), group in groupby(sorted(measured(), key=place), key=place):
         found = list(group)
-        chosen = tiling.plan(hidden, batch, 1, "16", H200[0], backward, shared=H200[1])
+        chosen = tiling.choose_design(hidden, batch, 1, "16", H200[0], backward, shared=H200[1])
         shares = ("kind", "units", "tile", "groups", "tiles", "warps", "chunk", "chunks")
         same = [row for row in found if all(row.details[name] == str(getattr(chosen, name)) for name in shares)]
         assert len(same) == 1, f"nobody has measured what is chosen for H {hidden}, B {batch}: {chosen}"

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from lstmcore.kernels.cpu import buffers, layout, tiling
+from lstmcore.kernels.cpu import buffers, prepare, tiling
 from lstmcore.kernels.cpu import threads as kernel_threads
 from lstmcore.kernels.integers import ceil_div
 
@@ -62,7 +62,7 @@ def test_projected_inside_the_recurrence_or_ahead_of_it(case, dtype, monkeypatch
         monkeypatch.setattr(tiling, "FUSED", most)
         monkeypatch.setattr(tiling, "FUSED_ONE_ROW", most)
         tiling.plan.cache_clear()
-        layout.forget()
+        prepare.forget()
         results.append(run(case, data, DTYPES[dtype], "numba"))
     assert_bitwise(*results)
 
@@ -74,7 +74,7 @@ def test_any_way_of_sharing(case, groups, threads, monkeypatch, fresh_plans):
     data = draw(case, torch.float32)
     threads(1)
     expected = run(case, data, torch.float32, "numba")
-    layout.forget()
+    prepare.forget()
     planned, used = tiling.plan, set()
 
     def plan(steps, batch, hidden, depth, inputs, block, size, available, backward=False):
@@ -162,7 +162,7 @@ def test_a_member_that_cannot_start_leaves_no_trace(threads, monkeypatch, fresh_
     """
     module = lstmcore.LSTM(8, 16, backend="numba")
     input = torch.randn(7, 4, 8, requires_grad=True)
-    planned, room, starves = tiling.plan, buffers.room, []
+    planned, scratch, starves = tiling.plan, buffers.scratch, []
     canary = torch.zeros(4096)
 
     def plan(steps, batch, hidden, depth, inputs, block, size, available, backward=False):
@@ -170,14 +170,14 @@ def test_a_member_that_cannot_start_leaves_no_trace(threads, monkeypatch, fresh_
         return dataclasses.replace(alone, row_groups=min(2, available))
 
     def filled(size):
-        owner, address = room(size)
+        owner, address = scratch(size)
         ctypes.memmove(address, (ctypes.c_int64 * (size // 8))(*[canary.data_ptr()] * (size // 8)), size // 8 * 8)
         return owner, address
 
-    def call(function, record):
+    def call(function, arguments):
         if starves:
             raise MemoryError("no memory for a call")
-        function(record)
+        function(arguments)
 
     monkeypatch.setattr(tiling, "plan", plan)
     monkeypatch.setattr(tiling, "WORTH_A_THREAD", 1)
@@ -187,7 +187,7 @@ def test_a_member_that_cannot_start_leaves_no_trace(threads, monkeypatch, fresh_
     (expected,) = torch.autograd.grad(module(input)[0].sum(), input)
     output = module(input)[0].sum()
     with monkeypatch.context() as patch:
-        patch.setattr(buffers, "room", filled)
+        patch.setattr(buffers, "scratch", filled)
         starves.append(True)
         with pytest.raises(MemoryError, match="no memory for a call"):
             torch.autograd.grad(output, input, retain_graph=True)

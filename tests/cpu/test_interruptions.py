@@ -196,16 +196,16 @@ def test_a_member_that_cannot_be_handed_out(failing):
             raise MemoryError("none left")
 
         worker = threads._workers[{failing} - 1]
-        queue = worker.calls
+        queue = worker.inbox
         for _ in range(50):
-            worker.calls = SimpleNamespace(put=put, get=queue.get)
+            worker.inbox = SimpleNamespace(put=put, get=queue.get)
             try:
                 work(**job)
                 raise AssertionError("no error")
             except MemoryError as error:
                 assert "none left" in str(error)
             finally:
-                worker.calls = queue
+                worker.inbox = queue
             assert torch.equal(work(**job), expected) and threads.available(3) == 3
     """)
 

@@ -53,7 +53,7 @@ def test_out_of_memory_gives_back_what_is_not_used():
         from lstmcore.kernels.cpu import buffers
         kept = buffers.take(50_000_000, torch.uint8)
         del kept
-        assert sum(block.memory.nbytes for block in buffers._blocks) >= 50_000_000
+        assert sum(each.memory.nbytes for each in buffers._buffers) >= 50_000_000
         original, asked = np.empty, []
 
         def empty(size, dtype):
@@ -62,7 +62,7 @@ def test_out_of_memory_gives_back_what_is_not_used():
         np.empty = empty
         got = buffers.take(200_000_000, torch.uint8)  # torch finds it
         assert len(got) == 200_000_000 and len(asked) == 1
-        assert sum(block.memory.nbytes for block in buffers._blocks) < 250_000_000
+        assert sum(each.memory.nbytes for each in buffers._buffers) < 250_000_000
     """)
 
 
@@ -71,7 +71,7 @@ def test_buffers_are_used_again():
     in_process("""
         from lstmcore.kernels.cpu import buffers
         buffers.LIMIT, size = 1_000_000, 300_000
-        def total(): return sum(block.memory.nbytes for block in buffers._blocks)
+        def total(): return sum(each.memory.nbytes for each in buffers._buffers)
         first = buffers.take(size, torch.uint8)
         address, view = first.data_ptr(), first[10:].view(-1)
         del first

@@ -258,7 +258,7 @@ def test_norms_are_those_of_the_matrices(kind):
 def test_chunks_do_not_show(monkeypatch):
     found = made("lstm", T=11)
     whole = found.norms(2)
-    monkeypatch.setattr(operators, "CHUNK", 700)  # two steps
+    monkeypatch.setattr(operators, "AT_ONCE", 700)  # two steps
     for name, value in found.norms(2).items():
         torch.testing.assert_close(value, whole[name], **CLOSE)
 

@@ -266,7 +266,7 @@ def test_gradients_of_lengths_out_of_range(kernels, design):
         return rows
 
     forward = call_forward(Changed(kernels, change), p)
-    kernels.status._told[CPU] = kernels.status._wrong_lengths[CPU][1].item()  # as if the host had not seen it yet
+    kernels.status._reported[CPU] = kernels.status._wrong_lengths[CPU][1].item()  # as if the host had not seen it yet
     got = named(p, forward, call_backward(Changed(kernels, change), p, forward))
     others = [0, 2, 3, 4]
     for name in ("grad input", "grad h_0", "grad c_0"):
@@ -284,10 +284,10 @@ def test_a_good_call_hides_no_bad_one(kernels):
         for each in sequence:
             status.note(CPU, each)
         with pytest.raises(ValueError, match="lengths"):
-            status.check(CPU)
-        status.check(CPU)
+            status.raise_pending(CPU)
+        status.raise_pending(CPU)
         status.note(CPU, good)
-        status.check(CPU)
+        status.raise_pending(CPU)
 
 
 def test_the_first_call_in_inference_mode(kernels, monkeypatch):

@@ -150,14 +150,14 @@ def test_torchs_setting_chooses_the_precision_of_float32(
     setting(recurrent)
     gpu_designs.use(monkeypatch, kind)
     planned, launched, multiplied = [], [], []
-    plan = gpu_designs.tiling.plan
+    choose = gpu_designs.tiling.choose_design
     names = list(inspect.signature(gpu_designs.PLAN).parameters)
 
     def note(*sizes, **rest):
         planned.append(dict(zip(names, sizes, strict=False))["precision"])
-        return plan(*sizes, **rest)
+        return choose(*sizes, **rest)
 
-    monkeypatch.setattr(gpu_designs.tiling, "plan", note)
+    monkeypatch.setattr(gpu_designs.tiling, "choose_design", note)
     addmm = torch.addmm
 
     class Noting:

@@ -7,7 +7,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lstmcore.kernels.gpu import tiling
-from lstmcore.kernels.gpu.tiling import DEPTH, SHARED, STATE, WEIGHT, Design, cover, plan, power_of_two, predict
+from lstmcore.kernels.gpu.tiling import (
+    DEPTH,
+    SHARED,
+    STATE,
+    WEIGHT,
+    Design,
+    choose_design,
+    cover,
+    power_of_two,
+    predict,
+)
 from lstmcore.kernels.integers import ceil_div
 
 REGISTERS = 64 * 1024  # of an SM, 32 bits each
@@ -42,9 +52,9 @@ def test_a_design_can_be_carried_out(hidden, batch, directions, precision, sms, 
         kind or tiling.resident_design(hidden, batch, directions, precision, sms, backward) is None
     ):
         with pytest.raises(ValueError, match=rf"{hidden}.*{sms}"):
-            plan(hidden, batch, directions, precision, sms, backward, kind=kind)
+            choose_design(hidden, batch, directions, precision, sms, backward, kind=kind)
         return
-    d = plan(hidden, batch, directions, precision, sms, backward, kind=kind)
+    d = choose_design(hidden, batch, directions, precision, sms, backward, kind=kind)
     assert d.directions == directions
     assert all(map(is_power_of_two, (d.units, d.tile, d.warps)))
     assert d.tile >= 8, "an instruction has eight columns"
@@ -84,20 +94,20 @@ def test_resident_wherever_it_fits(hidden, batch, directions, precision, sms, ba
     resident = tiling.resident_design(hidden, batch, directions, precision, sms, backward)
     assert (resident is not None) == (hidden <= limit)
     if resident is not None:
-        assert plan(hidden, batch, directions, precision, sms, backward) == resident
+        assert choose_design(hidden, batch, directions, precision, sms, backward) == resident
 
 
 def test_a_kind_can_be_forced():
-    assert plan(64, 16, 1, "16", 132, False, kind="split").kind == "split"
-    assert plan(64, 16, 1, "16", 132, False, kind="resident").kind == "resident"
+    assert choose_design(64, 16, 1, "16", 132, False, kind="split").kind == "split"
+    assert choose_design(64, 16, 1, "16", 132, False, kind="resident").kind == "resident"
     with pytest.raises(ValueError, match="512"):
-        plan(512, 16, 1, "16", 132, False, kind="resident")
+        choose_design(512, 16, 1, "16", 132, False, kind="resident")
 
 
 @pytest.mark.parametrize(("hidden", "directions"), [(4225, 1), (2113, 2), (100_000, 1)])
 def test_what_does_not_fit_says_so(hidden, directions):
     with pytest.raises(ValueError, match=rf"{hidden}.* {directions * ceil_div(hidden, 32)} SMs.*132"):
-        plan(hidden, 1, directions, "16", 132, False)
+        choose_design(hidden, 1, directions, "16", 132, False)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -105,7 +115,7 @@ def test_what_does_not_fit_says_so(hidden, directions):
 @pytest.mark.parametrize("hidden", [129, 512, 768, 1024, 2048])
 def test_few_kernels_for_all_batches(hidden, precision, backward):
     """A kernel is compiled for its tiles, so a changing batch may ask for a handful of them, and steps for none."""
-    kernels = {constants(plan(hidden, batch, 1, precision, 132, backward)) for batch in range(1, 513)}
+    kernels = {constants(choose_design(hidden, batch, 1, precision, 132, backward)) for batch in range(1, 513)}
     assert len(kernels) <= 6
 
 
@@ -114,7 +124,7 @@ def test_few_kernels_for_all_batches(hidden, precision, backward):
 def test_batches_of_a_tile_share_a_kernel(precision, backward):
     """Up to eight rows are a single tile: the last batch of an epoch compiles nothing."""
     for hidden in (33, 129, 256, 1000, 2048):
-        designs = [plan(hidden, batch, 1, precision, 132, backward) for batch in range(1, 9)]
+        designs = [choose_design(hidden, batch, 1, precision, 132, backward) for batch in range(1, 9)]
         assert len({constants(d) for d in designs}) == 1
         assert {(d.groups, d.tiles) for d in designs} == {(1, 1)}
 

@@ -111,8 +111,8 @@ class Together(Design):
         return 2 * super().programs
 
     @staticmethod
-    def plan(*sizes, **limits) -> Design:
-        design = TWO_SLICES.plan(*sizes, **limits)
+    def choose_design(*sizes, **limits) -> Design:
+        design = TWO_SLICES.choose_design(*sizes, **limits)
         assert design.slices == (2 if design.units == 16 else 1)
         return Together(**{**vars(design), "slices": 1})
 
@@ -124,7 +124,7 @@ def test_a_wait_that_does_not_end(split, dtype, monkeypatch):
     expected = named(p, call_forward(split, p), None)
     good = split.forward
     with monkeypatch.context() as patch:
-        patch.setattr(tiling, "plan", Together.plan)
+        patch.setattr(tiling, "choose_design", Together.choose_design)
         got = named(p, call_forward(split, p), None)
     assert gave_up(split)
     output = got["output"]
@@ -143,7 +143,7 @@ def test_a_wait_that_does_not_end_in_backward(split, monkeypatch):
     forward = call_forward(split, p)
     expected = named(p, forward, call_backward(split, p, forward, norms=False))
     with monkeypatch.context() as patch:
-        patch.setattr(tiling, "plan", Together.plan)
+        patch.setattr(tiling, "choose_design", Together.choose_design)
         got = named(p, forward, call_backward(split, p, forward, norms=False))
     assert gave_up(split)
     assert torch.equal(got["grad input"][-1].isnan(), torch.zeros_like(got["grad input"][-1], dtype=torch.bool))
@@ -164,7 +164,7 @@ def test_a_module_reports_it_too(split, monkeypatch):
     module = lstmcore.LSTM(3, 20, backend="triton")
     x = torch.randn(3, 2, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(tiling, "plan", Together.plan)
+        patch.setattr(tiling, "choose_design", Together.choose_design)
         output, _ = module(x)
     assert output.isnan().any()
     with pytest.raises(RuntimeError, match="gave up waiting"):
@@ -241,8 +241,8 @@ def test_a_device_seen_first_under_inference_mode(triton_kernels):
     """What a kernel says there can be told, and cleared, by a call outside of it."""
     triton_kernels.status._words.clear()
     with torch.inference_mode():
-        triton_kernels.status.check(CPU)
+        triton_kernels.status.raise_pending(CPU)
     triton_kernels.status.word(CPU).fill_(1)
     with pytest.raises(RuntimeError, match="gave up waiting"):
-        triton_kernels.status.check(CPU)
-    triton_kernels.status.check(CPU)
+        triton_kernels.status.raise_pending(CPU)
+    triton_kernels.status.raise_pending(CPU)

@@ -32,7 +32,7 @@ def test_check():
 
 def test_check_fails_where_something_is_wrong(monkeypatch, capsys):
     """A self-test that cannot fail says nothing: spoil the reference's cell."""
-    monkeypatch.setattr(cli, "CASES", cli.CASES[:1])
+    monkeypatch.setattr(cli, "COMPARISONS", cli.COMPARISONS[:1])
     assert cli.main(["check", "--backend", "reference"]) == 0
     assert "FAILED" not in capsys.readouterr().out
     monkeypatch.setattr(cell, "hidden_state", lambda o, tanh_c: o * tanh_c * 1.0001)

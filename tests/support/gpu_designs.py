@@ -12,7 +12,7 @@ from lstmcore.kernels.gpu import tiling
 from lstmcore.kernels.gpu.tiling import Design
 
 ceil_div = tiling.ceil_div
-PLAN = tiling.plan  # as it is before a test changes it
+CHOOSE_DESIGN = tiling.choose_design  # as it is before a test changes it
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,11 @@ class Share:
     chunk: int = 0
     stream: bool = False
 
-    def plan(self, hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, **kw) -> Design:
-        """Takes the place of ``tiling.plan``."""
-        chosen = PLAN(hidden, batch, directions, precision, sms, backward, **kw, kind="split")
+    def choose_design(
+        self, hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, **kw
+    ) -> Design:
+        """Takes the place of ``tiling.choose_design``."""
+        chosen = CHOOSE_DESIGN(hidden, batch, directions, precision, sms, backward, **kw, kind="split")
         units = self.units or chosen.units
         if backward:
             units = max(units, 16)  # what the tiling takes at least
@@ -55,5 +57,5 @@ class Share:
 
 def use(monkeypatch, kind: str | None = None, share: Share | None = None) -> None:
     """Makes the backend take the tiling's design of this ``kind``, or the split design that is shared like this."""
-    plan = share.plan if share is not None else functools.partial(PLAN, kind=kind)
-    monkeypatch.setattr(tiling, "plan", plan)
+    choose = share.choose_design if share is not None else functools.partial(CHOOSE_DESIGN, kind=kind)
+    monkeypatch.setattr(tiling, "choose_design", choose)

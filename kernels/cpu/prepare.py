@@ -1,9 +1,10 @@
-"""What the kernels of a kind of call are told: their records, the jobs before and after, and where scratch lies.
+"""The kernels' arguments for one kind of call: a struct per member, the jobs before and after, and scratch memory.
 
-It is laid out once for a kind of call in which all rows live for all steps (a small one is over in less time than it
-takes to do that anew), else at each call.
+Prepared once per kind of call if all rows have all steps, because a small call takes less time than preparing it;
+otherwise prepared for each call.
 
-T time, B batch, N alive rows, I input, H hidden, P projection (or H), D directions, H' and P' padded to whole vectors.
+T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (or H), D directions, H' and P' padded to
+whole vectors.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ from .jobs import (
     column_panels_size,
     gate_order,
 )
-from .problem import Alive, Problem, Table, Template, side_by_side
+from .problem import Active, Problem, Table, Template, side_by_side
 
 LINE = 16  # int64 of a barrier's counter, so that no two share a cache line
 Strides = tuple[int, ...] | None  # of a tensor, in bytes; None where there is none
 
 
 class Jobs:
-    """The jobs before a call's launches, or after them; buffers by name (see ``Buffers``)."""
+    """The jobs before a call's launches, or those after them; buffers by name (see ``Buffers``)."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.jobs, self.values = problem, list[Job](), 0
 
     @property
     def members(self) -> int:
-        """How many threads they are worth."""
+        """How many threads the jobs are worth."""
         return self.problem.available if self.values >= VALUES_WORTH_THREADS else 1
 
     def pack_gates(self, packed: int, weight: object, depth: int) -> None:
@@ -58,13 +59,13 @@ class Jobs:
         self.values += p.layer.gates * depth
 
     def pack_bias(self, packed: int, bias_ih: object, bias_hh: object) -> None:
-        """(4H,) each into the gate panels of their sum; zeros where there are none."""
+        """Biases (4H,) into the gate panels of their sum; zeros for a layer without biases."""
         p = self.problem
         one, other = (p.buffers.at(bias) if p.layer.bias else 0 for bias in (bias_ih, bias_hh))
         self.jobs.append(Job(PACK_BIAS, p.panels, packed, one, 1, p.hidden, other=other))
 
     def pack_columns(self, packed: int, weight: object, columns: int, order: Table) -> None:
-        """The weight (·, columns) into column panels, its rows in that order."""
+        """The weight (·, columns) into column panels; ``order``: which of its rows each k is."""
         p, depth = self.problem, len(order.values)
         panels = ceil_div(columns, p.block.panel)
         self.jobs.append(Job(PACK_COLUMNS, panels, packed, p.buffers.at(weight), depth, columns, order.address))
@@ -120,88 +121,92 @@ class Jobs:
         self.jobs.append(Job(ROWS_IN, 1, target, 0, columns=values, target_rows=rows.address))
 
 
-class Layout:
-    """All that the kernels of a kind of call are told, but for addresses.
+class Prepared:
+    """All arguments of the kernels for one kind of call, with placeholders for addresses.
 
-    At a call it becomes one block of int64, in which every record and job lies; what points to another of them is
-    an address in the buffer called "block".
+    A call fills them into one array of int64, which holds every argument struct and job; what points to another of
+    them is an address in the buffer called "arguments".
     """
 
     def __init__(
-        self, problem: Problem, before: Jobs, records: Sequence[np.ndarray], after: Jobs, members: int
+        self, problem: Problem, before: Jobs, launches: Sequence[np.ndarray], after: Jobs, members: int
     ) -> None:
         self.problem = problem
-        self._parts: list[np.ndarray] = []
+        self._arrays: list[np.ndarray] = []
         self._length = 0  # values so far
-        launches, fields = np.concatenate(records), records[0].shape[1]
-        together = members * side_by_side(members, problem.available)  # a launch is never cut: its members wait
-        self._counters = slice(LINE, LINE + LINE * (len(launches) // members))  # on lines of their own
-        counters = self._add(np.zeros((len(launches) // members + 2, LINE), np.int64)) + 8 * LINE
-        first = problem.buffers.at("block", 8 * self._length)
-        launches[:, -2] = counters + np.arange(len(launches)) // members * 8 * LINE
-        # A thread works off one launch after another.
-        launches[:-together, -1] = first + np.arange(together, len(launches)) * 8 * fields
-        self._launches = self._launch(launches, min(together, len(launches)))
+        structs, fields = np.concatenate(launches), launches[0].shape[1]
+        together = members * side_by_side(
+            members, problem.available
+        )  # never part of a launch: its members wait for each other
+        self._counters = slice(LINE, LINE + LINE * (len(structs) // members))  # on cache lines of their own
+        counters = self._add(np.zeros((len(structs) // members + 2, LINE), np.int64)) + 8 * LINE
+        first = problem.buffers.at("arguments", 8 * self._length)
+        structs[:, -2] = counters + np.arange(len(structs)) // members * 8 * LINE
+        # A thread runs one launch after another.
+        structs[:-together, -1] = first + np.arange(together, len(structs)) * 8 * fields
+        self._launches = self._launch(structs, min(together, len(structs)))
         self._before, self._after = self._jobs(before), self._jobs(after)
-        self._template = Template(np.concatenate(self._parts))
+        self._template = Template(np.concatenate(self._arrays))
         self._numbers = problem.buffers.numbers
-        del self._parts
+        del self._arrays
 
     def _add(self, values: np.ndarray) -> int:
-        """A place in the block for ``values``: what stands for its address."""
-        at = self.problem.buffers.at("block", 8 * self._length)
-        self._parts.append(values.reshape(-1))
+        """Appends ``values`` to the array; the placeholder of their address."""
+        at = self.problem.buffers.at("arguments", 8 * self._length)
+        self._arrays.append(values.reshape(-1))
         self._length += values.size
         return at
 
-    def _launch(self, records: np.ndarray, members: int) -> threads.Launch:
+    def _launch(self, structs: np.ndarray, members: int) -> threads.Launch:
         begin = 8 * self._length
-        self._add(records)
-        return threads.Launch(begin, members, 8 * records.shape[1])
+        self._add(structs)
+        return threads.Launch(begin, members, 8 * structs.shape[1])
 
-    def _jobs(self, table: Jobs) -> threads.Launch | None:
-        if not table.jobs:
+    def _jobs(self, jobs: Jobs) -> threads.Launch | None:
+        if not jobs.jobs:
             return None
-        jobs, members = self._add(np.array(table.jobs, np.int64)), table.members
-        return self._launch(np.array([JobsArgs(jobs, len(table.jobs), m, members) for m in range(members)]), members)
+        first, members = self._add(np.array(jobs.jobs, np.int64)), jobs.members
+        return self._launch(np.array([JobsArgs(first, len(jobs.jobs), m, members) for m in range(members)]), members)
 
     def run(self, kernel: Any, tensors: dict[object, Tensor | np.ndarray | None]) -> None:
-        """Works off the launches, with these tensors as the buffers of the same names."""
-        p, block = self.problem, np.empty(self._length, np.int64)
-        scratch, base = buffers.room(p.buffers.scratch)
-        here = block.ctypes.data
-        own = {"block": here, "scratch": base}
+        """Runs the launches, with these tensors as the buffers of the same names."""
+        p, arguments = self.problem, np.empty(self._length, np.int64)
+        scratch, base = buffers.scratch(p.buffers.scratch)
+        here = arguments.ctypes.data
+        own = {"arguments": here, "scratch": base}
         addresses = [0, *(own[name] if name in own else _address(tensors[name]) for name in self._numbers)]
-        self._template.fill(block, np.array(addresses, np.int64))
-        jobs, counters = p.kernels.jobs(), block[self._counters]
+        self._template.fill(arguments, np.array(addresses, np.int64))
+        jobs, counters = p.kernels.jobs(), arguments[self._counters]
         if self._before is not None:
             threads.run(jobs, self._before.at(here))
         threads.run(kernel, self._launches.at(here), counters)
         if self._after is not None:
             threads.run(jobs, self._after.at(here))
-        del scratch  # until here
+        del scratch  # in use until here
 
 
 def _address(tensor: Any) -> int:
     return tensor.data_ptr() if isinstance(tensor, Tensor) else tensor.ctypes.data
 
 
-def layout_of(lay: Callable[..., Layout], call: Call, available: int, given: NamedTuple) -> Layout:
-    """The layout of this kind of call: one that is kept where all rows are alive at every step, else a new one."""
-    alive = Alive.of(call.rows)
-    return lay(Problem(call.layer, alive, available), given) if alive else _kept(lay, call.layer, available, given)
+def prepared_for(prepare: Callable[..., Prepared], call: Call, available: int, form: NamedTuple) -> Prepared:
+    """What ``prepare`` makes for this kind of call; kept for the next one if all rows are active at every step."""
+    active = Active.of(call.rows)
+    if active is not None:
+        return prepare(Problem(call.layer, active, available), form)
+    return _kept(prepare, call.layer, available, form)
 
 
 @functools.lru_cache(maxsize=512)
-def _kept(lay: Callable[..., Layout], layer: Layer, available: int, given: NamedTuple) -> Layout:
-    return lay(Problem(layer, None, available), given)
+def _kept(prepare: Callable[..., Prepared], layer: Layer, available: int, form: NamedTuple) -> Prepared:
+    return prepare(Problem(layer, None, available), form)
 
 
 forget = _kept.cache_clear
 
 
-class ForwardGiven(NamedTuple):
-    """What else a forward's arguments depend on."""
+class ForwardForm(NamedTuple):
+    """What a forward's arguments depend on in addition to the ``Problem``: strides of the tensors, and flags."""
 
     x: Strides
     y: Strides
@@ -212,8 +217,8 @@ class ForwardGiven(NamedTuple):
     cells: bool
 
 
-class BackwardGiven(NamedTuple):
-    """What else a backward's arguments depend on."""
+class BackwardForm(NamedTuple):
+    """What a backward's arguments depend on in addition to the ``Problem``."""
 
     x: Strides
     y: Strides
@@ -229,7 +234,7 @@ class BackwardGiven(NamedTuple):
     norms: bool
 
 
-def lay_forward(problem: Problem, given: ForwardGiven) -> Layout:
+def prepare_forward(problem: Problem, form: ForwardForm) -> Prepared:
     p, at = problem, problem.buffers.at
     plan = tiling.plan(
         p.steps, p.batch, p.hidden, p.width, p.inputs, p.block, p.size, max(1, p.available // p.directions)
@@ -238,17 +243,17 @@ def lay_forward(problem: Problem, given: ForwardGiven) -> Layout:
     h_half = p.state_bytes(p.padded_width, borders)
     h_rows, c_rows = p.state_rows(p.padded_width, borders), p.state_rows(p.padded_hidden, borders)
     fused = plan.fused and not p.kernels.staged
-    shared = p.shape | p.geometry("x", given.x) | p.geometry("y", given.y) | p.geometry("reset", given.reset) | {
-        "x": at("x"), "reset": at("reset") if given.reset else 0, "h_half": h_half,
-        "chunk": plan.chunk, "chunk_rows": plan.chunk * p.batch, "fused": int(fused),
+    shared = p.shape | p.geometry("x", form.x) | p.geometry("y", form.y) | p.geometry("reset", form.reset) | {
+        "x": at("x"), "reset": at("reset") if form.reset else 0, "h_half": h_half,
+        "chunk": plan.chunk, "chunk_tokens": plan.chunk * p.batch, "fused": int(fused),
     }  # fmt: skip
     stored = p.layer.dtype.itemsize
-    before, after, records = Jobs(p), Jobs(p), list[np.ndarray]()
+    before, after, launches = Jobs(p), Jobs(p), list[np.ndarray]()
     for direction in range(p.directions):
-        scratch = _forward_scratch(p, plan, borders, fused, given.save)
+        scratch = _forward_scratch(p, plan, borders, fused, form.save)
         for half in (0, h_half):
-            before.rows_in(scratch["h"] + half, h_rows, "h_0", given.h_0, direction, p.width)
-        before.rows_in(scratch["c"], c_rows, "c_0", given.c_0, direction, p.hidden)
+            before.rows_in(scratch["h"] + half, h_rows, "h_0", form.h_0, direction, p.width)
+        before.rows_in(scratch["c"], c_rows, "c_0", form.c_0, direction, p.hidden)
         before.pack_gates(scratch["w_x"], ("weight_ih", direction), p.inputs)
         before.pack_gates(scratch["w_h"], ("weight_hh", direction), p.width)
         before.pack_bias(scratch["bias"], ("bias_ih", direction), ("bias_hh", direction))
@@ -256,27 +261,27 @@ def lay_forward(problem: Problem, given: ForwardGiven) -> Layout:
             before.pack_columns(scratch["w_r"], ("weight_hr", direction), p.width, p.multiples(p.hidden, 1))
         arguments = ForwardArgs(**shared | scratch | {
             "reverse": direction, "y": at("y", direction * p.width * stored),
-            "gates": at(("gates", direction)) if given.save else 0,
-            "cells": at(("cells", direction)) if given.cells else 0,
+            "gates": at(("gates", direction)) if form.save else 0,
+            "cells": at(("cells", direction)) if form.cells else 0,
         })  # fmt: skip
-        records.append(p.records(arguments, plan, borders))
+        launches.append(p.members(arguments, plan, borders))
         after.rows_out(scratch["c"], c_rows, "c_n", stored, direction, p.hidden)
         last, last_rows = p.last_rows(scratch["h"], h_rows, h_half, direction)
         after.rows_out(last, last_rows, "h_n", stored, direction, p.width)
-    return Layout(p, before, records, after, plan.members)
+    return Prepared(p, before, launches, after, plan.members)
 
 
 def _forward_scratch(p: Problem, plan: tiling.Plan, borders: list[int], fused: bool, save: bool) -> dict[str, int]:
     """The scratch of one direction; see ``ForwardArgs``."""
-    size, staged, chunk_rows, gate_bytes = p.size, p.kernels.staged, plan.chunk * p.batch, p.padded_gates * p.size
+    size, staged, chunk_tokens, gate_bytes = p.size, p.kernels.staged, plan.chunk * p.batch, p.padded_gates * p.size
     state = p.state_bytes(p.padded_hidden, borders)
-    return p.buffers.lay(
+    return p.buffers.reserve(
         h=2 * p.state_bytes(p.padded_width, borders),
         c=state,
         m=state * p.projected,
-        z=chunk_rows * gate_bytes * (not fused and (not save or staged)),
-        x_stage=plan.members * chunk_rows * p.inputs * size * staged,
-        table=plan.members * 2 * chunk_rows * 8 * (not fused),
+        z=chunk_tokens * gate_bytes * (not fused and (not save or staged)),
+        x_stage=plan.members * chunk_tokens * p.inputs * size * staged,
+        table=plan.members * 2 * chunk_tokens * 8 * (not fused),
         w_x=gate_bytes * p.inputs,
         w_h=gate_bytes * p.width,
         w_r=column_panels_size(p.hidden, p.width, p.block.lanes) * size * p.projected,
@@ -284,64 +289,64 @@ def _forward_scratch(p: Problem, plan: tiling.Plan, borders: list[int], fused: b
     )
 
 
-def lay_backward(problem: Problem, given: BackwardGiven) -> Layout:
-    p, at, needs, stored = problem, problem.buffers.at, given.needs, problem.layer.dtype.itemsize
+def prepare_backward(problem: Problem, form: BackwardForm) -> Prepared:
+    p, at, needs, stored = problem, problem.buffers.at, form.needs, problem.layer.dtype.itemsize
     parts = p.parts()
     most = max(last - first for first, last, _ in parts)
     plan = tiling.plan(
         p.steps, most, p.hidden, p.width, p.inputs, p.block, p.size,
         max(1, p.available // (p.directions * len(parts))), backward=True,
     )  # fmt: skip
-    shares = [p.row_groups(plan, first, last) for first, last, _ in parts]
-    borders = [0, *(last for share in shares for last in share[1:])]
-    shared = p.shape | p.geometry("x", given.x) | p.geometry("y", given.y) | p.geometry("reset", given.reset)
-    shared |= p.geometry("dx", given.dx) | p.geometry("dy", given.dy) | {
-        "x": at("x"), "reset": at("reset") if given.reset else 0,
-        "chunk": plan.chunk, "chunk_rows": plan.chunk * most,
+    by_part = [p.row_groups(plan, first, last) for first, last, _ in parts]
+    borders = [0, *(last for own in by_part for last in own[1:])]
+    shared = p.shape | p.geometry("x", form.x) | p.geometry("y", form.y) | p.geometry("reset", form.reset)
+    shared |= p.geometry("dx", form.dx) | p.geometry("dy", form.dy) | {
+        "x": at("x"), "reset": at("reset") if form.reset else 0,
+        "chunk": plan.chunk, "chunk_tokens": plan.chunk * most,
         "panel_rows": p.multiples(max(p.batch, JOINED_ROWS), p.block.panel * p.size).address,
     }  # fmt: skip
-    before, after, records = Jobs(p), Jobs(p), list[np.ndarray]()
+    before, after, launches = Jobs(p), Jobs(p), list[np.ndarray]()
     # Parts that do not run at the same time use the same memory.
     together = min(side_by_side(plan.members, p.available), p.directions * len(parts))
     in_turn = [_part_scratch(p, plan.chunk * most, needs) for _ in range(together)]
     for direction in range(p.directions):
         scratch = _backward_scratch(p, borders, needs)
-        _backward_jobs(p, given, scratch, borders, direction, before, after)
+        _backward_jobs(p, form, scratch, borders, direction, before, after)
         whole = shared | scratch | {
             "dx": at(("dx", direction)) if needs.input else 0,
-            "norms": at(("norms", direction)) if given.norms else 0,
-            "dy": at("dy", direction * p.width * stored) if given.dy else 0,
-            "dcells": at(("dcells", direction)) if given.dcells else 0,
+            "norms": at(("norms", direction)) if form.norms else 0,
+            "dy": at("dy", direction * p.width * stored) if form.dy else 0,
+            "dcells": at(("dcells", direction)) if form.dcells else 0,
             "gates": at(("gates", direction)), "cells": at(("cells", direction)),
             "y": at("y", direction * p.width * stored), "reverse": direction,
         }  # fmt: skip
         sums, stride = _gradient_scratch(p, len(parts), needs)
         if needs.weights:
             _unpack_gradients(p, after, sums, len(parts), stride, direction)
-        for index, ((first, last, starts), share) in enumerate(zip(parts, shares, strict=True)):
-            own = {name: token and token + index * stride for name, token in sums.items()}
+        for index, ((first, last, starts), groups) in enumerate(zip(parts, by_part, strict=True)):
+            own = {name: address and address + index * stride for name, address in sums.items()}
             arguments = BackwardArgs(
-                **whole, **own, **in_turn[len(records) % len(in_turn)],
+                **whole, **own, **in_turn[len(launches) % len(in_turn)],
                 **p.chunks(first, last, plan.chunk, plan.chunk * most, direction),
                 part_begin=first, part_end=last, part_starts=starts,
             )  # fmt: skip
-            records.append(p.records(arguments, plan, share, index * plan.row_groups))
-    return Layout(p, before, records, after, plan.members)
+            launches.append(p.members(arguments, plan, groups, index * plan.row_groups))
+    return Prepared(p, before, launches, after, plan.members)
 
 
 def _backward_jobs(
-    p: Problem, given: BackwardGiven, scratch: dict[str, int], borders: list[int], direction: int,
+    p: Problem, form: BackwardForm, scratch: dict[str, int], borders: list[int], direction: int,
     before: Jobs, after: Jobs,
 ) -> None:  # fmt: skip
-    """What becomes of the states and weights of one direction."""
-    needs, stored = given.needs, p.layer.dtype.itemsize
+    """Appends the jobs for the states and weights of one direction."""
+    needs, stored = form.needs, p.layer.dtype.itemsize
     dh_rows, dc_rows = p.state_rows(p.padded_width, borders), p.state_rows(p.padded_hidden, borders)
     h_rows, c_rows = p.multiples(p.batch, p.padded_width * p.size), p.multiples(p.batch, p.padded_hidden * p.size)
     before.clear(scratch["zero"], max(p.padded_hidden, p.padded_width))
-    before.rows_in(scratch["dh"], dh_rows, "dh_n", given.dh_n, direction, p.width)
-    before.rows_in(scratch["dc"], dc_rows, "dc_n", given.dc_n, direction, p.hidden)
-    before.rows_in(scratch["h_0"], h_rows, "h_0", given.h_0, direction, p.width)
-    before.rows_in(scratch["c_0"], c_rows, "c_0", given.c_0, direction, p.hidden)
+    before.rows_in(scratch["dh"], dh_rows, "dh_n", form.dh_n, direction, p.width)
+    before.rows_in(scratch["dc"], dc_rows, "dc_n", form.dc_n, direction, p.hidden)
+    before.rows_in(scratch["h_0"], h_rows, "h_0", form.h_0, direction, p.width)
+    before.rows_in(scratch["c_0"], c_rows, "c_0", form.c_0, direction, p.hidden)
     order = p.table(gate_order(p.hidden, p.block.lanes))
     before.pack_columns(scratch["w_h"], ("weight_hh", direction), p.width, order)
     if needs.input:
@@ -355,7 +360,7 @@ def _backward_jobs(
 
 
 def _unpack_gradients(p: Problem, after: Jobs, sums: dict[str, int], parts: int, stride: int, direction: int) -> None:
-    """The weight gradients of one direction, from the sums of its parts, the first at ``sums``."""
+    """Appends the jobs for the weight gradients of one direction; ``sums``: those of its first part."""
 
     def of(name: str) -> object:
         return f"grad of {name}", direction
@@ -370,10 +375,10 @@ def _unpack_gradients(p: Problem, after: Jobs, sums: dict[str, int], parts: int,
 
 
 def _backward_scratch(p: Problem, borders: list[int], needs: Needs) -> dict[str, int]:
-    """What the parts of one direction share; see ``BackwardArgs``."""
+    """The scratch that the parts of one direction share; see ``BackwardArgs``."""
     size, lanes, gates = p.size, p.block.lanes, p.padded_gates
     state = p.state_bytes(p.padded_hidden, borders)
-    return p.buffers.lay(
+    return p.buffers.reserve(
         zero=max(p.padded_hidden, p.padded_width) * size,
         dh=p.state_bytes(p.padded_width, borders),
         dc=state,
@@ -387,26 +392,26 @@ def _backward_scratch(p: Problem, borders: list[int], needs: Needs) -> dict[str,
 
 
 def _gradient_scratch(p: Problem, parts: int, needs: Needs) -> tuple[dict[str, int], int]:
-    """The packed weight gradients of one direction's first part, and how many bytes on those of the next lie."""
+    """The packed weight gradients of one direction's first part, and the bytes from a part to the next."""
     gates = p.padded_gates * p.size * needs.weights
     columns = p.columns * p.hidden * p.block.panel * p.size * needs.weights
     begin = p.buffers.scratch
     first, *_ = (
-        p.buffers.lay(dw_x=gates * p.inputs, dw_h=gates * p.width, db=gates, dw_r=columns * p.projected)
+        p.buffers.reserve(dw_x=gates * p.inputs, dw_h=gates * p.width, db=gates, dw_r=columns * p.projected)
         for _ in range(parts)
     )
     return first, (p.buffers.scratch - begin) // parts
 
 
-def _part_scratch(p: Problem, chunk_rows: int, needs: Needs) -> dict[str, int]:
-    """What a part of the batch has for itself; see ``BackwardArgs``."""
-    row = chunk_rows * p.size
-    return p.buffers.lay(
-        dz=row * p.padded_gates,
-        dh_chunk=row * p.columns * p.block.panel * p.projected,
-        x_strips=row * p.inputs * needs.weights,
-        h_strips=row * p.width * needs.weights,
-        m_strips=row * p.hidden * p.projected * needs.weights,
-        dx_stage=row * p.inputs * p.kernels.staged,
-        table=chunk_rows * 8,
+def _part_scratch(p: Problem, chunk_tokens: int, needs: Needs) -> dict[str, int]:
+    """The scratch of one part of the batch; see ``BackwardArgs``."""
+    column = chunk_tokens * p.size
+    return p.buffers.reserve(
+        dz=column * p.padded_gates,
+        dh_chunk=column * p.columns * p.block.panel * p.projected,
+        x_strips=column * p.inputs * needs.weights,
+        h_strips=column * p.width * needs.weights,
+        m_strips=column * p.hidden * p.projected * needs.weights,
+        dx_stage=column * p.inputs * p.kernels.staged,
+        table=chunk_tokens * 8,
     )
