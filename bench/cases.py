@@ -7,19 +7,16 @@ Legend: T steps, B batch, I input, H hidden, P projection (H where there is none
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import product
+from typing import Any
 
 import torch
 
 MODES = ("inference", "training")
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -172,29 +169,27 @@ TAGS: dict[str, tuple[str, ...]] = {
 
 
 def _cpu_cases() -> Iterator[Case]:
-    for hidden in (16, 64, 128, 256, 512, 1024):
-        for batch in (1, 8, 32, 64):
-            shape = f"h{hidden}-b{batch}"
-            yield _fit(Case(f"dense-{shape}", "dense", hidden, hidden, batch, 0), FUSED_GFLOP)
-            yield _fit(Case(f"i1-{shape}", "dense-i1", 1, hidden, batch, 0), FUSED_GFLOP)
+    def square(
+        group: str, shapes: Iterable[tuple[int, int]], limit: float = FUSED_GFLOP, **rest: Any
+    ) -> Iterator[Case]:
+        for hidden, batch in shapes:
+            yield _fit(Case(f"{group}-h{hidden}-b{batch}", group, hidden, hidden, batch, 0, **rest), limit)
+
+    for hidden, batch in product((16, 64, 128, 256, 512, 1024), (1, 8, 32, 64)):
+        yield from square("dense", [(hidden, batch)])
+        yield _fit(Case(f"i1-h{hidden}-b{batch}", "dense-i1", 1, hidden, batch, 0), FUSED_GFLOP)
     for steps in (100, 256, 512, 1024, 2048, 4096, 8192, 16384):
         yield Case(f"steps-t{steps}", "steps", 128, 128, 16, steps)
     # Bidirectional cases are held against the unidirectional ones of the same shape, so they keep those shapes.
-    for hidden, batch in ((64, 8), (128, 32), (256, 32), (512, 32)):
-        case = Case(f"bidirectional-h{hidden}-b{batch}", "bidirectional", hidden, hidden, batch, 0, bidirectional=True)
-        yield _fit(case, FUSED_GFLOP)
-    for hidden, batch in ((64, 8), (128, 32), (256, 32)):
-        case = Case(f"layers4-h{hidden}-b{batch}", "layers4", hidden, hidden, batch, 0, num_layers=4)
-        yield _fit(case, FUSED_GFLOP)
-    for hidden, batch in ((64, 8), (128, 32), (256, 32), (512, 32)):
-        case = Case(f"packed-h{hidden}-b{batch}", "packed", hidden, hidden, batch, 0, mean_length=0.5)
-        yield _fit(case, LOOP_GFLOP)
+    shapes = ((64, 8), (128, 32), (256, 32), (512, 32))
+    yield from square("bidirectional", shapes, bidirectional=True)
+    yield from square("layers4", shapes[:3], num_layers=4)
+    yield from square("packed", shapes, LOOP_GFLOP, mean_length=0.5)
     for hidden, proj, batch in ((128, 64, 32), (512, 128, 32)):
         case = Case(f"proj-h{hidden}-p{proj}-b{batch}", "proj", hidden, hidden, batch, 0, proj_size=proj)
         yield _fit(case, LOOP_GFLOP)
     for dtype, limit in (("float64", LOOP_GFLOP), ("bfloat16", FUSED_GFLOP), ("float16", LOOP_GFLOP)):
-        for hidden, batch in ((64, 8), (128, 32), (256, 32), (512, 32)):
-            yield _fit(Case(f"{dtype}-h{hidden}-b{batch}", dtype, hidden, hidden, batch, 0, dtype=dtype), limit)
+        yield from square(dtype, shapes, limit, dtype=dtype)
     # As a classifier trains: the gradient comes from the last step, and vanishes on its way back.
     for hidden, batch in ((32, 32), (128, 32), (256, 8)):
         name = f"last-h{hidden}-b{batch}-t1000"
@@ -207,44 +202,37 @@ def _cpu_cases() -> Iterator[Case]:
 
 
 def _gpu_cases() -> Iterator[Case]:
-    def case(group: str, hidden: int, batch: int, steps: int, dtype: str, kind: str = "", **rest: object) -> Case:
-        """``kind``: what the name says beyond the dtype, where that is not the whole group."""
-        middle = f"{kind}-{dtype}" if kind else dtype
-        proj = f"-p{rest['proj_size']}" if "proj_size" in rest else ""
-        name = f"cuda-{middle}-h{hidden}{proj}-b{batch}-t{steps}"
-        return Case(
-            name, group, hidden, hidden, batch, steps, dtype=dtype, device="cuda", tags=frozenset({"memory"}), **rest
-        )  # type: ignore[arg-type]
+    memory = frozenset({"memory"})
 
-    for dtype in ("bfloat16", "float16", "float32"):
-        for hidden in HIDDEN:
-            for batch in BATCHES:
-                for steps in STEPS_ON_GPU:
-                    yield case(f"cuda-{dtype}", hidden, batch, steps, dtype)
-    for hidden in (128, 512, 1024):
-        for batch in (16, 64):
-            yield case("cuda-strict", hidden, batch, 1024, "float32", "strict", strict=True)
-    for dtype in ("bfloat16", "float16"):
-        for hidden in (64, 128, 256, 512, 1024):
-            for batch in (16, 64):
-                for steps in (1024, 4096):
-                    yield case("cuda-bidirectional", hidden, batch, steps, dtype, "bidirectional", bidirectional=True)
+    def every(
+        group: str,
+        dtypes: Iterable[str],
+        shapes: Iterable[tuple[int, int]],
+        steps: Iterable[int] = (1024,),
+        kind: str = "",
+        **rest: Any,
+    ) -> Iterator[Case]:
+        """``kind``: what the name says beyond the dtype, where that is not the whole group."""
+        for dtype, (hidden, batch), length in product(dtypes, shapes, steps):
+            middle = f"{kind}-{dtype}" if kind else dtype
+            proj = f"-p{rest['proj_size']}" if "proj_size" in rest else ""
+            name = f"cuda-{middle}-h{hidden}{proj}-b{batch}-t{length}"
+            yield Case(name, group, hidden, hidden, batch, length, dtype=dtype, device="cuda", tags=memory, **rest)
+
+    half, both = ("bfloat16", "float16"), (1024, 4096)
+    some = tuple(product((128, 512, 1024), (16, 64)))  # H, B
+    for dtype in (*half, "float32"):
+        yield from every(f"cuda-{dtype}", [dtype], product(HIDDEN, BATCHES), STEPS_ON_GPU)
+    yield from every("cuda-strict", ["float32"], some, kind="strict", strict=True)
+    more = product((64, 128, 256, 512, 1024), (16, 64))
+    yield from every("cuda-bidirectional", half, tuple(more), both, "bidirectional", bidirectional=True)
     for layers in (2, 4):
-        for dtype in ("bfloat16", "float16"):
-            for hidden in (128, 512, 1024):
-                for batch in (16, 64):
-                    yield case("cuda-layers", hidden, batch, 1024, dtype, f"layers{layers}", num_layers=layers)
-    for dtype in ("bfloat16", "float16", "float32"):
-        for hidden in (128, 512, 1024):
-            for batch in (16, 64):
-                for steps in (1024, 4096):
-                    yield case("cuda-packed", hidden, batch, steps, dtype, "packed", mean_length=0.5)
-    for dtype in ("bfloat16", "float16", "float32"):
-        for hidden, batch in ((65, 3), (129, 17), (200, 33), (513, 17), (1000, 50)):
-            yield case("cuda-odd", hidden, batch, 1024, dtype, "odd")
-    for dtype in ("bfloat16", "float32"):
-        for hidden, proj in ((512, 128), (1024, 256)):
-            yield case("cuda-proj", hidden, 16, 1024, dtype, "proj", proj_size=proj)
+        yield from every("cuda-layers", half, some, kind=f"layers{layers}", num_layers=layers)
+    yield from every("cuda-packed", (*half, "float32"), some, both, "packed", mean_length=0.5)
+    odd = ((65, 3), (129, 17), (200, 33), (513, 17), (1000, 50))
+    yield from every("cuda-odd", (*half, "float32"), odd, kind="odd")
+    for dtype, (hidden, proj) in product(("bfloat16", "float32"), ((512, 128), (1024, 256))):
+        yield from every("cuda-proj", [dtype], [(hidden, 16)], kind="proj", proj_size=proj)
 
 
 def _other_cases() -> Iterator[Case]:
@@ -259,24 +247,24 @@ def _other_cases() -> Iterator[Case]:
     for features, batch in ((64, 128), (256, 128), (64, 32), (64, 8)):
         name = f"rollout-h256-i{features}-b{batch}-t128"
         yield Case(name, "rollout", features, 256, batch, 128, modes=("training",))
-    for batch in (16, 64, 1):  # what matters most comes first, for a time limit may cut the end
-        for hidden in HIDDEN:
-            yield Case(f"step-h{hidden}-b{batch}", "step", hidden, hidden, batch, 1024, dtype="bfloat16", device="cuda")
+    on_gpu: dict[str, Any] = {"dtype": "bfloat16", "device": "cuda"}
+    for batch, hidden in product((16, 64, 1), HIDDEN):  # what matters most comes first: a time limit may cut the end
+        yield Case(f"step-h{hidden}-b{batch}", "step", hidden, hidden, batch, 1024, **on_gpu)
     for hidden, batch in ((128, 16), (512, 16), (1024, 16), (256, 16), (768, 16), (512, 64), (1024, 64), (1024, 256)):
-        name = f"design-h{hidden}-b{batch}"
-        yield Case(name, "design", hidden, hidden, batch, 1024, dtype="bfloat16", modes=("training",), device="cuda")
+        yield Case(f"design-h{hidden}-b{batch}", "design", hidden, hidden, batch, 1024, modes=("training",), **on_gpu)
     # Rows and units of a block of threads: what is handed over is of that size.
-    yield Case("handoff-h16-b16", "handoff", 16, 16, 16, 4096, dtype="bfloat16", modes=(), device="cuda")
+    yield Case("handoff-h16-b16", "handoff", 16, 16, 16, 4096, modes=(), **on_gpu)
     # Sizes that no tile divides, so that every mask is used: one block of threads has all of R, then several share it.
-    for name, inputs, hidden, batch, steps, dtype, rest in (
-        ("h40", 24, 40, 5, 6, "bfloat16", {}),
-        ("h72-bidirectional", 16, 72, 19, 4, "float16", {"bidirectional": True}),
-        ("h100-packed", 16, 100, 6, 5, "float32", {"mean_length": 0.5}),
-        ("h320", 32, 320, 5, 4, "bfloat16", {}),
-        ("h264-packed", 16, 264, 18, 4, "float16", {"mean_length": 0.5}),
-        ("h288-strict", 16, 288, 3, 3, "float32", {"strict": True}),
+    wide, ragged = {"dtype": "float32"}, {"mean_length": 0.5}
+    for name, sizes, rest in (  # I, H, B, T
+        ("h40", (24, 40, 5, 6), {}),
+        ("h72-bidirectional", (16, 72, 19, 4), {"dtype": "float16", "bidirectional": True}),
+        ("h100-packed", (16, 100, 6, 5), wide | ragged),
+        ("h320", (32, 320, 5, 4), {}),
+        ("h264-packed", (16, 264, 18, 4), {"dtype": "float16"} | ragged),
+        ("h288-strict", (16, 288, 3, 3), wide | {"strict": True}),
     ):
-        yield Case(f"smoke-{name}", "smoke", inputs, hidden, batch, steps, dtype=dtype, device="cuda", **rest)  # type: ignore[arg-type]
+        yield Case(f"smoke-{name}", "smoke", *sizes, **on_gpu | rest)
 
 
 @dataclass(frozen=True)

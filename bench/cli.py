@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import pkgutil
 import sys
 from collections.abc import Sequence
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,9 @@ import torch
 from bench import machine, rows, session, tables
 from bench.cases import CASES, GROUPS, MODES, Case, select
 from bench.experiments import EXPERIMENTS, MAIN
-from bench.measure import NO_GPU, NOTHING, Experiment, Task
+from bench.measure import NO_GPU, Experiment, Task
 from bench.timing import Effort
-from lstmcore import backends
+from lstmcore.backends import names
 
 QUICK_RESULTS, GPU_RESULTS = Path("out/bench"), Path("out/gpu")
 DESCRIPTION = """\
@@ -24,16 +27,16 @@ Times lstmcore.LSTM against torch.nn.LSTM by turns, on cases whose outputs and g
 behind an operation of torch's, as in a model, and alone, then also against onnxruntime where it is installed and covers
 the case. That is what happens without a command; the full run takes about half an hour. Ctrl-C keeps what has been
 measured."""
-# Beside the experiments: a sentence each.
+# Beside the experiments: a sentence each, and the function that does it, imported when it is wanted.
 COMMANDS = {
-    "gpu": "everything that a visit to a machine with a CUDA GPU is for, within minutes: what make gpu runs",
-    "smoke": "each design of the GPU kernels once, against torch's LSTM",
-    "compile": "compiles the GPU kernels of the quick benchmark with all processors",
-    "environment": "device, driver and versions",
-    "kernels": "compiles every GPU kernel without a GPU, and reports registers, spills and instructions",
-    "scaling": "what the model of the CPU kernels predicts of more threads; measures nothing",
-    "report": "rewrites the README's table, docs/benchmarks.md and the plots from bench/results",
-    "compare": "times two commits of this repository side by side, and fails where the second is slower or larger",
+    "gpu": ("all that a visit to a machine with a CUDA GPU is for: what make gpu runs", "bench.gpu.visit:run"),
+    "smoke": ("each design of the GPU kernels once, against torch's LSTM", "bench.gpu.smoke:run"),
+    "compile": ("compiles the GPU kernels of the quick benchmark on all processors", "bench.gpu.compile:run"),
+    "environment": ("device, driver and versions", "bench.gpu.environment:run"),
+    "kernels": ("compiles every GPU kernel, without a GPU, and reports on its code", "bench.gpu.kernels:run"),
+    "scaling": ("what the model of the CPU kernels predicts of more threads", "bench.experiments.scaling:run"),
+    "report": ("rewrites README's table, docs/benchmarks.md and the plots from bench/results", "bench.report:run"),
+    "compare": ("times two commits side by side; fails where the second is slower or larger", "bench.compare:run"),
 }
 
 
@@ -60,7 +63,7 @@ def _common() -> argparse.ArgumentParser:
     how = common.add_argument_group("how")
     how.add_argument(
         "--backend",
-        choices=backends.names(),
+        choices=names(),
         help="the backend of lstmcore (default: what the command is about, mostly auto); on a CPU, rows of one named "
         "here are shown, not saved",
     )
@@ -102,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
         details = "; ".join(f"{column}: {meaning}" for column, meaning in experiment.details.items())
         epilog = f"Of its rows, times are of {experiment.times}. {f'Details: {details}.' if details else ''}"
         commands.add_parser(name, parents=[common], help=experiment.what, description=experiment.what, epilog=epilog)
-    own = {name: commands.add_parser(name, help=what, description=what) for name, what in COMMANDS.items()}
+    own = {name: commands.add_parser(name, help=what, description=what) for name, (what, _) in COMMANDS.items()}
     stages = own["gpu"].add_argument
     stages("--stage", action="append", metavar="STAGE", help="only this one; repeatable; --dry-run names them all")
     stages("--minutes", type=float, default=10.0, help="for everything together (default: %(default)g)")
@@ -119,10 +122,12 @@ def parser() -> argparse.ArgumentParser:
     kernels("--json", action="store_true", help="print the rows as JSON, and no table")
     own["report"].add_argument("--out", type=Path, metavar="DIR", help="only draw the plots of the rows in this folder")
     compare = own["compare"].add_argument
-    compare("commits", nargs=2, metavar="COMMIT", help="what git calls A and B; . is the tree with its changes")
+    for name in ("a", "b"):
+        compare(name, metavar=name.upper(), help="what git calls a commit; . is the tree with its changes")
     compare("--case", metavar="PATTERN", help="of all cases on a CPU those that match, in place of the few")
     compare("--rounds", type=_positive, default=3, help="fresh processes of each (default: %(default)s)")
     compare("--samples", type=_positive, default=7, help="of each call in a process (default: %(default)s)")
+    compare("--threads", type=_positive, metavar="N", help="of torch, and so of all (default: torch's choice)")
     compare("--no-memory", action="store_true", help="only times")
     return top
 
@@ -150,7 +155,7 @@ def efforts(options: argparse.Namespace, work: Sequence[Experiment], device: str
     """Each experiment with what is wanted of it: of a second figure less."""
     result: list[tuple[Experiment, Task]] = []
     for experiment in work:
-        effort = (experiment.quick if options.quick else experiment.full)[device]
+        effort = (experiment.quick if options.quick and experiment.quick else experiment.full)[device]
         if options.pairs is not None or options.seconds is not None:
             seconds = effort.budget_s if options.seconds is None else options.seconds
             effort = Effort(options.pairs or effort.min_pairs, seconds, effort.memory)
@@ -177,11 +182,12 @@ def measure(options: argparse.Namespace) -> int:
         return 2
     tasks = efforts(options, work, device)
     if options.list:
-        if (plan := work[0].plan) is not None:
-            plan(session.screen(), cases, tasks[0][1].effort)
+        experiment, task = tasks[0]
+        if experiment.plan is not None:
+            print("\n".join(line for case in cases for line in experiment.plan(case)))
         else:
-            show = tables.show_gpu_cases if device == "cuda" else tables.show_cases
-            show(session.screen(), cases, len(select(work[0].name, device)))
+            seconds, of = partial(experiment.seconds, effort=task.effort), len(select(experiment.name, device))
+            tables.show_cases(session.screen(), cases, of, seconds, options.quick)
         return 0
     if device == "cuda" and not torch.cuda.is_available():
         print(f"{NO_GPU}; --list shows the cases, and what each would cost", file=sys.stderr)
@@ -194,54 +200,19 @@ def measure(options: argparse.Namespace) -> int:
     return session.Session(tasks, path, options.limit_s, options.commit).run(cases)
 
 
-def report(options: argparse.Namespace) -> int:
-    from bench import report
-
-    if options.out is None:
-        report.update()
-    elif not report.draw_folder(options.out):
-        print(f"there are no results in {options.out}")
-        return NOTHING
-    return 0
-
-
-def other(options: argparse.Namespace) -> int:
-    """The commands beside the experiments, each imported when it is wanted."""
-    if options.command in ("smoke", "compile") and not torch.cuda.is_available():
+def other(command: str, **options: Any) -> int:
+    """A command beside the experiments."""
+    if command in ("smoke", "compile") and not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2
-    if options.command == "gpu":
-        from bench.gpu import visit
-
-        return visit.run(options.stage, options.minutes, options.out, options.commit, options.dry_run)
-    if options.command == "smoke":
-        from bench.gpu import smoke
-
-        return smoke.run(not options.unchecked)
-    if options.command == "compile":
-        from bench.gpu import compile
-
-        return compile.quick(options.limit_s)
-    if options.command == "environment":
-        from bench.gpu import environment
-
-        return environment.show()
-    if options.command == "kernels":
-        from bench.gpu import kernels
-
-        return kernels.run(options.target, options.quick, options.workers, options.csv, options.json)
-    if options.command == "scaling":
-        from bench.experiments import scaling
-
-        return scaling.show()
-    if options.command == "report":
-        return report(options)
-    from bench import compare
-
-    return compare.run(*options.commits, options.case, options.rounds, options.samples, not options.no_memory)
+    function = pkgutil.resolve_name(COMMANDS[command][1])
+    if surplus := sorted(options.keys() - signature(function).parameters):
+        print(f"{command} does not take --{surplus[0].replace('_', '-')}", file=sys.stderr)
+        return 2
+    return int(function(**options))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m bench``; the exit status."""
     options = parser().parse_args(arguments)
-    return other(options) if options.command in COMMANDS else measure(options)
+    return other(**vars(options)) if options.command in COMMANDS else measure(options)

@@ -2,8 +2,9 @@
 
 Each commit is built from a worktree of its own under build/compare and runs in processes of its own, on the cases and
 with the timer of this checkout.  A round has three fresh processes, two of the first commit (A) and one of the second
-(B), which take turns; the order is drawn.  How much two processes of the same commit differ is the noise: B counts as
-slower or larger where it is further from A than any two processes of A are from each other, and by more than ``LEAST``.
+(B), which take turns; the order is drawn.  A process's figure is the lower quartile of its samples, for whatever else
+the machine does only adds to a time.  How much processes of the same commit differ is the noise: B counts as worse
+where it is further from A than any two processes of A are from each other, and by more than ``LEAST``.
 """
 
 from __future__ import annotations
@@ -17,22 +18,27 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 import lstmcore
-from bench import tables, timing
+from bench import timing
 from bench.cases import CASES, Case, select
 from bench.measure import checked
 from bench.memory import peak_memory_mib
 from bench.providers import OURS, Runner, build, draw
 from bench.session import screen
+from bench.tables import grid
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Callable[[], None] | None] = {"after torch": timing.operation, "alone": None}
-LEAST = {"ms": 0.03, "MiB": 0.05}  # what is not worth a word, however steady: shares of A's figure
+LEAST = {"ms": 0.03, "MiB": 0.05}  # shares of A's figure: what is not worth a word, however steady
+
+Key = tuple[str, str, str]  # case, mode, and setting or what else was measured
 
 
 @dataclass
@@ -54,7 +60,7 @@ class Figures:
 
     @property
     def verdict(self) -> str:
-        """ "worse", "better", or nothing within the noise."""
+        """Of B: "worse", "better", or nothing within the noise."""
         beyond = 1 + max(self.noise, LEAST[self.unit])
         return "worse" if self.ratio > beyond else "better" if self.ratio < 1 / beyond else ""
 
@@ -80,145 +86,115 @@ def installed(name: str) -> tuple[str, Path]:
     return short, site
 
 
-def _place(site: Path) -> dict[str, object]:
+def _place(site: Path) -> dict[str, Any]:
     """Where a process runs, to import the package from there and the benchmark from here."""
     return {"cwd": site, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
 
 
-class Process:
-    """One that computes for a commit: answers each line of JSON with a number."""
-
-    def __init__(self, site: Path) -> None:
-        command = [sys.executable, "-m", "bench.compare", str(site), str(torch.get_num_threads())]
-        self.child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            **_place(site),  # type: ignore[call-overload]
-        )
-
-    def ask(self, **question: object) -> float:
-        self.child.stdin.write(json.dumps(question) + "\n")
-        self.child.stdin.flush()
-        if not (answer := self.child.stdout.readline()):
-            raise RuntimeError(f"the process for {self.child.args[-2]} ended with status {self.child.wait()}")
-        return float(answer)
-
-
 @contextmanager
-def started(site: Path) -> Iterator[Process]:
-    process = Process(site)
-    try:
-        yield process
-    finally:
-        process.child.stdin.close()
-        process.child.wait()
+def started(site: Path) -> Iterator[Callable[..., float]]:
+    """A process that computes for a commit: a function of a question, as :func:`answer` takes it."""
+    command = [sys.executable, "-m", "bench.compare", str(site), str(torch.get_num_threads())]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen(command, **pipes, **_place(site)) as child:
+        assert child.stdin is not None and child.stdout is not None
+        questions, answers = child.stdin, child.stdout
+
+        def ask(**question: object) -> float:
+            print(json.dumps(question), file=questions)
+            if not (line := answers.readline()):
+                raise RuntimeError(f"the process of {site} ended with status {child.wait()}")
+            return float(line)
+
+        yield ask
 
 
-def answer(site: Path) -> None:
-    """The other end: runs until there is no further line."""
-    if site not in Path(lstmcore.__file__).parents:
-        raise ImportError(f"expected lstmcore from {site}, got {lstmcore.__file__}")
-    at: tuple[str, Runner] | None = None
-    for line in sys.stdin:
-        question = json.loads(line)
-        case = CASES[question["case"]]
-        if question["calls"] == 0:
-            checked(case, case.modes)  # raises Mismatch for a wrong result: no figure
-            result = 0.0
-        else:
-            if at is None or at[0] != case.name:
-                at = case.name, build(OURS, draw(case))
-            call, before = getattr(at[1], question["mode"]), SETTINGS[question["setting"]]
-            clock = timing.CLOCKS[case.device]
-            if question["calls"] is None:
-                call()  # compilers and caches are warm after it
-                result = timing.probe(call, clock)
-            else:
-                result = timing.sample(call, question["calls"], clock, before)
-        print(result, flush=True)
+@lru_cache(maxsize=1)
+def _runner(case: str) -> Runner:
+    return build(OURS, draw(CASES[case]))
 
 
-def times(
-    cases: Sequence[Case], sites: Sequence[Path], samples: int
-) -> Iterator[tuple[tuple[str, str, str], list[float]]]:
-    """Each case, mode and setting with the median of each process, in milliseconds; one process a site, by turns."""
-    order = random.Random(0)
+def answer(case: str, mode: str = "", setting: str = "alone", calls: int | None = None) -> float:
+    """Without a mode: 0, after a check; without a number of calls: about how long one takes; else a sample, a call."""
+    if not mode:
+        checked(CASES[case], CASES[case].modes)  # raises Mismatch for a wrong result: no figure
+        return 0.0
+    call, clock = getattr(_runner(case), mode), timing.CLOCKS["cpu"]
+    if calls is None:
+        call()  # after which compilers and caches are warm
+        return timing.probe(call, clock)
+    return timing.sample(call, calls, clock, SETTINGS[setting])
+
+
+def times(cases: Sequence[Case], sites: Sequence[Path], samples: int) -> Iterator[tuple[Key, list[float]]]:
+    """Each case, mode and setting with the milliseconds of each process, one a site; they take turns."""
+    turns = random.Random(0)
     with ExitStack() as stack:
-        processes = [stack.enter_context(started(site)) for site in sites]
-        for case in cases:
-            for mode in case.modes:
-                where = {"case": case.name, "mode": mode}
-                slowest = max(process.ask(**where, setting="alone", calls=None) for process in processes)
-                calls = max(1, math.ceil(timing.SAMPLE_S / slowest))
-                for setting in SETTINGS:
-                    taken: list[list[float]] = [[] for _ in processes]
-                    for _ in range(samples):
-                        for index in order.sample(range(len(processes)), len(processes)):
-                            taken[index].append(processes[index].ask(**where, setting=setting, calls=calls))
-                    yield (case.name, mode, setting), [median(each) * 1e3 for each in taken]
+        asks = [stack.enter_context(started(site)) for site in sites]
+        for name, mode in [(case.name, mode) for case in cases for mode in case.modes]:
+            slowest = max(ask(case=name, mode=mode) for ask in asks)
+            calls = max(1, math.ceil(timing.SAMPLE_S / slowest))
+            for setting in SETTINGS:
+                taken: list[list[float]] = [[] for _ in asks]
+                for _ in range(samples):
+                    for index in turns.sample(range(len(asks)), len(asks)):
+                        taken[index].append(asks[index](case=name, mode=mode, setting=setting, calls=calls) * 1e3)
+                yield (name, mode, setting), [timing.percentile(tuple(each), 0.25) for each in taken]
 
 
-def compare(
-    cases: Sequence[Case], a: Path, b: Path, rounds: int, samples: int, memory: bool
-) -> dict[tuple[str, str, str], Figures]:
-    """The figures by case, mode and setting (of memory: "peak memory")."""
-    console = screen()
+def compare(cases: Sequence[Case], a: Path, b: Path, rounds: int, samples: int, memory: bool) -> dict[Key, Figures]:
+    """The figures of all that is measured of the two, in so many rounds."""
     for site in dict.fromkeys((a, b)):
-        with started(site) as process:
+        with started(site) as ask:
             for case in cases:
-                process.ask(case=case.name, calls=0)
-    figures: dict[tuple[str, str, str], Figures] = {}
-    for number in range(rounds):
-        console.print(f"round {number + 1} of {rounds}")
-        for key, found in times(cases, (a, a, b), samples):
-            both = figures.setdefault(key, Figures("ms"))
-            both.a += found[:2]
-            both.b += found[2:]
-        for case in cases if memory else ():
-            if "memory" in case.tags and "training" in case.modes:
-                both = figures.setdefault((case.name, "training", "peak memory"), Figures("MiB"))
-                first, second, other = (peak_memory_mib(case, OURS, **_place(site)) for site in (a, a, b))
-                both.a += (first, second)
-                both.b.append(other)
+                ask(case=case.name)
+    figures: dict[Key, Figures] = {}
+    heavy = [case for case in cases if memory and "memory" in case.tags and "training" in case.modes]
+    for _ in range(rounds):
+        found = [(key, "ms", each) for key, each in times(cases, (a, a, b), samples)]
+        for case in heavy:
+            each = [peak_memory_mib(case, OURS, **_place(site)) for site in (a, a, b)]
+            found.append(((case.name, "training", "peak memory"), "MiB", each))
+        for key, unit, (first, second, other) in found:
+            both = figures.setdefault(key, Figures(unit))
+            both.a += [first, second]
+            both.b += [other]
     return figures
 
 
-def show(figures: dict[tuple[str, str, str], Figures], names: tuple[str, str]) -> None:
-    """The table."""
-    table = tables.grid(
-        f"{names[0]} (A) and {names[1]} (B)",
-        ("case", "mode", "setting", ""),
-        ("A", "B", "B / A", "noise"),
-        "medians over the processes; noise: how far two processes of A are apart at most",
-    )
-    table.add_column("B is")
-    for key, both in sorted(figures.items()):
-        verdict = {"worse": "[red]worse[/]", "better": "[green]better[/]", "": ""}[both.verdict]
-        middle = (f"{median(side):.4g}" for side in (both.a, both.b))
-        table.add_row(*key, both.unit, *middle, f"{both.ratio:.3f}", f"{both.noise:.1%}", verdict)
-    screen().print(table)
-
-
-def run(a: str, b: str, pattern: str | None, rounds: int, samples: int, memory: bool) -> int:
+def run(a: str, b: str, case: str | None, rounds: int, samples: int, threads: int | None, no_memory: bool) -> int:
     """``python -m bench compare A B``: 0, 1 where B is worse in anything, 2 where there is nothing to compare."""
-    cases = select(pattern=pattern) if pattern else [case for case in CASES.values() if "compare" in case.tags]
+    torch.set_num_threads(threads or torch.get_num_threads())
+    cases = select(pattern=case) if case else [each for each in CASES.values() if "compare" in each.tags]
     if not cases:
-        print(f"no case matches --case {pattern}; see --list", file=sys.stderr)
+        print(f"no case matches --case {case}; see --list", file=sys.stderr)
         return 2
     try:
-        (first, site_a), (second, site_b) = installed(a), installed(b)
+        (first, site_a), (second, site_b) = map(installed, (a, b))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    figures = compare(cases, site_a, site_b, rounds, samples, memory)
-    show(figures, (first, second))
+    figures = compare(cases, site_a, site_b, rounds, samples, not no_memory)
+    table = grid(
+        f"{first} (A) and {second} (B), {torch.get_num_threads()} threads",
+        ("case", "mode", "", "unit"),
+        ("A", "B", "B / A", "noise", "B is"),
+        "noise: by how much two processes of A differ at most",
+    )
+    colours = {"worse": "[red]worse[/]", "better": "[green]better[/]", "": ""}
+    for key, both in figures.items():
+        middle = (f"{median(side):.4g}" for side in (both.a, both.b))
+        table.add_row(*key, both.unit, *middle, f"{both.ratio:.3f}", f"{both.noise:.1%}", colours[both.verdict])
+    screen().print(table)
     worse = sum(both.verdict == "worse" for both in figures.values())
     print(f"{worse} of {len(figures)} figures of {second} are worse than those of {first}, beyond the noise")
     return 1 if worse else 0
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[2]))
-    answer(Path(sys.argv[1]))
+    site, threads = sys.argv[1:]
+    if Path(site) not in Path(lstmcore.__file__).parents:
+        raise ImportError(f"expected lstmcore from {site}, got {lstmcore.__file__}")
+    torch.set_num_threads(int(threads))
+    for line in sys.stdin:
+        print(answer(**json.loads(line)), flush=True)

@@ -10,7 +10,7 @@ all steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -65,10 +65,9 @@ def compiled(case: Case) -> tuple[object, ...]:
     return case.dtype, case.strict, case.ragged, *sizes
 
 
-def predicted_total_s(cases: Sequence[Case], effort: Effort) -> float:
-    """Seconds that a run over the cases is expected to take, compilation included."""
-    run = sum(predicted_s(case, effort) for case in cases)
-    return run + COMPILE_S * len({compiled(case) for case in cases})
+def total_s(cases: Sequence[Case], seconds: Callable[[Case], float]) -> float:
+    """Seconds that a run over the cases is expected to take, so many for each, compilation included."""
+    return sum(map(seconds, cases)) + COMPILE_S * len({compiled(case) for case in cases})
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

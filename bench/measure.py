@@ -44,15 +44,12 @@ class Experiment:
     times: str  # what p50_ms is the time of
     measure: Callable[[Case, Task], Iterator[Row]]  # raises Mismatch where a result is wrong
     full: Mapping[str, Effort]  # by device
-    quick: Mapping[str, Effort]
+    quick: Mapping[str, Effort] | None = None  # where it differs
     backend: Mapping[str, str] = field(default_factory=dict)  # of ours, by device; else "auto"
     details: Mapping[str, str] = field(default_factory=dict)  # what its rows say beyond the columns that all have
     seconds: Callable[[Case, Effort], float] = lambda case, effort: 0.0  # that a case will take, for a time limit
     prepare: Callable[[float], str] | None = None  # before the first case, within so many seconds; what it has done
-    plan: Callable[[Console, Sequence[Case], Effort], None] | None = None  # shows what would be run
-    line: Callable[[Row], str] | None = (
-        None  # a row as soon as it is measured; the table at the end where there is none
-    )
+    plan: Callable[[Case], Iterator[str]] | None = None  # says what would be run; else tables.show_cases does
     show: Callable[[Console, Sequence[Row]], None] | None = tables.show_pairs  # at the end
     key_figures: Callable[[Sequence[Row]], str] | None = None  # in one line
     whole: bool = False  # the rows of a case replace all that it had

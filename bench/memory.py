@@ -61,7 +61,7 @@ def _measure(case: Case, provider: str, backend: str) -> float:
     if provider == OURS:
         _forget()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # nor what was freed while drawing the data
+        libc.malloc_trim(0)  # what was freed while drawing the data must not hide what this step allocates
     if _CLEAR_REFS.exists():
         _CLEAR_REFS.write_text("5")  # the highest size starts over from the present one
         before = _status_kib("VmRSS")

@@ -42,11 +42,6 @@ def _where(row: Row) -> str:
     return f"{on}, torch {row.torch}"
 
 
-def _mains(rows: Sequence[Row]) -> list[Row]:
-    """The main figures."""
-    return [each.main for each in entries(rows)]
-
-
 def _panels(rows: Sequence[Row], groups: dict[str, str]) -> list[tuple[str, str, list[Row]]]:
     """Title, group and rows of each group and mode that there are rows of."""
     return [
@@ -112,31 +107,28 @@ def _grid(panels: Sequence[object], width: float) -> tuple[Figure, Iterator[Axes
     return figure, iter(every)
 
 
-def speed_by_shape(rows: Sequence[Row], path: Path) -> bool:
-    """Heatmaps of torch's time over ours, H by B; returns whether there was anything to draw."""
-    ours = _mains(rows)
-    groups = GPU_DENSE if ours and ours[0].on_gpu else DENSE
-    ours = [row for row in ours if row.group in groups]
-    if not (panels := _panels(ours, groups)):
-        return False
-    norm = speed_scale(ours)
+def speed_by_shape(rows: Sequence[Row]) -> Figure | None:
+    """Heatmaps of torch's time over ours, H by B."""
+    groups = GPU_DENSE if rows[0].on_gpu else DENSE
+    if not (panels := _panels(rows, groups)):
+        return None
+    norm = speed_scale([row for *_, chosen in panels for row in chosen])
     figure, every = _grid(panels, 5.25)
     for axes, (title, _, chosen) in zip(every, panels, strict=False):
         image = heatmap(axes, chosen, norm, title)
     speed_bar(figure, image)
-    over = ", geometric mean over the lengths measured" if ours[0].on_gpu else ""
+    over = ", geometric mean over the lengths measured" if rows[0].on_gpu else ""
     figure.suptitle(
-        f"Speed of lstmcore.LSTM against torch.nn.LSTM{over}; framed: slower\n{_where(ours[0])}", fontsize=11
+        f"Speed of lstmcore.LSTM against torch.nn.LSTM{over}; framed: slower\n{_where(rows[0])}", fontsize=11
     )
-    figure.savefig(path)
-    return True
+    return figure
 
 
-def time_per_step(rows: Sequence[Row], path: Path) -> bool:
+def time_per_step(rows: Sequence[Row]) -> Figure | None:
     """Microseconds a step as the sequence grows, with the band from p20 to p80."""
-    chosen = sorted((row for row in _mains(rows) if row.group == "steps"), key=lambda row: row.steps)
+    chosen = sorted((row for row in rows if row.group == "steps"), key=lambda row: row.steps)
     if not chosen:
-        return False
+        return None
     modes = [mode for mode in MODES if any(row.mode == mode for row in chosen)]
     figure = Figure(figsize=(5.2 * len(modes), 4.2), layout="constrained")
     for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False).flat, modes, strict=True):
@@ -159,15 +151,14 @@ def time_per_step(rows: Sequence[Row], path: Path) -> bool:
     first = chosen[0]
     shape = f"I {first.input_size}, H {first.hidden_size}, B {first.batch}"
     figure.suptitle(f"Time per step as the sequence grows ({shape}; band: p20 to p80)\n{_where(first)}", fontsize=11)
-    figure.savefig(path)
-    return True
+    return figure
 
 
-def peak_share(rows: Sequence[Row], path: Path) -> bool:
+def peak_share(rows: Sequence[Row]) -> Figure | None:
     """Each dense shape's share of the FMA peak, ours joined with torch's."""
-    dense = [row for row in _mains(rows) if row.group == "dense"]
+    dense = [row for row in rows if row.group == "dense"]
     if not dense:
-        return False
+        return None
     modes = [mode for mode in MODES if any(row.mode == mode for row in dense)]
     shapes = sorted({(row.hidden_size, row.batch) for row in dense})
     figure = Figure(figsize=(5.2 * len(modes), 1.8 + 0.27 * len(shapes)), layout="constrained")
@@ -198,15 +189,14 @@ def peak_share(rows: Sequence[Row], path: Path) -> bool:
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     peak = dense[0].peak_gflops
     figure.suptitle(f"Share of the machine's FMA peak ({peak:.0f} GF/s), I = H\n{_where(dense[0])}", fontsize=11)
-    figure.savefig(path)
-    return True
+    return figure
 
 
-def time_by_width(rows: Sequence[Row], path: Path) -> bool:
+def time_by_width(rows: Sequence[Row]) -> Figure | None:
     """Microseconds a step as H grows, one line for each batch, at the number of steps that has most rows."""
-    dense = [row for row in _mains(rows) if row.group in GPU_DENSE]
+    dense = [row for row in rows if row.group in GPU_DENSE]
     if not dense:
-        return False
+        return None
     lengths = [row.steps for row in dense]
     steps = max(sorted(set(lengths)), key=lengths.count)
     dense = [row for row in dense if row.steps == steps]
@@ -241,11 +231,10 @@ def time_by_width(rows: Sequence[Row], path: Path) -> bool:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     text = f"Time per step by hidden size, T {steps:,}, input products included\n{_where(dense[0])}"
     figure.suptitle(text, fontsize=11)
-    figure.savefig(path)
-    return True
+    return figure
 
 
-FIGURES = {  # by device: the end of the file's name, who draws it, and what it shows
+FIGURES = {  # by device: the end of the file's name, who draws it (None: there is nothing to draw), and what it shows
     "cpu": (
         ("speed", speed_by_shape, "Speed ratio by hidden size and batch"),
         ("steps", time_per_step, "Time per step as the sequence grows"),
@@ -260,10 +249,10 @@ FIGURES = {  # by device: the end of the file's name, who draws it, and what it 
 
 def draw_all(rows: Sequence[Row], folder: Path, name: str) -> list[tuple[Path, str]]:
     """Draws every figure that the rows of a device allow; returns the files and what each shows."""
-    drawn = []
+    mains, drawn = [each.main for each in entries(rows)], []
+    folder.mkdir(parents=True, exist_ok=True)
     for end, draw, caption in FIGURES["cuda" if rows[0].on_gpu else "cpu"]:
-        path = folder / f"{name}-{end}.png"
-        folder.mkdir(parents=True, exist_ok=True)
-        if draw(rows, path):
-            drawn.append((path, caption))
+        if (figure := draw(mains)) is not None:
+            drawn.append((folder / f"{name}-{end}.png", caption))
+            figure.savefig(drawn[-1][0])
     return drawn

@@ -44,13 +44,8 @@ class Problem:
 
 def arguments(case: Case) -> dict[str, Any]:
     """What the constructors of both modules take."""
-    return {
-        "input_size": case.input_size,
-        "hidden_size": case.hidden_size,
-        "num_layers": case.num_layers,
-        "bidirectional": case.bidirectional,
-        "proj_size": case.proj_size,
-    }
+    names = ("input_size", "hidden_size", "num_layers", "bidirectional", "proj_size")
+    return {name: getattr(case, name) for name in names}
 
 
 def draw(case: Case, dtype: torch.dtype | None = None, steps: int | None = None) -> Problem:

@@ -7,12 +7,13 @@ plots in docs/assets/bench.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from bench import plots, rows
+from bench import plots
 from bench.cases import GROUPS, MODES
-from bench.rows import RESULTS, Row
+from bench.measure import NOTHING
+from bench.rows import RESULTS, Row, read
 from bench.summary import LONG, Entry, Summary, by_algorithm, entries, has_onnxruntime, summaries, summarise
 from bench.tables import counted, percent
 
@@ -38,75 +39,65 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}×"
 
 
-def _cells(line: Summary | None) -> tuple[str, str, str]:
-    """Speed with its range, and alone where that was measured too; ours and torch's share of the peak; memory."""
-    if line is None:
-        return "", "", ""
-    alone, memory = _times(line.alone), _times(line.memory_ratio)
-    speed = _speed(line) + (f"; alone {alone}" if alone else "")
-    return speed, f"{percent(line.ours_share)} / {percent(line.peer_share)}", memory
+def _with_alone(line: Summary | None) -> str:
+    """Speed with its range, and alone where that was measured too."""
+    return _speed(line) + (f"; alone {_times(line.alone)}" if line and line.alone else "")
 
 
-def _by_group(rows: Sequence[Row]) -> dict[str, dict[str, Summary]]:
-    """Each group's modes."""
+def _shares(line: Summary | None) -> str:
+    """Ours and torch's share of the peak."""
+    return f"{percent(line.ours_share)} / {percent(line.peer_share)}" if line else ""
+
+
+def _table(columns: Sequence[str], lines: Iterable[Sequence[object]]) -> Iterator[str]:
+    """A table in Markdown, its first column of words."""
+    yield f"| {' | '.join(columns)} |"
+    yield f"|---|{'--:|' * (len(columns) - 1)}"
+    for line in lines:
+        yield f"| {' | '.join(map(str, line))} |"
+
+
+def _groups(rows: Sequence[Row], small: bool) -> Iterator[str]:
+    """The table by group: speeds in both modes; unless it is small, what else was measured.
+
+    On a GPU there is no measured peak to take shares of.
+    """
     by_group: dict[str, dict[str, Summary]] = {}
     for line in summaries(rows):
         by_group.setdefault(line.group, {})[line.mode] = line
-    return by_group
+    beside = ["vs onnxruntime"] if has_onnxruntime(entries(rows)) else []
+
+    def cells(training: Summary | None, inference: Summary | None) -> Sequence[str]:
+        if small:
+            return _speed(training), _speed(inference)
+        memory = _times(training.memory_ratio if training else None)
+        if rows[0].on_gpu:
+            return _with_alone(training), memory, _speed(inference)
+        return _with_alone(training), _shares(training), memory, _with_alone(inference), _shares(inference)
+
+    share = [] if rows[0].on_gpu else ["share of FMA peak"]
+    full = ["training: speed", *share, "peak memory", "inference: speed", *share]
+    lines = []
+    for group, modes in by_group.items():
+        training, inference = modes.get("training"), modes.get("inference")
+        line = training or inference
+        assert line is not None
+        onnxruntime = [_times(inference.onnxruntime if inference else None) for _ in beside]
+        name = group if small else f"{group}: {line.title}"
+        lines.append((name, line.cases, *cells(training, inference), *onnxruntime))
+    yield from _table(["group", "cases", *(["training", "inference"] if small else full), *beside], lines)
 
 
-def _beside(rows: Sequence[Row], modes: dict[str, Summary]) -> list[str]:
-    """The cell of onnxruntime, if there is such a column; only inference has one."""
-    if not has_onnxruntime(entries(rows)):
-        return []
-    return [_times(modes["inference"].onnxruntime if "inference" in modes else None)]
-
-
-def _head(rows: Sequence[Row], *columns: str) -> Iterator[str]:
-    """The head of a table by group."""
-    names = ["group", "cases", *columns, *(["vs onnxruntime"] if has_onnxruntime(entries(rows)) else [])]
-    yield f"| {' | '.join(names)} |"
-    yield f"|---|{'--:|' * (len(names) - 1)}"
-
-
-def _table(rows: Sequence[Row]) -> Iterator[str]:
-    """One line a group: what it is, and both modes."""
-    yield from _head(
-        rows, "training: speed", "share of FMA peak", "peak memory", "inference: speed", "share of FMA peak"
-    )
-    for group, modes in _by_group(rows).items():
-        any_line = next(iter(modes.values()))
-        *inference, _ = _cells(modes.get("inference"))
-        cells = (*_cells(modes.get("training")), *inference, *_beside(rows, modes))
-        yield f"| {group}: {any_line.title} | {any_line.cases} | {' | '.join(cells)} |"
-
-
-def _small_table(rows: Sequence[Row]) -> Iterator[str]:
-    """One line a group, speeds only."""
-    yield from _head(rows, "training", "inference")
-    for group, modes in _by_group(rows).items():
-        cells = [_speed(modes.get("training")), _speed(modes.get("inference")), *_beside(rows, modes)]
-        yield f"| {group} | {next(iter(modes.values())).cases} | {' | '.join(cells)} |"
-
-
-def _gpu_tables(rows: Sequence[Row]) -> Iterator[str]:
-    """One line a group, then one for each algorithm that torch took; there is no measured peak to take shares of."""
-    yield "| group | cases | training: speed | peak memory | inference: speed |"
-    yield "|---|--:|--:|--:|--:|"
-    for group, modes in _by_group(rows).items():
-        any_line = next(iter(modes.values()))
-        training, _, memory = _cells(modes.get("training"))
-        inference = _speed(modes.get("inference"))
-        yield f"| {group}: {any_line.title} | {any_line.cases} | {training} | {memory} | {inference} |"
-    yield ""
-    yield f"| torch ran | training | of T ≥ {LONG:,} | inference | of T ≥ {LONG:,} |"
-    yield "|---|--:|--:|--:|--:|"
+def _algorithms(rows: Sequence[Row]) -> Iterator[str]:
+    """The table by the algorithm that torch took on a GPU."""
     by_path: dict[str, dict[str, tuple[Summary, Summary | None]]] = {}
     for line, long in by_algorithm(rows):
         by_path.setdefault(line.group, {})[line.mode] = (line, long)
-    for path, lines in by_path.items():
-        cells = [_speed(line) for mode in ("training", "inference") for line in lines.get(mode, (None, None))]
-        yield f"| {path} | {' | '.join(cells)} |"
+    lines = [
+        (path, *(_speed(line) for mode in ("training", "inference") for line in modes.get(mode, (None, None))))
+        for path, modes in by_path.items()
+    ]
+    yield from _table(["torch ran", "training", f"of T ≥ {LONG:,}", "inference", f"of T ≥ {LONG:,}"], lines)
 
 
 def _span(values: Sequence[str]) -> str:
@@ -174,61 +165,48 @@ def _onnxruntime(every: Sequence[Entry]) -> str:
     )
 
 
-def small_section(rows: Sequence[Row]) -> str:
-    """The Markdown of a CPU's rows with one thread: speeds only, for what else there is to say stands above."""
-    every = entries(rows)
-    lines = [
-        f"### {rows[0].device}, {counted(rows[0])}",
-        "",
-        f"{_measured(every)}{SPEED} {_onnxruntime(every)}".rstrip(),
-        "",
-        *_small_table(rows),
-        "",
-        *_slower(every),
-    ]
-    return "\n".join(lines)
-
-
 def section(rows: Sequence[Row], images: Sequence[tuple[str, str]]) -> str:
-    """The Markdown of one device; ``images`` are links and captions."""
-    first, every = rows[0], entries(rows)
+    """The Markdown of one device; ``images`` are links and captions.
+
+    Of one thread of a CPU speeds only, for what else there is to say stands above.
+    """
+    first, every, small = rows[0], entries(rows), _small(rows)
+    said = f"{_measured(every)}{SPEED} {'' if small else _settings(every)}{_onnxruntime(every)}"
     peaks = {each.main.dtype: each.main.peak_gflops for each in every if each.main.peak_gflops is not None}
-    share = ", ".join(f"{value:.0f} GF/s in {dtype}" for dtype, value in peaks.items())
-    lines = [
-        f"### {first.device}, {counted(first)}",
-        "",
-        f"{_measured(every)}{SPEED} {_settings(every)}{_onnxruntime(every)}"
-        + (f"Share of FMA peak is ours / torch's, of {share}. " if share else "")
-        + "Peak memory is ours over torch's, of one training step, where it was measured.",
-        "",
-        *(_gpu_tables(rows) if first.on_gpu else _table(rows)),
-        "",
-        *_slower(every),
-    ]
+    if peaks and not small:
+        share = ", ".join(f"{value:.0f} GF/s in {dtype}" for dtype, value in peaks.items())
+        said += f"Share of FMA peak is ours / torch's, of {share}. "
+    if not small:
+        said += "Peak memory is ours over torch's, of one training step, where it was measured."
+    lines = [f"### {first.device}, {counted(first)}", "", said.rstrip(), "", *_groups(rows, small)]
+    if first.on_gpu:
+        lines += ["", *_algorithms(rows)]
+    lines += ["", *_slower(every)]
     for link, caption in images:
         lines += ["", f"![{caption}: {first.device}]({link})"]
     return "\n".join(lines)
 
 
+def _small(rows: Sequence[Row]) -> bool:
+    """Whether these are of one thread of a CPU."""
+    return rows[0].threads == 1 and not rows[0].on_gpu
+
+
 def short_table(files: Sequence[Sequence[Row]], link: str) -> Iterator[str]:
-    """One line a device and kind of call, from the file of each device with most cases; the page has the others."""
-    fullest: dict[str, Sequence[Row]] = {}
-    for one in sorted(files, key=lambda one: (len(entries(one)), one[0].threads)):
-        fullest[one[0].device] = one
-    yield "| machine | calls | cases | training | inference | slower |"
-    yield "|---|---|--:|--:|--:|--:|"
-    for one in (fullest[device] for device in dict.fromkeys(one[0].device for one in files)):
-        every = entries(one)
+    """One line a device and kind of call; of each device the file with most cases, for the page has the others."""
+    fullest: dict[str, Sequence[Row]] = dict.fromkeys((rows[0].device for rows in files), ())
+    for rows in sorted(files, key=lambda rows: (len(entries(rows)), rows[0].threads)):
+        fullest[rows[0].device] = rows
+    lines = []
+    for rows in fullest.values():
         for kind in dict.fromkeys(group.kind for group in GROUPS.values() if group.kind):
-            chosen = [each for each in every if GROUPS[each.main.group].kind == kind]
-            if not chosen:
-                continue
-            modes = {mode: [each for each in chosen if each.main.mode == mode] for mode in ("training", "inference")}
-            cells = [_speed(summarise(kind, kind, mode, some) if some else None) for mode, some in modes.items()]
-            lost = sum(each.main.speed < 1 for each in chosen)
-            cases = len({each.main.case for each in chosen})
-            machine = f"{one[0].device}, {counted(one[0])}"
-            yield f"| {machine} | {kind} | {cases} | {' | '.join(cells)} | {lost} of {len(chosen)} |"
+            if chosen := [each for each in entries(rows) if GROUPS[each.main.group].kind == kind]:
+                modes = [[each for each in chosen if each.main.mode == mode] for mode in ("training", "inference")]
+                cells = [_speed(summarise(kind, kind, "", some) if some else None) for some in modes]
+                lost = f"{sum(each.main.speed < 1 for each in chosen)} of {len(chosen)}"
+                cases = len({each.main.case for each in chosen})
+                lines.append((f"{rows[0].device}, {counted(rows[0])}: {kind}", cases, *cells, lost))
+    yield from _table(["machine and calls", "cases", "training", "inference", "slower"], lines)
     yield ""
     yield (
         f"Times as fast as `torch.nn.LSTM`: the geometric mean (lowest–highest), and how many of the measurements are "
@@ -246,29 +224,24 @@ def replace_region(text: str, generated: str) -> str:
     return f"{head}{BEGIN}\n{generated}\n{END}{rest.split(END)[1]}"
 
 
-def draw_folder(folder: Path) -> int:
-    """Draws the plots beside the results files of a folder, which may hold other files; how many there were."""
-    paths = sorted(folder.glob("*-[0-9]*.csv"))  # a results file ends in how many units its device has
+def run(out: Path | None) -> int:
+    """``python -m bench report``: everything; or only the plots of the rows in a folder, which may hold other files."""
+    if out is None:
+        update()
+        return 0
+    paths = sorted(out.glob("*-[0-9]*.csv"))  # a results file ends in how many units its device has
     for path in paths:
         if published := _published(path):
-            for image, _ in plots.draw_all(published, folder, path.stem):
+            for image, _ in plots.draw_all(published, out, path.stem):
                 print(image)
-    return len(paths)
+    if not paths:
+        print(f"there are no results in {out}")
+    return 0 if paths else NOTHING
 
 
 def _published(path: Path) -> list[Row]:
     """The rows of a file that the report is about."""
-    return [row for row in rows.read(path) if row.experiment in ("speed", "after-torch")]
-
-
-def _with_one_thread(path: Path) -> bool:
-    """Whether a results file is of one thread of a CPU."""
-    return path.stem.endswith("-1t")
-
-
-def _place(path: Path) -> tuple[str, bool, str]:
-    """Where a file stands among others: by device, one thread last."""
-    return path.stem.rpartition("-")[0], _with_one_thread(path), path.stem
+    return [row for row in read(path) if row.experiment in ("speed", "after-torch")]
 
 
 def _relative(path: Path, page: Path) -> str:
@@ -277,19 +250,14 @@ def _relative(path: Path, page: Path) -> str:
 
 def update(folder: Path = RESULTS, readme: Path = README, page: Path = PAGE, images: Path = IMAGES) -> None:
     """Draws the plots of every results file, and rewrites the generated regions of the README and of the page."""
-    sections, files = [], []
-    for path in sorted(folder.glob("*.csv"), key=_place):
-        if not (published := _published(path)):
-            continue
-        files.append(published)
-        if _with_one_thread(path):
-            sections.append(small_section(published))
-            print(f"{path}: {len(published)} rows, in a small table")
-            continue
-        drawn = plots.draw_all(published, images, path.stem)
+    files = [(path.stem, published) for path in sorted(folder.glob("*.csv")) if (published := _published(path))]
+    files.sort(key=lambda file: (file[0].rpartition("-")[0], _small(file[1])))  # by device, one thread last
+    sections = []
+    for name, published in files:
+        drawn = [] if _small(published) else plots.draw_all(published, images, name)
         sections.append(section(published, [(_relative(image, page), caption) for image, caption in drawn]))
-        print(f"{path}: {len(published)} rows, {len(drawn)} plots")
-    short = "\n".join(short_table(files, _relative(page, readme))) if files else NO_ROWS
+        print(f"{name}: {len(published)} rows, {len(drawn)} plots")
+    short = "\n".join(short_table([rows for _, rows in files], _relative(page, readme))) if files else NO_ROWS
     for target, generated in ((readme, short), (page, "\n\n".join(sections) or NO_ROWS)):
         target.write_text(replace_region(target.read_text(encoding="utf-8"), generated), encoding="utf-8")
         print(f"{target}: rewritten between its markers")

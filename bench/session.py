@@ -150,8 +150,8 @@ class Session:
 
     def told(self, experiment: Experiment, row: Row) -> None:
         """Says what a row has found, as soon as it has: a run may be cut off before its tables."""
-        if experiment.line is not None or row.on_gpu:
-            self.console.print((experiment.line or tables.line)(row), soft_wrap=True)
+        if row.on_gpu or experiment.show is not tables.show_pairs:  # which shows many in few lines
+            self.console.print(tables.line(row), soft_wrap=True)
 
     def save(self, new: Iterable[Row]) -> None:
         new = list(new)
@@ -168,11 +168,7 @@ class Session:
                 show(self.console, chosen)
         if self.rows and self.path is not None:
             self.console.print(f"rows: {self.path}")
-        for title, lines in (
-            ("wrong result", self.wrong),
-            ("failed", self.failed),
-            ("not measured", self.left_out),
-        ):
+        for title, lines in (("wrong result", self.wrong), ("failed", self.failed), ("not measured", self.left_out)):
             for line in lines:
                 self.console.print(f"[red]{title}:[/] {escape(line)}")
         saved = self.rows if self.path is None else rows.read(self.path)

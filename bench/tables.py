@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,6 +13,7 @@ from bench.cases import Case
 from bench.rows import COST, Row
 from bench.summary import LONG, Summary, by_algorithm, entries, has_onnxruntime, summaries
 
+TIMES = ("_us", "_ms")  # how the names of details that are times end
 KEY_FIGURES = "key figures: "  # begins the line that says in short what a command has found
 
 
@@ -52,42 +53,44 @@ def grid(title: str, left: Sequence[str], right: Sequence[str], caption: str = "
     return table
 
 
-def show_cases(console: Console, cases: Sequence[Case], of: int) -> None:
-    """What a run would measure, out of so many."""
-    table = grid(
-        f"{len(cases)} of {of} cases", ("case", "group", "dtype"), ("I", "H", "B", "T", "training GFLOP", "quick")
-    )
+def show_cases(console: Console, cases: Sequence[Case], of: int, seconds: Callable[[Case], float], quick: bool) -> None:
+    """What a run would measure, out of so many; on a GPU what each case is predicted to cost."""
+    title = f"{len(cases)} of {of} cases"
+    if cases[0].device == "cuda":
+        takes = "torch, in training on an H100 or H200"
+        table = grid(title, ("case", "group", takes), ("seconds", "GiB at most", "quick"))
+    else:
+        table = grid(title, ("case", "group", "dtype"), ("I", "H", "B", "T", "training GFLOP", "quick"))
     for case in cases:
-        sizes = (str(size) for size in (case.input_size, case.hidden_size, case.batch, case.steps))
-        gflop = f"{case.flops('training') / 1e9:.3g}"
-        table.add_row(case.name, case.group, case.dtype, *sizes, gflop, "yes" if case.quick else "")
+        if case.device == "cuda":
+            memory = f"{costs.memory_bytes(case) / 2**30:.1f}"
+            cells = (f"cuDNN {cudnn.label(case, 'training')}", f"{seconds(case):.1f}", memory)
+        else:
+            sizes = (str(size) for size in (case.input_size, case.hidden_size, case.batch, case.steps))
+            cells = (case.dtype, *sizes, f"{case.flops('training') / 1e9:.3g}")
+        table.add_row(case.name, case.group, *cells, "yes" if case.quick else "")
     console.print(table)
+    if cases[0].device == "cuda":
+        minutes = costs.total_s(cases, seconds) / 60
+        with_ = "the repetitions of --quick" if quick else "those of a full run"
+        console.print(f"predicted: {minutes:.1f} minutes with {with_}, compilation included")
 
 
-def show_gpu_cases(console: Console, cases: Sequence[Case], of: int) -> None:
-    """What a run on a GPU would measure, out of so many, and what each case is predicted to cost."""
-    takes = "torch, in training on an H100 or H200"
-    table = grid(f"{len(cases)} of {of} cases", ("case", "group", takes), ("seconds", "GiB at most", "quick"))
-    for case in cases:
-        seconds = f"{costs.predicted_s(case, costs.QUICK):.1f}"
-        memory = f"{costs.memory_bytes(case) / 2**30:.1f}"
-        runs = f"cuDNN {cudnn.label(case, 'training')}"
-        table.add_row(case.name, case.group, runs, seconds, memory, "yes" if case.quick else "")
-    console.print(table)
-    minutes = costs.predicted_total_s(cases, costs.QUICK) / 60
-    console.print(f"predicted: {minutes:.1f} minutes with the repetitions of --quick, compilation included")
+def duration(ms: float) -> str:
+    """A time in words."""
+    return f"{ms:.4g} ms" if ms >= 0.1 else f"{ms * 1e3:.3g} µs"
 
 
 def line(row: Row) -> str:
     """A row in one line."""
-    what = ", ".join(filter(None, (row.case, row.mode, row.variant, f"against {row.peer}")))
-    return f"{what}: {row.p50_ms:.4g} ms, {row.speed:.2f}× ({row.backend} / {row.peer_backend})"
-
-
-def promised_line(row: Row) -> str:
-    """A row with its ratio, as :func:`show_promised` has it."""
-    what = ", ".join(filter(None, (row.case, row.mode, row.variant, f"against {row.peer}")))
-    return f"{what}: {promised(row)}"
+    what = ", ".join(filter(None, (row.case, row.mode, row.variant, row.peer and f"against {row.peer}")))
+    found = [duration(row.p50_ms), row.peer_p50_ms and duration(row.peer_p50_ms)]
+    found += [promised(row) if row.pair_ratio else row.peer and f"{row.speed:.2f}×"]
+    found += [
+        f"{name[:-3]} {float(value):.4g} {name[-2:]}" for name, value in row.details.items() if name[-3:] in TIMES
+    ]
+    found += ["" if row.peer or row.max_error is None else f"error {row.max_error:.1e}"]
+    return f"{what}: {', '.join(filter(None, found))} ({' / '.join(filter(None, (row.backend, row.peer_backend)))})"
 
 
 def show_pairs(console: Console, rows: Sequence[Row]) -> None:

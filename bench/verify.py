@@ -8,7 +8,7 @@ bound.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,16 +85,31 @@ def _oracle(case: Case, modes: Iterable[str]) -> dict[str, tuple[Tensor, ...]] |
     return {mode: results if mode == "training" else results[: len(OUTPUTS)] for mode in modes}
 
 
-def check_outputs(case: Case, name: str, got: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
-    """Compares another peer's outputs with torch's in the same dtype; raises Mismatch where they are too far off."""
-    bound = SAME_DTYPE_BOUND[case.torch_dtype]
-    for output, mine, theirs in zip(OUTPUTS, got, expected, strict=True):
-        error = relative_error(mine, theirs)
+def compare(
+    what: str,
+    names: Sequence[str],
+    got: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    bounds: Iterable[float],
+    against: str,
+) -> float:
+    """The largest of all errors; raises Mismatch, which names the first result whose bound is broken."""
+    if len(got) != len(names):
+        raise Mismatch(f"{what}: expected {len(names)} results, got {len(got)}")
+    errors = [relative_error(mine, theirs) for mine, theirs in zip(got, expected, strict=True)]
+    for name, error, bound in zip(names, errors, bounds, strict=True):
         if not error <= bound:
             raise Mismatch(
-                f"{case.name}, {name}, {output}: expected an error of at most {bound:.2e} against torch, "
-                f"got {error:.2e}"
+                f"{what}, {name}: expected an error of at most {bound:.2e} against {against}, got {error:.2e}"
             )
+    return max(errors)
+
+
+def check_outputs(case: Case, name: str, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Compares another peer's outputs with torch's in the same dtype; raises Mismatch where they are too far off."""
+    compare(
+        f"{case.name}, {name}", OUTPUTS, got, expected, [SAME_DTYPE_BOUND[case.torch_dtype]] * len(OUTPUTS), "torch"
+    )
 
 
 def check(problem: Problem, ours: Runner, peer: Runner, modes: Iterable[str]) -> dict[str, Verdict]:
@@ -106,20 +121,13 @@ def check(problem: Problem, ours: Runner, peer: Runner, modes: Iterable[str]) ->
     for mode in modes:
         names = OUTPUTS + (ours.gradient_names if mode == "training" else ())
         got, theirs = getattr(ours, mode)(), getattr(peer, mode)()
-        errors = []
-        for index, name in enumerate(names):
-            if oracle is not None:
-                expected = oracle[mode][index]
-                bound = FACTOR * relative_error(theirs[index], expected) + _floor(case)
-            else:
-                expected = theirs[index]
-                bound = FLOAT64_BOUND if dtype == torch.float64 else SAME_DTYPE_BOUND[TF32_AS if case.tf32 else dtype]
-            errors.append(relative_error(got[index], expected))
-            if not errors[-1] <= bound:
-                reference = "float64 torch" if oracle is not None else f"torch in {case.dtype}"
-                raise Mismatch(
-                    f"{case.name}, {mode}, {name}: expected an error of at most {bound:.2e} against {reference}, "
-                    f"got {errors[-1]:.2e}"
-                )
-        verdicts[mode] = Verdict(max(errors), "float64" if oracle is not None else f"torch {case.dtype}")
+        if oracle is not None:
+            expected, reference, against = oracle[mode], "float64", "float64 torch"
+            pairs = zip(theirs, expected, strict=True)
+            bounds = [FACTOR * relative_error(each, exact) + _floor(case) for each, exact in pairs]
+        else:
+            expected, reference, against = theirs, f"torch {case.dtype}", f"torch in {case.dtype}"
+            bound = FLOAT64_BOUND if dtype == torch.float64 else SAME_DTYPE_BOUND[TF32_AS if case.tf32 else dtype]
+            bounds = [bound] * len(names)
+        verdicts[mode] = Verdict(compare(f"{case.name}, {mode}", names, got, expected, bounds, against), reference)
     return verdicts

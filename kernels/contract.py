@@ -80,12 +80,11 @@ class Layer(NamedTuple):
     def of(
         input: Tensor, weights: Sequence[Weights], steps: int, batch: int, ragged: bool = False, training: bool = False
     ) -> Layer:
-        """The sizes of these tensors, which must fit each other."""
-        first = weights[0]
+        """The sizes that these weights have, for an input of these steps and rows."""
+        weight_ih, weight_hh, bias, _, weight_hr = weights[0]
         return Layer(
-            input.device, input.dtype, steps, batch, input.shape[-1], first.weight_hh.shape[0] // GATES,
-            0 if first.weight_hr is None else first.weight_hr.shape[0], len(weights), first.bias_ih is not None,
-            ragged, training,
+            input.device, input.dtype, steps, batch, weight_ih.shape[1], weight_hh.shape[0] // GATES,
+            0 if weight_hr is None else weight_hr.shape[0], len(weights), bias is not None, ragged, training,
         )  # fmt: skip
 
     @property
@@ -124,6 +123,10 @@ class Layer(NamedTuple):
     def c_shape(self) -> tuple[int, int, int]:
         """(D, B, H), of c_0 and c_n."""
         return self.directions, self.batch, self.hidden_size
+
+    def as_called(self, ragged: bool, training: bool) -> Layer:
+        """These sizes, as they are of a call that is neither ragged nor trained, for one that may be."""
+        return Layer(*self[:-2], ragged, training) if ragged or training else self
 
     def after(self) -> Layer:
         """The next layer of a stack, whose input is the output of this one."""

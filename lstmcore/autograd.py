@@ -41,12 +41,15 @@ def layer(
         return kernels.forward(call, cells=cells)[:4]
     if rows.lengths is not None and not entry.device_lengths:
         rows = rows.on_host()
-    run = _Run(call.layer, rows, backend, cells, source)
-    tensors = guards.plain(call.tensors)
+        call = call._replace(rows=rows)
+    given = call.tensors
+    tensors = guards.plain(given)
     guards.in_memory(tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Layer.apply(run, *tensors)
-    return backends.load(backend).forward(Call.with_tensors(call.layer, rows, tensors), save=False, cells=cells)[:4]
+        return _Layer.apply(_Run(call.layer, rows, backend, cells, source), *tensors)
+    if tensors is not given:
+        call = Call.with_tensors(call.layer, rows, tensors)
+    return backends.load(backend).forward(call, save=False, cells=cells)[:4]
 
 
 class _Layer(Function):

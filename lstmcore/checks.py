@@ -99,6 +99,7 @@ class Checked(NamedTuple):
     h_0: Tensor | None  # (L * D, B, P)
     c_0: Tensor | None  # (L * D, B, H)
     params: list[Tensor]
+    first: tuple[Weights, ...]  # of the first layer, by direction
     sizes: Tensor | None  # (T,) of packed rows: a private copy if values can be read
     lengths: Tensor | None  # (B,)
     reset: Tensor | None  # (T, B) or (N,)
@@ -117,7 +118,7 @@ class Checked(NamedTuple):
         return self.h_0[own], self.c_0[own]
 
 
-def call(given: Given) -> Checked:
+def call(given: Given, compiling: bool = False) -> Checked:
     """The checked call; raises the errors of :func:`lstmcore.lstm`, except for unknown backends."""
     if given.return_cells and given.return_cells not in (True, "all"):
         raise ValueError(f"return_cells should be False, True or 'all', got: {given.return_cells!r}")
@@ -129,10 +130,10 @@ def call(given: Given) -> Checked:
             f"RNN input dtype ({data.dtype}) does not match weight dtype ({params[0].dtype}). "
             f"Convert input: input.to({params[0].dtype}), or convert model: model.to({data.dtype})"
         )
-    layer = _first_layer(data, params, options, steps, batch)
+    weights = _first_weights(params, options)
+    layer = Layer.of(data, weights, steps, batch)
     features(data, layer.input_size)
-    # a compiler does not trace through a cache
-    of_params = shapes if torch.compiler.is_compiling() else known_shapes
+    of_params = shapes if compiling else known_shapes  # a compiler does not trace through a cache
     check_params(params, of_params(layer, options.num_layers), params[0].dtype, data.device)
     if h_0 is not None and c_0 is not None:
         stack = options.num_layers * layer.directions, batch
@@ -143,7 +144,7 @@ def call(given: Given) -> Checked:
     some_steps(steps)
     lengths = None if given.lengths is None else check_lengths(given.lengths, form.packed, batch, data.device)
     reset = None if given.reset is None else _reset(given, form, data, steps, batch)
-    return Checked(layer, form, options, data, h_0, c_0, params, sizes, lengths, reset, given.return_cells)
+    return Checked(layer, form, options, data, h_0, c_0, params, weights, sizes, lengths, reset, given.return_cells)
 
 
 def is_autocast(tensor: Tensor) -> bool:
@@ -189,8 +190,8 @@ def some_steps(steps: int) -> None:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
 
-def _first_layer(data: Tensor, params: Sequence[Tensor], options: Options, steps: int, batch: int) -> Layer:
-    """The first layer's sizes, from the parameters; RuntimeError for a wrong number of them."""
+def _first_weights(params: Sequence[Tensor], options: Options) -> tuple[Weights, ...]:
+    """The weights of the first layer by direction; RuntimeError for a wrong number of parameters."""
     directions, fields = options.directions, 4 if options.has_biases else 2
     each, rest = divmod(len(params), options.num_layers * directions)
     if rest or each not in (fields, fields + 1):
@@ -198,9 +199,7 @@ def _first_layer(data: Tensor, params: Sequence[Tensor], options: Options, steps
             f"got an incorrect number of RNN parameters: {options.num_layers} layers in {directions} directions have "
             f"{fields} each ({fields + 1} with a projection), got {len(params)} in all"
         )
-    weights = Weights.by_direction(params[: each * directions], directions)
-    layer = Layer.of(data, weights, steps, batch)
-    return layer._replace(input_size=weights[0].weight_ih.shape[1])
+    return Weights.by_direction(params[: each * directions], directions)
 
 
 def _reset(given: Given, form: Form, data: Tensor, steps: int, batch: int) -> Tensor:

@@ -70,14 +70,16 @@ def _ordinary(input: Any, hx: Any) -> bool:
 def remember(given: Given, backend: str, layer: Layer) -> None:
     """Remembers that a checked call went to ATen, so that calls with its key do; ``layer``: the first."""
     if _ordinary(given.input, given.hx):
-        if len(_known) >= MOST:
-            _known.clear()
-        options = given.options
-        key = _key(given.input, given.hx, _options_key(backend, options))
-        states = options.num_layers * layer.directions, layer.batch
-        shapes = checks.known_shapes(layer, options.num_layers)
-        known = Known((*states, layer.width), (*states, layer.hidden_size), shapes, set())
-        _known.setdefault(key, known).training.add(layer.training)
+        key = _key(given.input, given.hx, _options_key(backend, given.options))
+        known = _known.get(key)
+        if known is None:
+            if len(_known) >= MOST:
+                _known.clear()
+            layers = given.options.num_layers
+            states = layers * layer.directions, layer.batch
+            shapes = checks.known_shapes(layer, layers)
+            known = _known[key] = Known((*states, layer.width), (*states, layer.hidden_size), shapes, set())
+        known.training.add(layer.training)
 
 
 def call(

@@ -45,5 +45,5 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended
         given = Given(input, None, [getattr(m, name) for name in m._flat_weights_names], options)
     call = checks.call(given)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (given.data, *params))
-    layer = call.layer._replace(training=training, ragged=call.form.packed)
+    layer = call.layer.as_called(call.form.packed, training)
     return backends.chosen(backend, layer, call.options.num_layers, Situation.now(extended)).with_threads()

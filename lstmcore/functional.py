@@ -95,7 +95,8 @@ def lstm(
 
 
 def _lstm(given: Given, backend: str, module: torch.nn.Module | None) -> tuple[Any, ...]:
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         packed = isinstance(given.input, PackedSequence)
         if torch.compiler.is_dynamo_compiling() and (packed or recording.watched(module)):
             return _outside_the_graph(given, backend, module)
@@ -107,8 +108,8 @@ def _lstm(given: Given, backend: str, module: torch.nn.Module | None) -> tuple[A
         with torch.autocast(given.data.device.type, enabled=False):
             return _lstm(_autocast(given), backend, module)
 
-    call = checks.call(given)
-    route = _route(call, given.extended, backend, module)
+    call = checks.call(given, compiling)
+    route = _route(call, given.extended, backend, module, compiling)
     if route.rows is not None and _whole(route.backend):
         output, h_n, c_n = _at_once(call, route)
         cells: list[Tensor] = []
@@ -142,17 +143,16 @@ class Route(NamedTuple):
     layer: Layer  # the first
 
 
-def _route(call: Checked, extended: bool, backend: str, module: torch.nn.Module | None) -> Route:
+def _route(call: Checked, extended: bool, backend: str, module: torch.nn.Module | None, compiling: bool) -> Route:
     """How to run the call; RuntimeError if a named backend cannot."""
     tensors = (call.data, call.h_0, call.c_0, *call.params)
     fused = backend not in REGISTRY or REGISTRY[backend].fused
-    way = Way.GRAPH if torch.compiler.is_compiling() else routing.way(tensors, fused)
+    way = Way.GRAPH if compiling else routing.way(tensors, fused)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
-    layer = call.layer._replace(training=training)
     if way in (Way.GRAPH, Way.TRANSFORMED):
-        return Route(way, backend, None, layer)
+        return Route(way, backend, None, call.layer.as_called(False, training))
     rows = _rows(call)
-    layer = layer._replace(ragged=rows.ragged)
+    layer = call.layer.as_called(rows.ragged, training)
     wanted = REFERENCE if way is Way.FORWARD_MODE and fused else backend
     situation = backends.Situation.now(extended or recording.watched(module), opaque=way is Way.OPERATIONS)
     name = backends.chosen(wanted, layer, call.options.num_layers, situation).name
@@ -209,7 +209,7 @@ def _layer_by_layer(
             output, h, c, c_all = run(given)
         else:
             rows = route.rows if by_row == route.rows.batch_first else replace(route.rows, batch_first=by_row)
-            weights = Weights.by_direction(params, layer.directions)
+            weights = Weights.by_direction(params, layer.directions) if index else call.first
             source = recording.source(module, index, form.unsorted_indices)
             one = Call(layer, rows, output, h_0, c_0, weights, call.reset)
             output, h, c, c_all = autograd.layer(route.backend, one, wanted, source)

@@ -18,16 +18,17 @@ from torch import Tensor
 from lstmcore.kernels.contract import Call, Layer, Weights, state_dtype
 
 
-def plain(tensors: Iterable[Tensor | None]) -> Any:
-    """The same tensors with their values in memory: no pending negation, no symbolic zeros."""
-    result = list(tensors)
-    for index, tensor in enumerate(result):
-        if tensor is not None:
-            if tensor.is_neg():
-                result[index] = tensor.resolve_neg()
-            elif tensor._is_zerotensor():
-                result[index] = tensor.clone()
-    return result
+def plain(tensors: tuple[Any, ...]) -> Any:
+    """The same tensors with their values in memory: no pending negation, no symbolic zeros.
+
+    The very same tuple if nothing had to change.
+    """
+    result: list[Any] | None = None
+    for index, tensor in enumerate(tensors):
+        if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()):
+            result = list(tensors) if result is None else result
+            result[index] = tensor.resolve_neg() if tensor.is_neg() else tensor.clone()
+    return tensors if result is None else tuple(result)
 
 
 def in_memory(tensors: Iterable[Tensor | None]) -> None:
@@ -62,16 +63,18 @@ class Kept(NamedTuple):
     sizes: Sequence[tuple[Sequence[int], torch.dtype]] = ()  # what ``saved`` should be
 
 
-def weights(params: Sequence[Tensor], directions: int, input: Tensor) -> tuple[Weights, ...]:
+def weights(params: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
     """The parameters of one layer by direction; RuntimeError if their number or a rank is wrong."""
     if directions not in (1, 2) or len(params) // directions not in (2, 3, 4, 5) or len(params) % directions:
         raise RuntimeError(f"Expected 2 to 5 weights in each of 1 or 2 directions, got {len(params)} in {directions}")
     grouped = Weights.by_direction(params, directions)
-    hh, hr = grouped[0].weight_hh, grouped[0].weight_hr
-    if hh.dim() != 2 or not input.dim():
-        raise RuntimeError(f"Expected a tensor of shape (4H, P) as weight_hh, got {tuple(hh.shape)}")
-    if hr is not None and hr.dim() != 2:
-        raise RuntimeError(f"Expected a tensor of shape (P, H) as weight_hr, got {tuple(hr.shape)}")
+    weight_ih, weight_hh, _, _, weight_hr = grouped[0]
+    shapes = {"weight_ih": ("(4H, I)", weight_ih), "weight_hh": ("(4H, P)", weight_hh)}
+    if weight_hr is not None:
+        shapes["weight_hr"] = "(P, H)", weight_hr
+    for name, (shape, each) in shapes.items():
+        if each.dim() != 2:
+            raise RuntimeError(f"Expected a tensor of shape {shape} as {name}, got {tuple(each.shape)}")
     return grouped
 
 

@@ -94,7 +94,7 @@ class Arguments(NamedTuple):
 
     def call(self, rows: Rows) -> Call:
         """The call of a backend; RuntimeError for a wrong number of weights."""
-        weights = guards.weights(self.weights, self.directions, self.input)
+        weights = guards.weights(self.weights, self.directions)
         return Call.of(self.input, self.h_0, self.c_0, weights, rows, self.reset, self.save)
 
     @property

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from bench import tables
+from bench import tables, verify
 from bench.cases import Case
 from bench.measure import Experiment, Task, quantiles, ratio_columns, row_of, timed
 from bench.providers import OURS, OUTPUTS, PEER, Problem, Runner, build, draw
 from bench.rows import COST, SPEED, Row
 from bench.timing import Effort
-from bench.verify import FACTOR, FLOAT64_BOUND, FLOOR_EPS, SAME_DTYPE_BOUND, Mismatch, relative_error
+from bench.verify import FACTOR, FLOAT64_BOUND, FLOOR_EPS, SAME_DTYPE_BOUND, relative_error
 
 BACKEND = "numba"  # by name, also of the dense calls: "auto" may leave those to torch
 COST_LIMIT = 1.03  # of resets and of lengths, what the project promises: time over that of the dense call
@@ -256,16 +256,9 @@ def checked(side: Side, true: Truth) -> Side:
     outputs = (*OUTPUTS, *(("cells",) if side.control.cells else ()))
     for mode in true.case.modes:
         names = outputs + (side.gradient_names if mode == "training" else ())
-        got = getattr(side, mode)()
-        if len(got) != len(names):
-            raise Mismatch(f"{true.case.name}, {side.name}, {mode}: expected {len(names)} results, got {len(got)}")
-        for index, name in enumerate(names):
-            error, bound = relative_error(got[index], true.expected[index]), true.bound(index, provider)
-            if not error <= bound:
-                raise Mismatch(
-                    f"{true.case.name}, {side.name}, {mode}, {name}: expected an error of at most {bound:.2e} "
-                    f"against float64, got {error:.2e}"
-                )
+        bounds = [true.bound(index, provider) for index in range(len(names))]
+        what = f"{true.case.name}, {side.name}, {mode}"
+        verify.compare(what, names, getattr(side, mode)(), true.expected[: len(names)], bounds, "float64")
     return side
 
 
@@ -379,6 +372,5 @@ CONTROL = Experiment(
         "tokens": "steps that ours computes, over all rows; a cost is of a token's time",
         "peer_tokens": "the same of the peer",
     },
-    line=tables.promised_line,
     show=tables.show_promised,
 )

@@ -16,7 +16,6 @@ from dataclasses import replace
 import torch
 from lstmcore.kernels.gpu import tiling
 from lstmcore.kernels.gpu.tiling import Design
-from rich.console import Console
 from torch import Tensor, nn
 
 import lstmcore
@@ -27,6 +26,7 @@ from bench.measure import Experiment, Task, row_of
 from bench.rows import Row
 from bench.timing import Effort
 
+DEVICE = "cuda"
 MOST = 8  # designs of a shape and pass: those with the shortest predicted times
 COMPILE_S = 60.0  # for all kernels, by several processes
 H200 = (132, 227 * 1024)  # multiprocessors, bytes of shared memory
@@ -46,7 +46,7 @@ class Problem:
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
-        hidden, like = case.hidden_size, {"device": "cuda", "dtype": case.torch_dtype}
+        hidden, like = case.hidden_size, {"device": DEVICE, "dtype": case.torch_dtype}
         self.module = lstmcore.LSTM(hidden, hidden, backend="triton", **like)
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)  # of the gradients only the input's is wanted: the rest is no recurrence
@@ -63,7 +63,7 @@ class Problem:
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """Both, of torch's LSTM in float32."""
-        wide = nn.LSTM(*[self.input.shape[-1]] * 2, device="cuda")
+        wide = nn.LSTM(*[self.input.shape[-1]] * 2, device=DEVICE)
         wide.load_state_dict(self.module.state_dict())
         x = self.input.detach().float().requires_grad_()
         output = wide(x)[0]
@@ -71,7 +71,7 @@ class Problem:
 
 
 def error(got: Tensor, expected: Tensor) -> float:
-    return float((got.float() - expected).norm() / expected.norm())
+    return float((got.detach().float() - expected).norm() / expected.norm())
 
 
 def measure(case: Case, task: Task) -> Iterator[Row]:
@@ -97,11 +97,7 @@ def measure(case: Case, task: Task) -> Iterator[Row]:
                 p50_ms=us / 1e3,
                 max_error=off,
                 reference="torch float32",
-                details={
-                    **shares,
-                    "chosen": str(design == choice[0]),
-                    "predicted_us": f"{design.step_time:.6g}",
-                },
+                details={**shares, "chosen": str(design == choice[0]), "predicted_us": f"{design.step_time:.6g}"},
             )
 
 
@@ -111,15 +107,6 @@ def name_of(shares: dict[str, str]) -> str:
     if shares["chunk"] == "0":
         return name
     return f"{name} K{shares['chunk']}x{shares['chunks']}{' streamed' if shares['stream'] == 'True' else ''}"
-
-
-def line(row: Row) -> str:
-    mark = " *" if row.details["chosen"] == "True" else ""
-    predicted = float(row.details["predicted_us"])
-    return (
-        f"H {row.hidden_size:4}, B {row.batch:3}, {row.mode:<8}: {row.p50_ms * 1e3:6.2f} µs, predicted "
-        f"{predicted:6.2f}, error {row.max_error:.1e}, {row.variant}{mark}"
-    )
 
 
 def kernels(sms: int, shared: int) -> list[tuple[Case, bool, Design]]:
@@ -142,13 +129,11 @@ def compile_share(worker: int, workers: int) -> None:
             problem.forward() if output is None else problem.backward(output)
 
 
-def plan(console: Console, cases: Sequence[Case], effort: Effort) -> None:
+def plan(case: Case) -> Iterator[str]:
     """Says what would run on an H100 or H200."""
-    for case in cases:
-        for backward in (False, True):
-            for each in designs(case.hidden_size, case.batch, backward, *H200):
-                mode = "backward" if backward else "forward"
-                console.print(f"H {case.hidden_size}, B {case.batch}, {mode}: {each}", soft_wrap=True)
+    for backward in (False, True):
+        for each in designs(case.hidden_size, case.batch, backward, *H200):
+            yield f"H {case.hidden_size}, B {case.batch}, {'backward' if backward else 'forward'}: {each}"
 
 
 def key_figures(rows: Sequence[Row]) -> str:
@@ -162,22 +147,19 @@ def key_figures(rows: Sequence[Row]) -> str:
     return f"µs a step, best: {', '.join(best) or 'none'}"
 
 
-EFFORT = {"cuda": Effort(5, 0.0)}
 DESIGNS = Experiment(
     name="designs",
-    what="the time of a step on a GPU by every design that the tiling may choose from; * is what it chooses",
+    what="the time of a step on a GPU by every design that the tiling may choose from, its choice first",
     times="a step of the recurrence",
     measure=measure,
-    full=EFFORT,
-    quick=EFFORT,
+    full={"cuda": Effort(5, 0.0)},
     details={
         **dict.fromkeys(SHARES, "of the design: see kernels/gpu/tiling.py"),
         "chosen": "whether the tiling takes this one",
         "predicted_us": "microseconds of a step, as the tiling's model has it",
     },
-    prepare=lambda limit_s: spread("bench.experiments.designs:compile_share", min(COMPILE_S, limit_s / 2)),
+    prepare=lambda limit_s: spread(compile_share, min(COMPILE_S, limit_s / 2)),
     plan=plan,
-    line=line,
     show=None,
     key_figures=key_figures,
     whole=True,

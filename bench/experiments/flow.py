@@ -104,6 +104,5 @@ FLOW = Experiment(
     backend={"cpu": "numba", "cuda": "triton"},
     details={"reading_ms": "to read what was recorded of a step, the least of several"},
     seconds=costs.predicted_s,
-    line=tables.promised_line,
     show=tables.show_promised,
 )

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
-
 from bench import machine
 from bench.cases import Case
 from bench.measure import Experiment, Task, row_of
@@ -32,28 +30,24 @@ def measure(case: Case, task: Task) -> Iterator[Row]:
         yield row_of("handoff", case, "inference", backend="triton", pairs=1, p50_ms=us / 1e3, **given)
 
 
-def plan(console: Console, cases: Sequence[Case], effort: Effort) -> None:
+def plan(case: Case) -> Iterator[str]:
     """Says what would run."""
-    for case in cases:
-        shape = f"{case.batch} rows of {case.hidden_size} units a block, {case.steps} steps, {case.dtype}"
-        console.print(f"blocks of threads on an H100 or H200: {blocks_of(132)}; {shape}")
+    shape = f"{case.batch} rows of {case.hidden_size} units a block, {case.steps} steps, {case.dtype}"
+    yield f"blocks of threads on an H100 or H200: {blocks_of(132)}; {shape}"
 
 
 def key_figures(rows: Sequence[Row]) -> str:
     return f"µs a hand-off: {', '.join(f'{row.p50_ms * 1e3:.2f} of {row.variant}' for row in rows)}"
 
 
-EFFORT = {"cuda": Effort(1, 0.0)}
 HANDOFF = Experiment(
     name="handoff",
     what="the latency of a hand-off between blocks of threads on a GPU, by their number",
     times="a hand-off",
     measure=measure,
-    full=EFFORT,
-    quick=EFFORT,
+    full={"cuda": Effort(1, 0.0)},
     details={"blocks": "of threads that wait for each other"},
     plan=plan,
-    line=lambda row: f"{row.variant} of threads: {row.p50_ms * 1e3:.2f} µs a hand-off",
     show=None,
     key_figures=key_figures,
     whole=True,

@@ -36,7 +36,7 @@ def table(isa: str, core: tiling.Core) -> str:
     return "\n".join(lines)
 
 
-def show() -> int:
+def run() -> int:
     """``python -m bench scaling``."""
     for title, (isa, vendor, size) in CORES.items():
         print(f"{title} of second-level cache: times as fast as one thread, predicted\n")

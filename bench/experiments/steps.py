@@ -13,7 +13,6 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from rich.console import Console
 from torch import nn
 
 from bench import costs, machine
@@ -92,29 +91,11 @@ def measure(case: Case, task: Task) -> Iterator[Row]:
         )
 
 
-def line(row: Row) -> str:
-    """A pass in microseconds a step."""
-    assert row.peer_p50_ms is not None
-    beside = ", ".join(f"{name.removesuffix('_us')} {float(us):.2f}" for name, us in row.details.items())
-    times = f"{row.p50_ms * 1e3:.2f} µs a step, torch {row.peer_p50_ms * 1e3:.2f}, {beside}"
-    return f"{row.case}, {row.mode}: {times} ({row.backend} / {row.peer_backend})"
-
-
 def seconds(case: Case, effort: Effort) -> float:
     """Seconds that a shape is expected to take: both lengths, three timed calls of both providers."""
     both = (case, replace(case, steps=2 * case.steps))
     calls = sum(costs.call_s(each, mode) for each in both for mode in (*MODES, "inference"))
     return 1.0 + 2 * (effort.min_pairs + 3) * calls
-
-
-def plan(console: Console, cases: Sequence[Case], effort: Effort) -> None:
-    """Says what would run, and for how long."""
-    each = {case.name: seconds(case, effort) for case in cases}
-    for case in cases:
-        passes = ", ".join(PASSES)
-        console.print(f"{case.name}: T {case.steps} and {2 * case.steps}, {passes}; predicted {each[case.name]:.1f} s")
-    compiling = costs.COMPILE_S * len({costs.compiled(case) for case in cases})
-    console.print(f"predicted: {sum(each.values()) + compiling:.0f} s, compilation included")
 
 
 def key_figures(rows: Sequence[Row]) -> str:
@@ -127,22 +108,18 @@ def key_figures(rows: Sequence[Row]) -> str:
     return f"µs a step at B 16: {', '.join(parts) or 'none'}"
 
 
-EFFORT = {"cuda": Effort(5, 0.1)}
 STEPS = Experiment(
     name="steps",
     what="what one step costs on a GPU, beside torch's and the model's prediction",
     times="a step",
     measure=measure,
-    full=EFFORT,
-    quick=EFFORT,
+    full={"cuda": Effort(5, 0.1)},
     backend={"cuda": "triton"},  # by name: "auto" may leave a shape to torch
     details={
         "product_us": "microseconds of the input product alone, which both times include; forward only",
         "predicted_us": "microseconds of the recurrence, as the tiling's model has it",
     },
     seconds=seconds,
-    plan=plan,
-    line=line,
     show=None,
     key_figures=key_figures,
 )

@@ -7,11 +7,10 @@ process, the quick cases compile for four minutes.
 from __future__ import annotations
 
 import os
-import pkgutil
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import get_context
 
 import torch
 
@@ -22,26 +21,25 @@ WORKERS = 12
 STEPS = 3  # of the calls that make the compiler run
 
 
-def spread(share: str, limit_s: float) -> str:
-    """Runs ``share(I, N)``, a function named "module:name", in N processes with I from 0 on; says how it went.
+def spread(share: Callable[[int, int], None], limit_s: float) -> str:
+    """Runs ``share(I, N)`` in N processes, with I from 0 on; says how it went.
 
     What is not ready in time is compiled when it is wanted.
     """
     started = time.monotonic()
     workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) - 1))
-    commands = [[sys.executable, "-m", "bench.gpu.compile", share, str(i), str(workers)] for i in range(workers)]
-    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
-    late = 0
+    # Fresh processes: CUDA does not work in forked ones.
+    processes = [get_context("spawn").Process(target=share, args=(i, workers)) for i in range(workers)]
     try:
         for process in processes:
-            try:
-                process.wait(max(0.1, started + limit_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                late += 1
+            process.start()
+        for process in processes:
+            process.join(max(0.1, started + limit_s - time.monotonic()))
+        late = sum(process.is_alive() for process in processes)
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
+            if process.is_alive():
+                process.kill()
     seconds = time.monotonic() - started
     return f"compiled by {workers} processes in {seconds:.0f} s" + (f"; {late} were not done" if late else "")
 
@@ -57,11 +55,7 @@ def quick_share(worker: int, workers: int) -> None:
     torch.cuda.synchronize()
 
 
-def quick(limit_s: float) -> int:
+def run(limit_s: float) -> int:
     """``python -m bench compile``."""
-    print(spread("bench.gpu.compile:quick_share", limit_s))
+    print(spread(quick_share, limit_s))
     return 0
-
-
-if __name__ == "__main__":
-    pkgutil.resolve_name(sys.argv[1])(*map(int, sys.argv[2:]))

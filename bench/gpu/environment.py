@@ -64,7 +64,7 @@ def facts() -> Iterator[tuple[str, str]]:
             yield what, f"{size / 1024:.0f} KiB"
 
 
-def show() -> int:
+def run() -> int:
     """``python -m bench environment``."""
     found = dict(facts())
     for name, value in found.items():

@@ -10,7 +10,6 @@ with the newest.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -19,7 +18,8 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from json import dumps
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -54,20 +54,11 @@ class Configuration:
     save: bool = True  # forward: keeps what backward needs; backward: everything that can be given is, norms too
 
 
-@dataclass(frozen=True)
-class Compiled:
+@dataclass(frozen=True, kw_only=True)
+class Compiled(Configuration):
     """What the compiler made of it."""
 
     triton: str
-    target: int
-    dtype: str
-    hidden: int
-    batch: int
-    backward: bool
-    directions: int
-    ragged: bool
-    reset: bool
-    save: bool
     design: str
     registers: int
     stack: int  # bytes; anything above 0 is a spill
@@ -163,8 +154,8 @@ def compile_one(case: Configuration) -> Compiled:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     result = Compiled(
-        triton.__version__,
-        *(getattr(case, field.name) for field in fields(Configuration)),
+        **asdict(case),
+        triton=triton.__version__,
         design=str(design),
         registers=int(found[1]),
         stack=int(found[2]),
@@ -221,7 +212,7 @@ def problems(result: Compiled) -> Iterator[str]:
     if result.overrun:
         yield f"{result.overrun} products of fewer terms than their operands are laid out for"
     # One load serves h or dz for all the tile's rows of weights; weights in shared memory take one more a product.
-    design = design_of(Configuration(*(getattr(result, field.name) for field in fields(Configuration))))
+    design = design_of(result)
     blocks = design.units * (1 if result.backward else 4) // 16
     if not design.stream and result.step_fragments > result.step_products * (1 / blocks + 0.5):
         yield "weights are read from shared memory in every step"
@@ -258,15 +249,15 @@ def show(console: Console, results: Sequence[Compiled]) -> None:
     console.print(table)
 
 
-def run(targets: Sequence[int] | None, quick: bool, workers: int | None, csv: Path | None, as_json: bool) -> int:
+def run(target: Sequence[int] | None, quick: bool, workers: int | None, csv: Path | None, json: bool) -> int:
     """``python -m bench kernels``."""
-    cases = list(configurations(targets or sorted(SHARED), quick))
+    cases = list(configurations(target or sorted(SHARED), quick))
     compiled = compile_all(cases, workers)
     results = list(
         track(compiled, "compiling", len(cases), console=Console(stderr=True), disable=not sys.stderr.isatty())
     )
-    if as_json:
-        print(json.dumps([asdict(result) for result in results]))
+    if json:
+        print(dumps([asdict(result) for result in results]))
     else:
         show(Console(width=None if sys.stdout.isatty() else 180), results)
     if csv:

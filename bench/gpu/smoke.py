@@ -32,13 +32,13 @@ def smoke(case: Case, checked: bool) -> str:
         return f"ran, {runs}"
 
 
-def run(checked: bool) -> int:
+def run(unchecked: bool) -> int:
     """``python -m bench smoke``."""
     ran = wrong = 0
     cases = select("smoke", "cuda")
     for case in cases:
         try:
-            said = smoke(case, checked)
+            said = smoke(case, not unchecked)
             ran += 1
         except Mismatch as mismatch:
             said = f"wrong result: {mismatch}"
@@ -46,5 +46,5 @@ def run(checked: bool) -> int:
         except RuntimeError as error:  # a named backend that cannot run a case says why
             said = f"not run: {error}"
         print(f"{case.name}: {said}", flush=True)
-    print(f"{KEY_FIGURES}{ran} of {len(cases)} small cases {'are right' if checked else 'ran'}")
+    print(f"{KEY_FIGURES}{ran} of {len(cases)} small cases {'ran' if unchecked else 'are right'}")
     return 1 if wrong else 0 if ran else NOTHING

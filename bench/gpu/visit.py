@@ -14,11 +14,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
 import torch
 
@@ -40,13 +39,19 @@ class Visit:
     """What the commands of a stage depend on."""
 
     out: Path  # the folder for files
-    seconds: float  # that the stage has
-    commit: str | None
+    commit: str | None = None
+    dry: bool = False  # only what needs no GPU
+    seconds: float = 0.0  # that the stage has
 
     @property
     def work_s(self) -> float:
         """Of the stage's time, what is left for its work."""
         return max(self.seconds - START_S, 1.0)
+
+    def rows(self, seconds: float) -> list[str]:
+        """Options of what measures for so long."""
+        commit = ["--commit", self.commit] if self.commit else []
+        return ["--out", str(self.out), "--limit-s", f"{seconds:.0f}", *commit]
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,6 @@ class Stage:
     what: str
     limit_s: float  # of ten minutes; scaled with --minutes
     commands: Callable[[Visit], list[Command]]
-    dry: Callable[[Visit], list[Command]]
     again: Callable[[int, Sequence[str], Command], Command | None] = lambda status, lines, command: None
     nothing: tuple[int, ...] = (NOTHING,)  # exit statuses that mean: there was nothing to do
     unable: str | None = None  # what a command says that cannot work on this machine
@@ -96,105 +100,68 @@ def _bench_again(status: int, lines: Sequence[str], command: Command) -> Command
     return [*rest, "--after", at[-1]]
 
 
-def _sanitizer(dry: bool) -> list[Command]:
+def _sanitizer(visit: Visit) -> list[Command]:
     """The checks that NVIDIA's tool offers; one that says where it is missing."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return [[sys.executable, "-c", f"print('compute-sanitizer is not on the PATH'); raise SystemExit({NOTHING})"]]
-    if dry:
+    if visit.dry:
         return [[tool, "--version"]]
     options = ["--error-exitcode", "9", "--print-limit", "20"]
-    smoke = _bench("smoke", "--unchecked")
-    return [[tool, "--tool", check, *options, *smoke] for check in ("memcheck", "racecheck")]
+    return [[tool, "--tool", check, *options, *_bench("smoke", "--unchecked")] for check in ("memcheck", "racecheck")]
 
 
-# By name: collecting all the others takes longer than running these.
-_GPU_TESTS = _python(
-    "pytest", "tests/gpu/test_cuda.py", "tests/module/test_explain.py", "-m", "gpu", "-p", "no:cacheprovider"
-)
-# The kernels by name: "auto" leaves calls to torch on a device that nobody has measured yet.
-_QUICK = _bench("--device", "cuda", "--quick", "--backend", "triton")
+def _tests(visit: Visit) -> list[Command]:
+    """By name: collecting all the others takes longer than running these."""
+    files = ("tests/gpu/test_cuda.py", "tests/module/test_explain.py")
+    how = ("--collect-only", "-q") if visit.dry else ("-v", "--tb=short", "--durations=5")
+    return [_python("pytest", *files, "-m", "gpu", "-p", "no:cacheprovider", *how)]
 
 
 def _quick(visit: Visit) -> list[Command]:
-    """The quick benchmark, which ends by itself in time, after its kernels have been compiled."""
-    commit = ["--commit", visit.commit] if visit.commit else []
+    """The quick benchmark, which ends by itself in time, after its kernels have been compiled.
+
+    The kernels by name: "auto" leaves calls to torch on a device that nobody has measured yet.
+    """
+    quick = ("--device", "cuda", "--quick", "--backend", "triton")
+    if visit.dry:
+        return [_bench(*quick, "--list")]
     first = visit.work_s / 3
-    return [
-        _bench("compile", "--limit-s", f"{first:.0f}"),
-        [*_QUICK, "--out", str(visit.out), "--limit-s", f"{visit.work_s - first:.0f}", *commit],
+    return [_bench("compile", "--limit-s", f"{first:.0f}"), _bench(*quick, *visit.rows(visit.work_s - first))]
+
+
+def _experiment(name: str, *options: str) -> Callable[[Visit], list[Command]]:
+    """The command of an experiment, for as many cases as there is time for."""
+    return lambda visit: [
+        _bench(name, "--device", "cuda", *(["--list"] if visit.dry else [*options, *visit.rows(visit.work_s)]))
     ]
-
-
-def _experiment(name: str, what: str, limit_s: float, *options: str) -> Stage:
-    """A stage of one experiment, for as many cases as there is time for."""
-
-    def commands(visit: Visit) -> list[Command]:
-        commit = ["--commit", visit.commit] if visit.commit else []
-        until = ["--out", str(visit.out), "--limit-s", f"{visit.work_s:.0f}"]
-        return [_bench(name, "--device", "cuda", *options, *until, *commit)]
-
-    return Stage(name, what, limit_s, commands, lambda visit: [_bench(name, "--device", "cuda", "--list")])
 
 
 # What matters most comes first; the limits add up to ten minutes less the reserve.
 STAGES = (
-    Stage(
-        "environment",
-        "device, driver and versions",
-        25,
-        lambda visit: [_bench("environment")],
-        lambda visit: [_bench("environment")],
-    ),
+    Stage("environment", "device, driver and versions", 25, lambda visit: [_bench("environment")]),
     Stage(
         "smoke",
         "each design once, against torch's LSTM",
         50,
-        lambda visit: [_bench("smoke")],
-        lambda visit: [_bench("smoke", "--help")],
+        lambda visit: [_bench("smoke", *(["--help"] if visit.dry else []))],
     ),
-    Stage(
-        "tests",
-        "the tests that need a GPU",
-        115,
-        lambda visit: [[*_GPU_TESTS, "-v", "--tb=short", "--durations=5"]],
-        lambda visit: [[*_GPU_TESTS, "--collect-only", "-q"]],
-        nothing=(NO_TESTS,),
-    ),
-    _experiment("handoff", "the latency of a hand-off by number of blocks", 20),
-    _experiment("steps", "microseconds a step, beside torch's and the prediction", 65),
-    _experiment("designs", "microseconds a step by every design that the tiling may choose", 70),
-    Stage("bench", "the quick benchmark", 175, _quick, lambda visit: [[*_QUICK, "--list"]], again=_bench_again),
-    _experiment("flow", "what recording the gradient flow costs", 30, "--seconds", "1"),
-    Stage(
-        "plots",
-        "the figures of its rows",
-        20,
-        lambda visit: [_bench("report", "--out", str(visit.out))],
-        lambda visit: [_bench("report", "--out", str(visit.out))],
-    ),
+    Stage("tests", "the tests that need a GPU", 115, _tests, nothing=(NO_TESTS,)),
+    Stage("handoff", "the latency of a hand-off by number of blocks", 20, _experiment("handoff")),
+    Stage("steps", "microseconds a step, beside torch's and the prediction", 65, _experiment("steps")),
+    Stage("designs", "microseconds a step by every design that the tiling may choose", 70, _experiment("designs")),
+    Stage("bench", "the quick benchmark", 175, _quick, again=_bench_again),
+    Stage("flow", "what recording the gradient flow costs", 30, _experiment("flow", "--seconds", "1")),
+    Stage("plots", "the figures of its rows", 20, lambda visit: [_bench("report", "--out", str(visit.out))]),
     Stage(
         "sanitizer",
         "memory accesses and races of small cases",
         20,
-        lambda visit: _sanitizer(dry=False),
-        lambda visit: _sanitizer(dry=True),
+        _sanitizer,
         unable="Device not supported",
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor its own allocation, with its own bounds
     ),
 )
-
-
-class Tee:
-    """Lines for the screen and for the log."""
-
-    def __init__(self, log: TextIO) -> None:
-        self.log = log
-
-    def __call__(self, line: str) -> None:
-        print(line, flush=True)
-        self.log.write(f"{line}\n")
-        self.log.flush()
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -298,22 +265,14 @@ def shares(stages: Sequence[Stage], minutes: float) -> dict[str, float]:
     return {stage.name: stage.limit_s * scale for stage in stages}
 
 
-def run_stages(
-    stages: Sequence[Stage],
-    minutes: float,
-    visit: Visit,
-    say: Callable[[str], None],
-    dry: bool,
-    outcomes: list[Outcome],
-) -> None:
+def run_stages(stages: Sequence[Stage], minutes: float, visit: Visit, say: Callable[[str], None]) -> Iterator[Outcome]:
     """Runs the stages in order: each has its share of the time, and what those before it left over."""
     ends = time.monotonic() + minutes * 60 - RESERVE_S
     sure = shares(stages, minutes)
     for index, stage in enumerate(stages):
         later = sum(sure[each.name] for each in stages[index + 1 :])
         seconds = max(ends - time.monotonic() - later - GRACE_S, 1.0)
-        commands = (stage.dry if dry else stage.commands)(replace(visit, seconds=seconds))
-        outcomes.append(run_stage(stage, commands, seconds, say))
+        yield run_stage(stage, stage.commands(replace(visit, seconds=seconds)), seconds, say)
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[str]:
@@ -327,15 +286,16 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def run(names: Sequence[str] | None, minutes: float, out: Path, commit: str | None, dry: bool) -> int:
-    """Runs the stages, or those of these names; 0 if all went well, 1 if one failed, 2 without a GPU or for an unknown
-    name, 130 if it was interrupted.
+def run(stage: Sequence[str] | None, minutes: float, out: Path, commit: str | None, dry_run: bool) -> int:
+    """``python -m bench gpu``: all stages, or those of these names.
+
+    0 if all went well, 1 if one failed, 2 without a GPU or for an unknown name, 130 if it was interrupted.
     """
-    if unknown := set(names or ()) - {stage.name for stage in STAGES}:
-        print(f"unknown stage {', '.join(sorted(unknown))}: expected {', '.join(stage.name for stage in STAGES)}")
+    if unknown := set(stage or ()) - {each.name for each in STAGES}:
+        print(f"unknown stage {', '.join(sorted(unknown))}: expected {', '.join(each.name for each in STAGES)}")
         return 2
-    chosen = [stage for stage in STAGES if names is None or stage.name in names]
-    if not dry and not torch.cuda.is_available():
+    chosen = [each for each in STAGES if stage is None or each.name in stage]
+    if not dry_run and not torch.cuda.is_available():
         print(f"{NO_GPU}, and no GPU figure exists from this machine; --dry-run shows what would run")
         return 2
     out = out.resolve()
@@ -344,13 +304,18 @@ def run(names: Sequence[str] | None, minutes: float, out: Path, commit: str | No
     status = 0
     before = signal.signal(signal.SIGTERM, _terminated)  # so that no stage outlives this process
     with (out / "gpu.log").open("w", encoding="utf-8") as log:
-        say = Tee(log)
-        if dry:
+
+        def say(line: str) -> None:
+            for file in (sys.stdout, log):
+                print(line, file=file, flush=True)
+
+        if dry_run:
             say("dry run: nothing is measured, and no GPU figure comes of it")
             for name, seconds in shares(chosen, minutes).items():
                 say(f"{name:<12} gets {seconds:4.0f} s of {minutes:g} minutes, and what is left over before it")
         try:
-            run_stages(chosen, minutes, Visit(out, 0.0, commit), say, dry, outcomes)
+            for outcome in run_stages(chosen, minutes, Visit(out, commit, dry_run), say):
+                outcomes.append(outcome)
         except KeyboardInterrupt:
             say("interrupted")
             status = 130
@@ -358,9 +323,6 @@ def run(names: Sequence[str] | None, minutes: float, out: Path, commit: str | No
             signal.signal(signal.SIGTERM, before)
         lines = summary(outcomes)
         (out / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        say("")
-        for line in lines:
+        for line in ("", *lines, *([] if dry_run else [f"files: {out}"])):
             say(line)
-        if not dry:
-            say(f"files: {out}")
     return status or (1 if any(outcome.bad for outcome in outcomes) else 0)

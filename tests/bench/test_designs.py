@@ -12,9 +12,13 @@ pytest.importorskip("triton", reason="the GPU kernels need Triton, which is not 
 from lstmcore.kernels.gpu import tiling
 
 from bench import cli, rows
-from bench.cases import select
+from bench.cases import Case, select
+from bench.experiments import designs as designs_of
 from bench.experiments.designs import H200, MOST, designs, kernels
+from bench.gpu import launches
+from bench.measure import Task
 from bench.rows import RESULTS, Row
+from bench.timing import Effort
 
 SHAPES = [(case.hidden_size, case.batch) for case in select("designs", "cuda")]
 
@@ -85,3 +89,35 @@ def test_the_tiling_chooses_what_measured_best():
 def test_results_were_right():
     """Of a kernel that computes something else no time counts."""
     assert all(row.max_error < 8 * torch.finfo(torch.bfloat16).eps for row in measured())
+
+
+def test_designs_are_measured_of_the_right_results(monkeypatch):
+    """With Triton's interpreter and a clock that stands still: what runs by each design is what torch computes."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled where there is a GPU: make gpu runs the experiment itself")
+
+    class Event:
+        def __init__(self, **_: object) -> None: ...
+
+        def record(self) -> None: ...
+
+        def elapsed_time(self, end: object) -> float:
+            return 0.006
+
+    monkeypatch.setattr(designs_of, "DEVICE", "cpu")
+    monkeypatch.setattr(launches, "limits", lambda: (16, tiling.SHARED))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("_sleep", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    made = []
+    monkeypatch.setattr(designs_of, "row_of", lambda *given, **columns: made.append((given, columns)))
+    case = Case("design-tiny", "design", 40, 40, 3, 3, dtype="bfloat16", modes=("training",), device="cuda")
+    list(designs_of.measure(case, Task(Effort(2, 0.0))))
+    for part in ("forward", "backward"):
+        these = [columns for given, columns in made if given[2] == part]
+        assert len(these) > 1
+        assert [columns["details"]["chosen"] for columns in these] == ["True"] + ["False"] * (len(these) - 1)
+        assert len({columns["variant"] for columns in these}) == len(these)
+        for columns in these:
+            assert columns["max_error"] < 8 * torch.finfo(torch.bfloat16).eps
+            assert columns["p50_ms"] == pytest.approx(0.006 / 3)

@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -40,7 +41,7 @@ from bench.measure import NOTHING, Task
 from bench.rows import RESULTS, Row
 from bench.session import LOST, LOST_AT
 from bench.timing import Effort
-from lstmcore import backends
+from lstmcore.backends import choice
 
 QUICK_LIMIT_S = 240  # what the quick benchmark may take of a visit
 
@@ -132,7 +133,7 @@ def test_quick_covers_everything_within_its_time():
     assert {cudnn.algorithm(case, backward=True) for case in quick} == set(cudnn.ALGORITHMS)
     assert {case.hidden_size for case in quick} >= set(HIDDEN)
     assert {case.steps for case in quick} == set(STEPS_ON_GPU)
-    assert costs.predicted_total_s(quick, costs.QUICK) < QUICK_LIMIT_S
+    assert costs.total_s(quick, partial(costs.predicted_s, effort=costs.QUICK)) < QUICK_LIMIT_S
     assert not any(costs.too_large(case, H200_BYTES) for case in quick)
     assert speed.SPEED.quick["cuda"].min_pairs >= 7
     assert speed.SPEED.full["cuda"].min_pairs >= 7
@@ -141,7 +142,7 @@ def test_quick_covers_everything_within_its_time():
 def test_the_bench_stage_has_time_for_the_quick_cases():
     stage = {stage.name: stage for stage in visit.STAGES}["bench"]
     predicted = sum(costs.predicted_s(CASES[name], costs.QUICK) for name in GPU_QUICK)
-    its = visit.Visit(pathlib.Path(), visit.shares(visit.STAGES, 10)["bench"] - visit.GRACE_S, None)
+    its = visit.Visit(pathlib.Path(), seconds=visit.shares(visit.STAGES, 10)["bench"] - visit.GRACE_S)
     compiling, measuring = (float(each[each.index("--limit-s") + 1]) for each in stage.commands(its))
     assert compiling > 40  # what it took sixteen processors
     assert measuring > predicted
@@ -242,7 +243,7 @@ def test_report_of_gpu_rows(tmp_path):
     drawn = {f"made-up-gpu-132sm-{name}.png" for name in ("speed", "width")}
     assert {path.name for path in (page.parent / "images").iterdir()} == drawn
     assert set(re.findall(r"!\[.*\]\((.*)\)", text)) == {f"images/{name}" for name in drawn}
-    assert "| Made Up GPU, 132 multiprocessors | dense, 16-bit |" in short
+    assert "| Made Up GPU, 132 multiprocessors: dense, 16-bit |" in short
     assert "(docs/page.md)" in short
     assert "![" not in short
 
@@ -322,7 +323,7 @@ def test_run_goes_on_after_a_failure(pretended_gpu, registry, monkeypatch, tmp_p
 
 
 def test_run_reports_what_a_backend_refuses(pretended_gpu, registry, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(backends, "_why_not", lambda name, *_: f"no {name} here")
+    monkeypatch.setattr(choice, "_why_not", lambda backend, *_: f"no {backend.name} here")
     assert run_pretended(registry, tmp_path / "rows.csv", TINY, task=replace(TASK, backend="triton")) == 0
     assert "not measured: tiny: backend 'triton' cannot run this call" in " ".join(capsys.readouterr().out.split())
 
@@ -365,7 +366,7 @@ def test_step_experiment(pretended_gpu, registry, tmp_path, capsys):
     assert [row.mode for row in found] == list(steps.PASSES)
     assert [set(row.details) for row in found] == [{"predicted_us", "product_us"}] * 2 + [{"predicted_us"}]
     output = capsys.readouterr().out
-    assert "step-tiny, backward: " in output
+    assert "step-tiny, backward, against torch: " in output
     assert output.splitlines()[-1].startswith(f"{tables.KEY_FIGURES}µs a step at B 16: ")
     assert cli.main([*arguments, "--limit-s", "0"]) == 0
     assert "used up" in capsys.readouterr().out
@@ -392,19 +393,19 @@ def test_handoff_experiment(pretended_gpu, monkeypatch, tmp_path, capsys):
 def test_smoke(pretended_gpu, monkeypatch, capsys):
     monkeypatch.setattr(smoke, "draw", providers.draw)
     monkeypatch.setattr(smoke, "BACKEND", "reference")
-    assert smoke.run(checked=True) == 0
+    assert smoke.run(unchecked=False) == 0
     told = capsys.readouterr().out
     assert told.count("largest error") == 6
     assert f"{tables.KEY_FIGURES}6 of 6 small cases are right" in told
     monkeypatch.setattr(verify, "_floor", lambda case: -1.0)
     monkeypatch.setattr(verify, "SAME_DTYPE_BOUND", dict.fromkeys(verify.SAME_DTYPE_BOUND, -1.0))
-    assert smoke.run(checked=True) == 1
+    assert smoke.run(unchecked=False) == 1
     assert "wrong result: smoke-h40" in capsys.readouterr().out
-    assert smoke.run(checked=False) == 0
+    assert smoke.run(unchecked=True) == 0
     assert "6 of 6 small cases ran" in capsys.readouterr().out
     monkeypatch.setattr(smoke, "BACKEND", "triton")
-    monkeypatch.setattr(backends, "_why_not", lambda name, *_: f"no {name} here")
-    assert smoke.run(checked=True) == NOTHING
+    monkeypatch.setattr(choice, "_why_not", lambda backend, *_: f"no {backend.name} here")
+    assert smoke.run(unchecked=False) == NOTHING
     assert "not run: backend 'triton' cannot run this call" in capsys.readouterr().out
 
 
@@ -421,14 +422,12 @@ def test_peak_memory_is_one_steps(pretended_gpu):
 def stage(name: str, *programs: str, limit_s: float = 10, **rest) -> visit.Stage:
     """A stage of short Python programs."""
     commands = [[sys.executable, "-u", "-c", program] for program in programs]
-    return visit.Stage(name, "a test", limit_s, lambda _: commands, lambda _: commands, **rest)
+    return visit.Stage(name, "a test", limit_s, lambda _: commands, **rest)
 
 
 def run_stages(tmp_path, minutes: float, *stages: visit.Stage) -> tuple[list[visit.Outcome], list[str]]:
-    outcomes: list[visit.Outcome] = []
     lines: list[str] = []
-    visit.run_stages(stages, minutes, visit.Visit(tmp_path, 0.0, None), lines.append, False, outcomes)
-    return outcomes, lines
+    return list(visit.run_stages(stages, minutes, visit.Visit(tmp_path), lines.append)), lines
 
 
 @pytest.fixture
@@ -493,7 +492,7 @@ def test_a_stage_may_use_what_is_left_over(tmp_path):
         seconds.append(its.seconds)
         return [[sys.executable, "-c", ""]]
 
-    stages = [visit.Stage(name, "a test", 10, commands, commands) for name in ("one", "two", "three")]
+    stages = [visit.Stage(name, "a test", 10, commands) for name in ("one", "two", "three")]
     run_stages(tmp_path, 1, *stages)
     share = visit.shares(stages, 1)["one"]
     assert share == pytest.approx((60 - visit.RESERVE_S) / 3)
@@ -563,7 +562,7 @@ def test_plans(capsys):
     assert cli.main(["steps", "--dry-run"]) == 0
     planned = capsys.readouterr().out
     assert all(f"step-h{hidden}-b16" in planned for hidden in HIDDEN)
-    assert int(re.search(r"^predicted: (\d+) s", planned, re.MULTILINE)[1]) < 120
+    assert float(re.search(r"^predicted: (.*) minutes", planned, re.MULTILINE)[1]) < 2
     assert "no CUDA device" in dict(environment.facts())["device"] or torch.cuda.is_available()
     assert cli.main(["--device", "cuda", "--after", "nothing"]) == 2
     assert cli.main(["--device", "cuda", "--after", GPU_QUICK[-2], "--quick", "--list"]) == 0
@@ -571,10 +570,10 @@ def test_plans(capsys):
 
 
 def test_commands_are_this_pythons_and_files_are_few(tmp_path):
-    its = visit.Visit(tmp_path, 100.0, "1234567")
+    its = visit.Visit(tmp_path, "1234567", seconds=100.0)
     parser = cli.parser()
     for each in visit.STAGES:
-        for command in (*each.commands(its), *each.dry(its)):
+        for command in (*each.commands(its), *each.commands(replace(its, dry=True))):
             assert sys.executable in command
             if "bench" in command and "--help" not in command:
                 parser.parse_args(command[command.index("bench") + 1 :])

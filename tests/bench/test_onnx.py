@@ -253,7 +253,7 @@ def test_report_of_one_thread(tmp_path):
     assert not list((tmp_path / "images").glob("*-1t-*.png"))
     short = (tmp_path / "README.md").read_text()
     assert (
-        "| Made Up CPU, 2 threads | dense, float32 | 2 | **3.00×** (3.00–3.00) | **2.00×** (2.00–2.00) | 0 of 4 |"
+        "| Made Up CPU, 2 threads: dense, float32 | 2 | **3.00×** (3.00–3.00) | **2.00×** (2.00–2.00) | 0 of 4 |"
         in short
     )
     assert "1 thread" not in short
