@@ -125,7 +125,7 @@ class Layer(NamedTuple):
         return self.directions, self.batch, self.hidden_size
 
     def as_called(self, ragged: bool, training: bool) -> Layer:
-        """These sizes, as they are of a call that is neither ragged nor trained, for one that may be."""
+        """The same sizes for a call that may be ragged or trained; this one is neither."""
         return Layer(*self[:-2], ragged, training) if ragged or training else self
 
     def after(self) -> Layer:

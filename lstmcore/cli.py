@@ -84,7 +84,7 @@ def info(arguments: argparse.Namespace) -> int:
     files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else []
     parent = next(path for path in (place, *place.parents) if path.exists())
     size = sum(path.stat().st_size for path in files) / 1e6
-    writable = "" if os.access(parent, os.W_OK) else "; not writable: kernels compile anew in every process"
+    writable = "" if os.access(parent, os.W_OK) else "; not writable: kernels compile again in every process"
     float32 = tiling.block_shape(isa, torch.float32)
     print(
         table(

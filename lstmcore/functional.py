@@ -250,7 +250,7 @@ def lstm_cell(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One step of an LSTM: ``(h_1, c_1)``, each (B, H) or (H,); None for ``hx`` stands for zeros.
+    """One step of an LSTM: ``(h_1, c_1)``, each (B, H) or (H,); ``hx`` None means zeros.
 
     ``"auto"`` and ``"torch"`` run ATen's fused cell: one step has no recurrence for a kernel to keep in cache.  The
     others run :func:`lstm` over one step.

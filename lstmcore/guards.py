@@ -21,7 +21,7 @@ from lstmcore.kernels.contract import Call, Layer, Weights, state_dtype
 def plain(tensors: tuple[Any, ...]) -> Any:
     """The same tensors with their values in memory: no pending negation, no symbolic zeros.
 
-    The very same tuple if nothing had to change.
+    Returns ``tensors`` itself if nothing had to change.
     """
     result: list[Any] | None = None
     for index, tensor in enumerate(tensors):

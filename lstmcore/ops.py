@@ -57,7 +57,7 @@ class Arguments(NamedTuple):
     batch_first: bool
     cells: bool
     save: bool
-    backend: str  # "auto": as for long sequences, whatever T and B
+    backend: str  # "auto": as for long sequences, for every T and B
 
     @property
     def packed(self) -> bool:

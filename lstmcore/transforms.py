@@ -287,7 +287,7 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
 
 
 def _flat_dims(dims: Any, tensors: Sequence[Tensor]) -> Sequence[int | None]:
-    """The mapped dimension of each tensor of a list; None stands for none in the whole list."""
+    """The mapped dimension of each tensor of a list; None: there is none in the whole list."""
     return [None] * len(tensors) if dims is None else dims
 
 

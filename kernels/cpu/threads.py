@@ -9,7 +9,7 @@ child, and it loads a second OpenMP runtime in addition to torch's.
 One launch at a time; if another one is running, :func:`available` returns 1 and the caller runs on its own thread,
 which also uses the cores better.  A forked child has none of its parent's threads: it starts with an empty pool.
 
-An exception may be raised between any two lines of Python: signal handlers run there (Ctrl-C).  So whatever must not be
+An exception may be raised between any two lines of Python: signal handlers run there (Ctrl-C).  So what must not be
 interrupted is one call of C code (see :func:`run`), and nothing has to be released by a line that may not be reached.
 """
 

@@ -59,7 +59,7 @@ def raise_pending(device: torch.device) -> Tensor:
             raise ValueError(
                 f"lengths should be from 0 to T, the steps of input; those of an earlier call on {device}, or of "
                 f"an earlier layer of this one, were not, and its results are NaN in the rows in question. Nothing "
-                f"waits for lengths that are on the device, so this could not be told before. Pass them on the CPU "
+                f"waits for lengths that are on the device, so this comes late. Pass them on the CPU "
                 f"(lengths.cpu()) to find the call: there they are checked at once"
             )
     return here

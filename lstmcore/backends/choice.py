@@ -14,7 +14,7 @@ from lstmcore.kernels.cpu import process, threads
 
 LONG, SOME = 1024, 32  # steps, and rows or inputs, assumed for unknown ones
 _LOST_THREADS = (
-    "in this forked child it may wait for ever for threads of torch's that the fork left behind; "
+    "in this forked child it may wait forever for threads of torch's that the fork left behind; "
     "torch.set_num_threads(1) lets it compute here"
 )
 

@@ -98,7 +98,7 @@ class GradientFlow:
             raise RuntimeError(
                 f"nothing was recorded: no backward pass came through {names} inside the context. Call loss.backward() "
                 f"inside it, on a loss that depends on the module's output; and run the forward pass inside it too, "
-                f"since outside of it backend='auto' may run ATen's LSTM, which keeps nothing to record"
+                f"since outside it backend='auto' may run ATen's LSTM, which keeps nothing to record"
             )
         if not self._error_if_nonfinite and self._suspicious():
             bad = next((record for record in self.records if not _finite(record)), None)
@@ -270,7 +270,7 @@ def _listed(values: list[Any]) -> str:
 
 
 def _finite(record: Record) -> bool:
-    """Whether all norms of a record are (NaN stands for rows that have ended)."""
+    """Whether all norms of a record are finite; NaN, where a row is not active, does not count."""
     return not any(state.mean.isinf().any() for state in (record.h, record.c) if state is not None)
 
 
