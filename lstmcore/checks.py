@@ -107,6 +107,8 @@ class Checked(NamedTuple):
 
     def of_layer(self, params: Sequence[Any], index: int) -> Sequence[Any]:
         """The entries of one layer in a list like that of the parameters."""
+        if self.options.num_layers == 1:
+            return params
         each = len(params) // self.options.num_layers
         return params[index * each : (index + 1) * each]
 

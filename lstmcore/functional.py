@@ -26,6 +26,7 @@ from lstmcore.routing import Way
 # The checks here do not become part of a trace; torch suppresses the warnings about its own checks in the same way.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"lstmcore\.(functional|checks)")
 
+_autocasting = torch._C._is_any_autocast_enabled  # looked up once: every call asks
 _dense_rows = functools.lru_cache(maxsize=1024)(Rows)  # looking up a frozen dataclass is faster than building one
 
 
@@ -104,7 +105,7 @@ def _lstm(given: Given, backend: str, module: torch.nn.Module | None) -> tuple[A
             raise RuntimeError(
                 "a PackedSequence cannot be exported, because its sizes are values: pass padded input, and lengths="
             )
-    if checks.is_autocast(given.data) and not _whole(backend):  # ATen's LSTM casts by itself
+    if _autocasting() and checks.is_autocast(given.data) and not _whole(backend):  # ATen's LSTM casts by itself
         with torch.autocast(given.data.device.type, enabled=False):
             return _lstm(_autocast(given), backend, module)
 

@@ -83,4 +83,4 @@ def source(
         for name in kernel.arg_names
     }
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name in types}
-    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned), recurrence.options()
+    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned), recurrence.options

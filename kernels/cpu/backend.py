@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +64,7 @@ def prewarm(layer: Layer, *, training: bool) -> None:
 
 
 def _strides(tensor: Tensor | None) -> Strides:
-    return None if tensor is None else tuple(stride * tensor.itemsize for stride in tensor.stride())
+    return None if tensor is None else tensor.stride()
 
 
 def _rows_dense(tensor: Tensor | None) -> Any:
@@ -200,21 +199,21 @@ def _as_weights(gradients: WeightGradients, parameters: Weights) -> WeightGradie
     return found if found.weight_hr is None else found._replace(weight_hr=found.weight_hr.T)
 
 
-def _no_squares(layer: Layer, block: tiling.Block) -> np.ndarray:
+def _no_squares(layer: Layer, block: tiling.Block) -> Tensor:
     """Zeros for the sums of squares of one direction, (2, T * B, ·); they stay zero where rows are not active."""
     groups = ceil_div(ceil_div(max(layer.hidden_size, layer.width), block.lanes), NORM_PANELS)
     count = layer.steps * layer.batch
-    squares = buffers.take(2 * count * groups, torch.float64).numpy().reshape(2, count, groups)
-    squares.fill(0)  # NumPy's: torch's would never return in a forked child
+    squares = buffers.take(2 * count * groups, torch.float64).view(2, count, groups)
+    squares.numpy().fill(0)  # NumPy's: torch's would never return in a forked child
     return squares
 
 
-def _magnitudes(rows: Rows, kernels: Any, squares: list[np.ndarray]) -> Tensor:
+def _magnitudes(rows: Rows, kernels: Any, squares: list[Tensor]) -> Tensor:
     """(2, D, T, B) norms from the partial sums of squares (2, T * B, ·) of each direction."""
     each = torch.empty((len(squares), 2, rows.steps * rows.batch), dtype=kernels.compute, device="cpu")
     kernel = kernels.norms()
     for direction, of_direction in enumerate(squares):
-        kernel(each[direction].numpy(), of_direction)
+        kernel(each[direction].numpy(), of_direction.numpy())
     norms = each.view(len(squares), 2, rows.steps, rows.batch).transpose(0, 1)
     if rows.order is None:
         return norms

@@ -10,11 +10,11 @@ whole vectors.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from ..contract import Call, Layer, Needs
 from ..integers import ceil_div
@@ -35,10 +35,10 @@ from .jobs import (
     column_panels_size,
     gate_order,
 )
-from .problem import Active, Problem, Table, Template, side_by_side
+from .problem import OWN, Active, Problem, Table, Template, side_by_side
 
 LINE = 16  # int64 of a barrier's counter, so that no two share a cache line
-Strides = tuple[int, ...] | None  # of a tensor, in bytes; None where there is none
+Strides = tuple[int, ...] | None  # of a tensor; None if there is none
 
 
 class Jobs:
@@ -97,7 +97,8 @@ class Jobs:
         """A user's state (D, B, columns), or zeros, to rows of whole vectors in sorted order."""
         p, source, source_rows = self.problem, 0, rows
         if strides is not None:
-            source, source_rows = p.buffers.at(state, direction * strides[0]), p.offsets(strides[1])
+            source = p.buffers.at(state, direction * strides[0] * p.stored)
+            source_rows = p.offsets(strides[1] * p.stored)
         self.jobs.append(
             Job(
                 ROWS_IN, p.batch, target, source, columns=columns,
@@ -135,9 +136,8 @@ class Prepared:
         self._arrays: list[np.ndarray] = []
         self._length = 0  # values so far
         structs, fields = np.concatenate(launches), launches[0].shape[1]
-        together = members * side_by_side(
-            members, problem.available
-        )  # never part of a launch: its members wait for each other
+        # never part of a launch: its members wait for each other
+        together = members * side_by_side(members, problem.available)
         self._counters = slice(LINE, LINE + LINE * (len(structs) // members))  # on cache lines of their own
         counters = self._add(np.zeros((len(structs) // members + 2, LINE), np.int64)) + 8 * LINE
         first = problem.buffers.at("arguments", 8 * self._length)
@@ -147,7 +147,7 @@ class Prepared:
         self._launches = self._launch(structs, min(together, len(structs)))
         self._before, self._after = self._jobs(before), self._jobs(after)
         self._template = Template(np.concatenate(self._arrays))
-        self._numbers = problem.buffers.numbers
+        self._names = list(problem.buffers.numbers)[len(OWN) :]
         del self._arrays
 
     def _add(self, values: np.ndarray) -> int:
@@ -168,13 +168,12 @@ class Prepared:
         first, members = self._add(np.array(jobs.jobs, np.int64)), jobs.members
         return self._launch(np.array([JobsArgs(first, len(jobs.jobs), m, members) for m in range(members)]), members)
 
-    def run(self, kernel: Any, tensors: dict[object, Tensor | np.ndarray | None]) -> None:
+    def run(self, kernel: Any, tensors: dict[object, Any]) -> None:
         """Runs the launches, with these tensors as the buffers of the same names."""
         p, arguments = self.problem, np.empty(self._length, np.int64)
         scratch, base = buffers.scratch(p.buffers.scratch)
-        here = arguments.ctypes.data
-        own = {"arguments": here, "scratch": base}
-        addresses = [0, *(own[name] if name in own else _address(tensors[name]) for name in self._numbers)]
+        here = buffers.address_of(arguments)
+        addresses = [0, here, base, *[tensors[name].data_ptr() for name in self._names]]
         self._template.fill(arguments, np.array(addresses, np.int64))
         jobs, counters = p.kernels.jobs(), arguments[self._counters]
         if self._before is not None:
@@ -183,10 +182,6 @@ class Prepared:
         if self._after is not None:
             threads.run(jobs, self._after.at(here))
         del scratch  # in use until here
-
-
-def _address(tensor: Any) -> int:
-    return tensor.data_ptr() if isinstance(tensor, Tensor) else tensor.ctypes.data
 
 
 def prepared_for(prepare: Callable[..., Prepared], call: Call, available: int, form: NamedTuple) -> Prepared:
@@ -234,6 +229,13 @@ class BackwardForm(NamedTuple):
     norms: bool
 
 
+def _geometry(p: Problem, form: ForwardForm | BackwardForm) -> dict[str, int]:
+    """The arguments for the layout of the user's tensors of many steps."""
+    names = [name for name in ("x", "y", "dx", "dy") if hasattr(form, name)]
+    each = [p.geometry(name, getattr(form, name), p.stored) for name in names]
+    return functools.reduce(operator.or_, each, p.geometry("reset", form.reset, 1))
+
+
 def prepare_forward(problem: Problem, form: ForwardForm) -> Prepared:
     p, at = problem, problem.buffers.at
     plan = tiling.plan(
@@ -243,7 +245,7 @@ def prepare_forward(problem: Problem, form: ForwardForm) -> Prepared:
     h_half = p.state_bytes(p.padded_width, borders)
     h_rows, c_rows = p.state_rows(p.padded_width, borders), p.state_rows(p.padded_hidden, borders)
     fused = plan.fused and not p.kernels.staged
-    shared = p.shape | p.geometry("x", form.x) | p.geometry("y", form.y) | p.geometry("reset", form.reset) | {
+    shared = p.shape | _geometry(p, form) | {
         "x": at("x"), "reset": at("reset") if form.reset else 0, "h_half": h_half,
         "chunk": plan.chunk, "chunk_tokens": plan.chunk * p.batch, "fused": int(fused),
     }  # fmt: skip
@@ -299,8 +301,7 @@ def prepare_backward(problem: Problem, form: BackwardForm) -> Prepared:
     )  # fmt: skip
     by_part = [p.row_groups(plan, first, last) for first, last, _ in parts]
     borders = [0, *(last for own in by_part for last in own[1:])]
-    shared = p.shape | p.geometry("x", form.x) | p.geometry("y", form.y) | p.geometry("reset", form.reset)
-    shared |= p.geometry("dx", form.dx) | p.geometry("dy", form.dy) | {
+    shared = p.shape | _geometry(p, form) | {
         "x": at("x"), "reset": at("reset") if form.reset else 0,
         "chunk": plan.chunk, "chunk_tokens": plan.chunk * most,
         "panel_rows": p.multiples(max(p.batch, JOINED_ROWS), p.block.panel * p.size).address,

@@ -106,6 +106,9 @@ class Active(NamedTuple):
         return Active(rows.batch_sizes.numpy(), None if rows.order is None else rows.order.numpy(), rows.packed)
 
 
+OWN = ("arguments", "scratch")  # the buffers that are not tensors of the call
+
+
 class Buffers:
     """The memory that a call's arguments point to: each buffer has a number, a placeholder for its address.
 
@@ -115,7 +118,7 @@ class Buffers:
     SHIFT = 52  # addresses of a process are below this many bits
 
     def __init__(self) -> None:
-        self.numbers: dict[object, int] = {}
+        self.numbers: dict[object, int] = {name: number for number, name in enumerate(OWN, 1)}
         self.scratch = 0  # bytes
 
     def at(self, name: object, offset: int = 0) -> int:
@@ -148,7 +151,8 @@ class Problem:
 
     def __init__(self, layer: Layer, active: Active | None, available: int):
         self.kernels = kernels = kernels_of(layer.dtype)
-        self.layer, self.available, self.block, self.size = layer, available, kernels.block, kernels.size
+        self.layer, self.available, self.block = layer, available, kernels.block
+        self.size, self.stored = kernels.size, layer.dtype.itemsize  # bytes of what is computed with, of the tensors'
         self.steps, self.batch, self.directions = layer.steps, layer.batch, layer.directions
         self.inputs, self.hidden, self.width = layer.input_size, layer.hidden_size, layer.width
         self.projected, self.packed = layer.projected, active is not None and active.packed
@@ -187,12 +191,12 @@ class Problem:
         """Offset of each sorted row among rows in the user's order that are ``stride`` bytes apart."""
         return self.multiples(self.batch, stride) if self.order is None else self.table(self.order * stride)
 
-    def geometry(self, name: str, strides: tuple[int, ...] | None) -> dict[str, int]:
+    def geometry(self, name: str, strides: tuple[int, ...] | None, itemsize: int) -> dict[str, int]:
         """The arguments for a user's tensor of these strides: bytes per step, offsets of sorted rows."""
         if strides is None:
             return {f"{name}_step": 0, f"{name}_rows": self.multiples(self.batch, 1).address}
-        rows = self.offsets(strides[0 if self.packed else 1])
-        return {f"{name}_step": strides[0], f"{name}_rows": rows.address}
+        rows = self.offsets(strides[0 if self.packed else 1] * itemsize)
+        return {f"{name}_step": strides[0] * itemsize, f"{name}_rows": rows.address}
 
     def state_bytes(self, columns: int, borders: list[int]) -> int:
         """Bytes of a state (B, columns) of whole vectors; a gap follows each of several row groups."""

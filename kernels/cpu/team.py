@@ -31,6 +31,7 @@ import torch
 
 from . import process
 from .arguments import Head
+from .buffers import address_of
 
 
 class Entry(NamedTuple):
@@ -116,7 +117,7 @@ class Launch:
         head = Head(function, arguments, stride, members, entry.thread_num, entry.num_threads, 0)
         self._head, self._members = np.array(head, np.int64), members
         self._asked = process.torch_threads()
-        self.run = partial(entry.parallel, _member(), self._head.ctypes.data, self._asked, 0)
+        self.run = partial(entry.parallel, _member(), address_of(self._head), self._asked, 0)
 
     def done(self) -> bool:
         """Whether the members have run; otherwise the team was too small and is not used again."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -110,12 +110,16 @@ def prewarm(layer: Layer, *, training: bool) -> None:
             backward(call, GradOutputs(result.output, None, None), result.output, result.saved)
 
 
-@contextmanager
-def products(dtype: torch.dtype) -> Iterator[None]:
+def products(dtype: torch.dtype) -> AbstractContextManager[None]:
     """Sets the precision of large products to torch's setting for RNNs, which cuDNN would use."""
+    return _float32_products() if dtype == torch.float32 else nullcontext()
+
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
-    wanted = "tf32" if launch.tf32() else "ieee"
-    if dtype != torch.float32 or (before := matmul.fp32_precision) == wanted:
+    before, wanted = matmul.fp32_precision, "tf32" if launch.tf32() else "ieee"
+    if before == wanted:
         yield
         return
     matmul.fp32_precision = wanted

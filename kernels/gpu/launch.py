@@ -49,11 +49,15 @@ def tf32() -> bool:
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """What the tensor cores multiply, under torch's settings; see ``tiling.precision_of``."""
+    return tiling.precision_of(dtype, dtype == torch.float32 and tf32())
+
+
 def design_of(layer: Layer, backward: bool) -> Design:
     """The design of a layer's recurrence on its device; ValueError if none fits."""
-    precision = tiling.precision_of(layer.dtype, tf32())
-    sizes = layer.hidden_size, layer.batch, layer.directions
-    return tiling.choose_design(*sizes, precision, sms(layer.device), backward, shared=shared(layer.device))
+    sizes = layer.hidden_size, layer.batch, layer.directions, precision_of(layer.dtype), sms(layer.device)
+    return tiling.choose_design(*sizes, backward, shared=shared(layer.device))
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Recurrence:
         every = {name: name in self.given for name in flags} | every
         return {name: value for name, value in every.items() if name in names}
 
+    @functools.cached_property
     def options(self) -> dict[str, Any]:
         """Compiler options: its default aims at two programs per SM, with so few registers that some kernels spill."""
         warps = self.design.warps
@@ -124,32 +129,29 @@ class Recurrence:
 
         ``entered`` (forward): z already includes the contribution of h_0.
         """
-        design, options = self.design, {} if INTERPRETED.value else self.options()
+        design, given = self.design, {**self.constants, **({} if INTERPRETED.value else self.options)}
         nothing = next(each for each in tensors.values() if each is not None)
-        given: dict[str, Any] = {
-            name: nothing if each is None else each
-            for name, each in {**tensors, "reset": rows.reset, "offsets": rows.offsets}.items()
-        }
-        given |= {"T": rows.steps, "B": rows.batch, "N": rows.total, "step": rows.step, "stride": rows.stride}
+        for name, each in {**tensors, "reset": rows.reset, "offsets": rows.offsets}.items():
+            given[name] = nothing if each is None else each
+        given.update(T=rows.steps, B=rows.batch, N=rows.total, step=rows.step, stride=rows.stride)
         if not self.backward:
             given["entered"] = int(entered)
         kernel, device = self.kernel[(design.programs,)], nothing.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             if design.kind == "resident":
-                kernel(**given, **self.constants, **options)
+                kernel(**given)
                 return
-            constants = self.constants | {"JITTER": JITTER}
-            given |= {"groups": design.groups, "tiles": design.tiles, "rows": design.rows, "patience": PATIENCE}
+            given.update(groups=design.groups, tiles=design.tiles, rows=design.rows, patience=PATIENCE, JITTER=JITTER)
             if design.slices == 1 or not INTERPRETED.value:
                 try:
-                    kernel(**given, begin=0, end=rows.steps, **constants, **options)
+                    kernel(**given, begin=0, end=rows.steps)
                     return
                 except RuntimeError as error:
                     if "cooperative" not in str(error):
                         raise
-                    del options["launch_cooperative_grid"]
+                    del given["launch_cooperative_grid"]
             for i in range(rows.steps):  # one launch per step: no program waits for another
-                kernel(**given, begin=i, end=i + 1, **constants, **options)
+                kernel(**given, begin=i, end=i + 1)
 
 
 _recurrence = functools.lru_cache(maxsize=1024)(Recurrence)  # so that its constants are computed once
@@ -157,8 +159,6 @@ _recurrence = functools.lru_cache(maxsize=1024)(Recurrence)  # so that its const
 
 def recurrence_of(layer: Layer, rows: FlatRows, backward: bool, given: tuple[str, ...]) -> Recurrence:
     """The recurrence of a layer over these rows."""
-    precision = tiling.precision_of(layer.dtype, tf32())
-    return _recurrence(
-        design_of(layer, backward), layer.dtype, layer.hidden_size, precision, backward, rows.reset is not None,
-        rows.ragged, given,
-    )  # fmt: skip
+    design, precision = design_of(layer, backward), precision_of(layer.dtype)
+    given_rows = rows.reset is not None, rows.ragged
+    return _recurrence(design, layer.dtype, layer.hidden_size, precision, backward, *given_rows, given)
