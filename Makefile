@@ -27,8 +27,11 @@ compare: $(VENV)/.ready  ## two commits side by side, A and B: fails where B is 
 demo: $(VENV)/.ready  ## gradient flow: what plain RNNs and LSTMs keep of a gradient, and learn, in under five minutes
 	$(BIN)/python -m lstmcore flow --out out/flow
 
+# A worker a core, and none where there is one; one that is lost, as by a test that hangs, ends the run.
+PARALLEL := -n auto --dist loadgroup --max-worker-restart 0
+
 test: $(VENV)/.ready  ## the tests
-	$(BIN)/pytest tests
+	$(BIN)/pytest $(PARALLEL) tests
 
 gpu:  ## tests, experiments and the quick benchmark on a CUDA GPU, within ten minutes; ARGS="--stage bench", ...
 	$(PYTHON) -m bench gpu $(ARGS)

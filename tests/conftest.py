@@ -28,7 +28,17 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 HANG = 240.0  # seconds for one test, compilation included; a kernel that spins cannot be interrupted otherwise
+MOST_WORKERS = 8  # of pytest-xdist: beyond, a run takes as long as its tests that are marked serial
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+USUAL_THREADS = torch.get_num_threads()
 _watchdog_output = []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What ``-n auto`` starts: a worker a core, and where there is one core, none."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS) if cores > 1 else 0
 
 
 def pytest_configure() -> None:
@@ -41,19 +51,38 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _watchdog():
-    """A test that hangs ends the run with the tracebacks of all threads, instead of hanging it."""
+    """A test that hangs ends the run with the tracebacks of all threads, instead of hanging it.
+
+    A worker of pytest-xdist ends; that its loss ends the run is an option of the command line, which the Makefile has.
+    """
     faulthandler.dump_traceback_later(HANG, exit=True, file=_watchdog_output[0])
     yield
     faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.fixture(autouse=True)
+def _torchs_threads(request: pytest.FixtureRequest) -> None:
+    """Workers of pytest-xdist share the cores, so torch has one thread in each; tests marked serial have the usual.
+
+    Of the small problems of most tests hardly one is worth a second thread to the kernels (17 of 3,000 in contract/,
+    module/ and flow/ were), while torch's own threads spin for each other; beside another worker the tests took ten
+    times as long on two.  That work is shared out rightly is for tests that set the number themselves:
+    cpu/test_shared_out.py, cpu/test_determinism.py, module/test_fuzz.py.
+    """
+    if WORKER:
+        torch.set_num_threads(USUAL_THREADS if request.node.get_closest_marker("serial") else 1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason=f"needs an NVIDIA GPU: torch {torch.__version__} finds no CUDA device here")
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+            item.add_marker("serial")
+            if not torch.cuda.is_available():
+                reason = f"needs an NVIDIA GPU: torch {torch.__version__} finds no CUDA device here"
+                item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("serial"):
+            item.add_marker(pytest.mark.xdist_group("serial"))
 
 
 @pytest.fixture(params=["numba", "reference"])

@@ -9,6 +9,7 @@ import pytest
 
 from ..support.processes import PRELUDE, in_process, run_program
 
+pytestmark = pytest.mark.serial
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason=f"{sys.platform} cannot fork")
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from ..support.processes import PRELUDE, in_process, run_program
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process like this")
 @pytest.mark.parametrize("trains", [False, True])

@@ -10,7 +10,10 @@ import pytest
 
 from ..support.processes import PRELUDE, in_process, run_program
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are reached on Linux only")
+pytestmark = [
+    pytest.mark.serial,
+    pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are reached on Linux only"),
+]
 
 JOBS = """
 jobs = [dict(T=60, B=16, H=64), dict(T=60, B=16, H=64, bidirectional=True), dict(T=20, B=1, H=256)]  # that in lockstep
@@ -24,7 +27,7 @@ def right():
 """
 
 
-def run(code: str, **environment: str) -> None:
+def run(code: str, **environment: str | None) -> None:
     run_program(PRELUDE + JOBS + textwrap.dedent(code), **environment)
 
 
@@ -108,9 +111,9 @@ def test_neither_team_nor_pool():
     )
 
 
-@pytest.mark.parametrize("policy", ["passive", "active"])
+@pytest.mark.parametrize("policy", ["passive", "active", None])
 def test_any_waiting_policy(policy):
-    """Whether torch's threads spin or sleep between its operations."""
+    """Whether torch's threads spin or sleep between its operations; None: first one and then the other, as they do."""
     run('launched = shared_out("team")\nassert right() and launched == {"team"}', OMP_WAIT_POLICY=policy)
 
 

@@ -23,7 +23,10 @@ from ..support import contract, gpu_designs
 from ..support.contract import Setup, pose
 from ..support.gpu_designs import Share
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and shared memory")
+pytestmark = [
+    pytest.mark.serial,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs fork and shared memory"),
+]
 
 LIMIT_S = 100.0  # for one launch
 DELAY_S = 0.003  # at most, at the end of a step

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ..support.cases import DTYPES, Case
-from ..support.oracle import assert_parity
+from ..support.oracle import assert_parity, conditioning, judge
 
 SIZES = st.one_of(st.integers(1, 40), st.sampled_from([16, 17, 32, 33, 48, 64, 65, 96]))
 
@@ -36,8 +36,16 @@ def configurations(draw) -> Case:
 
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(case=configurations(), dtype=st.sampled_from(["float32", "float32", "float64", "bfloat16", "float16"]))
-def test_drawn(backend, case, dtype):
-    """The fixture ``backend`` is a string: it carries nothing from one example to the next."""
+@given(
+    case=configurations(),
+    dtype=st.sampled_from(["float32", "float32", "float64", "bfloat16", "float16"]),
+    count=st.integers(1, 3),
+)
+def test_drawn(backend, threads, case, dtype, count):
+    """On one to three threads, where there is work.  No fixture carries anything from one example to the next."""
     torch.manual_seed(0)
+    threads(1)  # torch's small operations take ten times as long on several, which wait for each other
+    judge(case, DTYPES[dtype])  # is remembered, as the next is
+    conditioning(case, DTYPES[dtype])
+    threads(count)
     assert_parity(case, DTYPES[dtype], backend)

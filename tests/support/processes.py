@@ -66,16 +66,22 @@ def child(function):
 """
 
 
-def in_process(code: str) -> None:
+def in_process(code: str, **environment: str | None) -> None:
     """Runs ``code`` after the prelude; fails with its output when it fails or takes too long."""
-    run_program(PRELUDE + textwrap.dedent(code))
+    run_program(PRELUDE + textwrap.dedent(code), **environment)
 
 
-def run_program(program: str, **environment: str) -> str:
-    """Runs ``program`` and returns what it prints; fails with that when it fails or takes too long."""
+def run_program(program: str, **environment: str | None) -> str:
+    """Runs ``program`` and returns what it prints; fails with that when it fails or takes too long.
+
+    ``environment``: variables to change; None takes one out.  Threads of OpenMP sleep while they wait, unless that is
+    changed: of themselves they spin, and beside another process on the same cores a launch takes many times as long.
+    """
     command = [sys.executable, "-c", program + "\nprint('done')\n"]
+    changed = {**os.environ, "OMP_WAIT_POLICY": "passive", **environment}
+    given = {name: value for name, value in changed.items() if value is not None}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env={**os.environ, **environment})
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=given)
     except subprocess.TimeoutExpired as expired:
         pytest.fail(f"hung for {LIMIT:.0f} s\n{expired.stdout}\n{expired.stderr}")
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
