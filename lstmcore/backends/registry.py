@@ -125,9 +125,11 @@ def load(name: str) -> Any:
     Raises ImportError, which says what would help, if a package that it needs is missing, too old or switched off.
     """
     backend = REGISTRY[name]
-    if (reason := backend.missing()) is not None:
-        raise ImportError(reason)
     try:
-        return importlib.import_module(backend.module)
+        reason = backend.missing()
+        module = importlib.import_module(backend.module) if reason is None else None
     except ModuleNotFoundError as error:
         raise ImportError(f"it needs a package that is missing ({error}); pip install {name}") from error
+    if reason is not None:
+        raise ImportError(reason)
+    return module
