@@ -12,7 +12,7 @@ sixth, ``describe(layer: Layer) -> str``, which says how such a layer would run,
 * ``forward(call: Call, *, save, cells) -> Forward``:
   the whole layer, input projection included (so that a backend may fuse it).  With ``save=False`` (inference) nothing
   is kept for a backward; with ``save=True`` the result has everything that ``backward`` needs.
-* ``backward(call: Call, grads: GradOutputs, output, saved, needs: Needs, *, norms, gate_rows) -> Gradients``:
+* ``backward(call: Call, grads: GradOutputs, output, saved, needs: Needs) -> Gradients``:
   the gradients of everything that ``needs`` asks for, from the gradients of what forward returned (None: of a result
   that was not used), forward's call, its ``output`` and what it ``saved``.
 * ``saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]``:
@@ -44,10 +44,10 @@ computes step t too, that is, between step t + 1 and step t.
 
 Cells.  ``cells=True`` also returns every c_t, in the state dtype; ``grads.cells`` is their gradient.
 
-Norms.  ``norms=True`` makes backward also return, per direction, step and row, the Euclidean norms of the gradients
+Norms.  ``needs.norms`` makes backward also return, per direction, step and row, the Euclidean norms of the gradients
 that arrive at h_t and at c_t (shape ``(2, D, T, B)``; first h, then c): as exact as the gradients themselves, however
-small these are.  ``gate_rows=R`` makes it return ``GateStatistics`` over R rows, evenly spread over the batch.  Both
-cost nothing if off.
+small these are.  ``needs.gate_rows = R`` makes it return ``GateStatistics`` over R rows, evenly spread over the
+batch.  Both cost nothing if off.
 
 Dtypes.  float32, float64, bfloat16, float16; all tensors of a call share one.  The cell state and every accumulation
 are float32 for the 16-bit types; ``state_dtype`` in ``contract`` says so.

@@ -173,12 +173,14 @@ class Call(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward has to produce."""
+    """What a backward has to produce: which gradients, and what a recording wants."""
 
     input: bool = True
     h_0: bool = True
     c_0: bool = True
     weights: bool = True
+    norms: bool = False
+    gate_rows: int = 0  # rows whose gates the statistics are taken of; 0: no statistics
 
 
 class Forward(NamedTuple):

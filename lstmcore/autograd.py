@@ -96,8 +96,9 @@ def _backward(ctx: Any, grads: GradOutputs) -> tuple[Tensor | None, ...]:
         grads = GradOutputs(*guards.plain(grads))
     guards.layer(call, Kept(output, () if plain else grads, saved, ctx.sizes))
     kernels = reference if plain else backends.load(run.backend)
-    gate_rows = max((watcher.gate_rows for watcher in watching), default=0)
-    result = kernels.backward(call, grads, output, tuple(saved), needs, norms=bool(watching), gate_rows=gate_rows)
+    if watching:
+        needs = needs._replace(norms=True, gate_rows=max(watcher.gate_rows for watcher in watching))
+    result = kernels.backward(call, grads, output, tuple(saved), needs)
     if watching and run.source is not None:
         recording.show(watching, run.source, run.rows, result.norms, result.gates, grads[:3])
     return None, None, result.input, result.h_0, result.c_0, *chain.from_iterable(result.weights)

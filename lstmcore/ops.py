@@ -120,7 +120,7 @@ class BackwardArguments(NamedTuple):
 
     def pack(self) -> tuple[Any, ...]:
         """In the order of the schema."""
-        return (*self.grads, list(self.needs), list(self.kept), *self.of_layer)
+        return (*self.grads, list(self.needs[:4]), list(self.kept), *self.of_layer)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -135,16 +135,7 @@ def _cells_in(call: Call, padded: int, grad_cells: Tensor, compute: torch.dtype)
 
 
 @process.one_torch_thread
-def backward(
-    call: Call,
-    grads: GradOutputs,
-    output: Tensor,
-    saved: tuple[Tensor, ...],
-    needs: Needs = Needs(),  # noqa: B008 (immutable)
-    *,
-    norms: bool = False,
-    gate_rows: int = 0,
-) -> Gradients:
+def backward(call: Call, grads: GradOutputs, output: Tensor, saved: tuple[Tensor, ...], needs: Needs) -> Gradients:
     """See the contract."""
     layer, rows, kernels, count = call.layer, call.rows, kernels_of(call.layer.dtype), call.layer.directions
     x, y, h_0, c_0 = map(_rows_dense, (call.input, output, call.h_0, call.c_0))
@@ -154,11 +145,12 @@ def backward(
     dx = [rows.new(x, layer.input_size, zero=False) for _ in range(count * needs.input)]
     grad_h = x.new_empty(layer.h_shape) if needs.h_0 else None
     grad_c = x.new_empty(layer.c_shape) if needs.c_0 else None
-    squares = [_no_squares(layer, kernels.block) for _ in range(count * norms)]
+    squares = [_no_squares(layer, kernels.block) for _ in range(count * needs.norms)]
     dcells = [] if grads.cells is None else _cells_in(call, padded, grads.cells, kernels.compute)
+    asked = needs._replace(gate_rows=0) if needs.gate_rows else needs  # the kernels do not depend on how many
     form = BackwardForm(
         _strides(x), _strides(y), _strides(flags), _strides(h_0), _strides(c_0), _strides(dx[0] if dx else None),
-        _strides(dy), _strides(dh_n), _strides(dc_n), bool(dcells), needs, norms,
+        _strides(dy), _strides(dh_n), _strides(dc_n), bool(dcells), asked,
     )  # fmt: skip
     prepared = prepared_for(prepare_backward, call, threads.available(threads_for(layer, rows.total)), form)
     gradients = [_new_gradients(parameters, kernels.compute, needs) for parameters in call.weights]
@@ -172,13 +164,16 @@ def backward(
     prepared.run(kernels.backward(), tensors)
     if len(dx) == 2:
         dx[0] += dx[1]
+    gates = None
+    if needs.gate_rows:
+        gates = statistics(kernels.statistics(), kernels.block.lanes, call, saved[:count], needs.gate_rows)
     return Gradients(
         dx[0] if dx else None,
         grad_h,
         grad_c,
         tuple(_as_weights(each, parameters) for each, parameters in zip(gradients, call.weights, strict=True)),
-        _magnitudes(rows, kernels, squares) if norms else None,
-        statistics(kernels.statistics(), kernels.block.lanes, call, saved[:count], gate_rows) if gate_rows else None,
+        _magnitudes(rows, kernels, squares) if needs.norms else None,
+        gates,
     )
 
 

@@ -226,7 +226,6 @@ class BackwardForm(NamedTuple):
     dc_n: Strides
     dcells: bool
     needs: Needs
-    norms: bool
 
 
 def _geometry(p: Problem, form: ForwardForm | BackwardForm) -> dict[str, int]:
@@ -315,7 +314,7 @@ def prepare_backward(problem: Problem, form: BackwardForm) -> Prepared:
         _backward_jobs(p, form, scratch, borders, direction, before, after)
         whole = shared | scratch | {
             "dx": at(("dx", direction)) if needs.input else 0,
-            "norms": at(("norms", direction)) if form.norms else 0,
+            "norms": at(("norms", direction)) if form.needs.norms else 0,
             "dy": at("dy", direction * p.width * stored) if form.dy else 0,
             "dcells": at(("dcells", direction)) if form.dcells else 0,
             "gates": at(("gates", direction)), "cells": at(("cells", direction)),

@@ -107,7 +107,7 @@ def prewarm(layer: Layer, *, training: bool) -> None:
         call = Call.of(x, None, None, weights, rows, training=training)
         result = forward(call, save=training)
         if training:
-            backward(call, GradOutputs(result.output, None, None), result.output, result.saved)
+            backward(call, GradOutputs(result.output, None, None), result.output, result.saved, Needs())
 
 
 def products(dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -233,16 +233,7 @@ def _last_states(call: Call, flat: FlatRows, y: Tensor) -> Tensor:
     return h_n
 
 
-def backward(
-    call: Call,
-    grads: GradOutputs,
-    output: Tensor,
-    saved: tuple[Tensor, ...],
-    needs: Needs = Needs(),  # noqa: B008 (immutable)
-    *,
-    norms: bool = False,
-    gate_rows: int = 0,
-) -> Gradients:
+def backward(call: Call, grads: GradOutputs, output: Tensor, saved: tuple[Tensor, ...], needs: Needs) -> Gradients:
     """See the contract."""
     word, layer = status.raise_pending(call.layer.device), call.layer
     flat = FlatRows(call.rows, layer.device, call.reset)
@@ -261,18 +252,18 @@ def backward(
         "c_0": None if call.c_0 is None else flat.sorted(call.c_0).contiguous(),
     }
     flags = tuple(f"HAS_{name.upper()}" for name, each in optional.items() if each is not None)
-    recurrence = launch.recurrence_of(layer, flat, True, (*flags, "NORMS") if norms else flags)
+    recurrence = launch.recurrence_of(layer, flat, True, (*flags, "NORMS") if needs.norms else flags)
     others = {**optional, "gates": gates, "cells": cells, "w_hh": recurrent}
     dz, dc, squares = _run_backward(call, flat, recurrence, grads.c_n, others, word)
     of_layer = _Products(call, flat, dz, dy, dh_n)
-    dx, dh_0, weights, arrived = of_layer.gradients(flat.flat(output), projected, needs, norms)
+    dx, dh_0, weights, arrived = of_layer.gradients(flat.flat(output), projected, needs)
     return Gradients(
         None if dx is None else flat.unflat(flat.clear(dx)),
         None if dh_0 is None else flat.unsorted(dh_0),
         flat.unsorted(dc).to(layer.dtype) if needs.c_0 else None,
         weights,
         None if squares is None else _magnitudes(flat, squares, arrived),
-        _gate_statistics(flat, gates, layer.hidden_size, gate_rows) if gate_rows else None,
+        _gate_statistics(flat, gates, layer.hidden_size, needs.gate_rows) if needs.gate_rows else None,
     )
 
 
@@ -322,7 +313,7 @@ class _Products:
         self.dy, self.dh_n = dy, dh_n  # (N, D * P), (D, B, P) sorted
 
     def gradients(
-        self, y: Tensor, projected: list[Tensor], needs: Needs, norms: bool
+        self, y: Tensor, projected: list[Tensor], needs: Needs
     ) -> tuple[Tensor | None, Tensor | None, tuple[WeightGradients, ...], list[Tensor]]:
         """dx (N, I), dh_0 (D, B, P) sorted, those of the weights, and with a projection those that arrive at h_t."""
         call, flat = self.call, self.flat
@@ -337,7 +328,7 @@ class _Products:
                     dx = dz @ w.weight_ih if dx is None else dx.addmm_(dz, w.weight_ih)
                 if dh_0 is not None:
                     self._enter(dh_0[d], d)
-                dh = self._arriving(d) if call.layer.projected and (needs.weights or norms) else None
+                dh = self._arriving(d) if call.layer.projected and (needs.weights or needs.norms) else None
                 if dh is not None:
                     arrived.append(dh)
                 weights.append(WeightGradients() if x is None else self._of_weights(d, x, y, dh, projected))

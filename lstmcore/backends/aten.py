@@ -121,17 +121,8 @@ def forward(call: Call, *, save: bool = False, cells: bool = False) -> Forward:
     return Forward(output, h_n, c_n, None, ())
 
 
-def backward(
-    call: Call,
-    grads: GradOutputs,
-    output: Tensor,
-    saved: tuple[Tensor, ...],
-    needs: Needs = Needs(),  # noqa: B008 (immutable)
-    *,
-    norms: bool = False,
-    gate_rows: int = 0,
-) -> Gradients:
+def backward(call: Call, grads: GradOutputs, output: Tensor, saved: tuple[Tensor, ...], needs: Needs) -> Gradients:
     """See the contract; computes forward again and differentiates it; nothing can be recorded."""
-    assert not norms
-    assert not gate_rows
+    assert not needs.norms
+    assert not needs.gate_rows
     return reference.differentiate(forward, call, grads, needs)

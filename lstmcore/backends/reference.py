@@ -122,27 +122,18 @@ def forward(call: Call, *, save: bool = False, cells: bool = False, trace: Trace
     return Forward(output, h_n, c_n.to(input.dtype), all_cells, ())
 
 
-def backward(
-    call: Call,
-    grads: GradOutputs,
-    output: Tensor,
-    saved: tuple[Tensor, ...],
-    needs: Needs = Needs(),  # noqa: B008 (immutable)
-    *,
-    norms: bool = False,
-    gate_rows: int = 0,
-) -> Gradients:
+def backward(call: Call, grads: GradOutputs, output: Tensor, saved: tuple[Tensor, ...], needs: Needs) -> Gradients:
     """See the contract; computes forward again and differentiates it; ``output`` and ``saved`` are not used.
 
     In grad mode the gradients have a graph of their own, so they can be differentiated.
     """
-    if not norms and not gate_rows:
+    if not needs.norms and not needs.gate_rows:
         return differentiate(forward, call, grads, needs)
     call = call._replace(rows=call.rows.on_host())
-    trace = Trace(call, gate_rows)
+    trace = Trace(call, needs.gate_rows)
     result = differentiate(functools.partial(forward, trace=trace), call, grads, needs)
     trace.end()
-    return result._replace(norms=trace.norms if norms else None, gates=trace.gates)
+    return result._replace(norms=trace.norms if needs.norms else None, gates=trace.gates)
 
 
 def differentiate(forward: Callable[..., Forward], call: Call, grads: GradOutputs, needs: Needs) -> Gradients:

@@ -34,10 +34,10 @@ def toy(monkeypatch, fresh_choices):
             result = reference.forward(call, cells=cells)
         return result._replace(saved=(call.input.new_zeros(call.rows.room),) if save else ())
 
-    def backward(call, grads, output, saved, needs, **flow):
+    def backward(call, grads, output, saved, needs):
         module.calls.append("backward")
         assert len(saved) == 1
-        return reference.backward(call, grads, output, saved, needs, **flow)
+        return reference.backward(call, grads, output, saved, needs)
 
     module.supports = lambda layer: None if layer.hidden_size < 100 else "it is a toy: no more than 99 units"
     module.saves = lambda layer, room: [((room,), layer.dtype)]

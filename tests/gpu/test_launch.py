@@ -21,7 +21,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 from lstmcore.kernels.gpu import backend, launch
-from lstmcore.kernels.contract import Call, GradOutputs, Rows, Weights
+from lstmcore.kernels.contract import Call, GradOutputs, Needs, Rows, Weights
 
 
 class Pretended:
@@ -62,7 +62,7 @@ for hidden, directions, dtype, batch in ((40, 1, torch.bfloat16, 5), (130, 2, to
         x, rows = make(steps, batch, 3), Rows(steps, batch)
         call = Call.of(x, None, None, weights, rows)
         f = backend.forward(call, save=True)
-        backend.backward(call, GradOutputs(torch.zeros_like(f.output), None, None), f.output, f.saved)
+        backend.backward(call, GradOutputs(torch.zeros_like(f.output), None, None), f.output, f.saved, Needs())
 print(json.dumps(launches))
 """
 

@@ -206,7 +206,8 @@ def call_forward(backend, p: Problem, save: bool = True) -> Forward:
 def call_backward(
     backend, p: Problem, forward: Forward, needs: Needs = EVERYTHING, norms: bool = True, gate_rows: int = 0
 ) -> Gradients:
-    return backend.backward(p.call, p.grads, forward.output, forward.saved, needs, norms=norms, gate_rows=gate_rows)
+    needs = needs._replace(norms=norms, gate_rows=gate_rows)
+    return backend.backward(p.call, p.grads, forward.output, forward.saved, needs)
 
 
 def named(p: Problem, forward, gradients) -> dict[str, Tensor]:

@@ -224,9 +224,9 @@ class OnDevice:
         assert result.output.device.type == torch.device(DEVICE).type
         return Forward(*(None if t is None else t.cpu() for t in result[:4]), result.saved)
 
-    def backward(self, call: Call, grads, output, saved, needs, **flow) -> Gradients:
+    def backward(self, call: Call, grads, output, saved, needs) -> Gradients:
         grads = GradOutputs(*map(self.there, grads))
-        result = self.kernels.backward(self.move(call), grads, self.there(output), saved, needs, **flow)
+        result = self.kernels.backward(self.move(call), grads, self.there(output), saved, needs)
         back = [None if t is None else t.cpu() for t in (result.input, result.h_0, result.c_0, result.norms)]
         weights = tuple(WeightGradients(*(None if t is None else t.cpu() for t in w)) for w in result.weights)
         gates = None if result.gates is None else GateStatistics(*(each.cpu() for each in result.gates))
