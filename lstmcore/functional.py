@@ -26,7 +26,7 @@ from lstmcore.routing import Way
 # The checks here do not become part of a trace; torch suppresses the warnings about its own checks in the same way.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"lstmcore\.(functional|checks)")
 
-_autocasting = torch._C._is_any_autocast_enabled  # looked up once: every call asks
+_autocasting = torch._C._is_any_autocast_enabled  # looked up once: every call uses it
 _dense_rows = functools.lru_cache(maxsize=1024)(Rows)  # looking up a frozen dataclass is faster than building one
 
 

@@ -50,7 +50,7 @@ def tf32() -> bool:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """What the tensor cores multiply, under torch's settings; see ``tiling.precision_of``."""
+    """The tensor cores' precision under torch's settings; see ``tiling.precision_of``."""
     return tiling.precision_of(dtype, dtype == torch.float32 and tf32())
 
 
