@@ -152,8 +152,7 @@ class Problem:
     def __init__(self, layer: Layer, active: Active | None, available: int):
         self.kernels = kernels = kernels_of(layer.dtype)
         self.layer, self.available, self.block = layer, available, kernels.block
-        # bytes of a value in the compute dtype, and in the tensors'
-        self.size, self.stored = kernels.size, layer.dtype.itemsize
+        self.size, self.stored = kernels.size, layer.dtype.itemsize  # bytes of a value: computed, in tensors
         self.steps, self.batch, self.directions = layer.steps, layer.batch, layer.directions
         self.inputs, self.hidden, self.width = layer.input_size, layer.hidden_size, layer.width
         self.projected, self.packed = layer.projected, active is not None and active.packed
