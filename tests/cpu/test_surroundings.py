@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ..support.processes import PRELUDE, in_process, run_program
+from ..support.processes import in_process
 
 pytestmark = pytest.mark.serial
 
@@ -99,26 +99,25 @@ def test_buffers_are_used_again():
     """)
 
 
-@pytest.mark.parametrize("name", ["auto", "numba"])
-def test_numba_without_its_compiler(name):
+def test_numba_without_its_compiler():
     """NUMBA_DISABLE_JIT=1, set by people who debug other code: "auto" runs something else, "numba" says why not."""
-    code = f"""
-name = {name!r}
-module, x = lstmcore.LSTM(8, 32, backend=name), torch.randn(300, 4, 8)
-if name == "auto":
-    choice = lstmcore.explain(module, x)
-    assert choice.name == "torch" and "NUMBA_DISABLE_JIT" in str(choice), choice
-    module(x)[0].sum().backward()
-    assert module(x, lengths=[300, 2, 0, 7])[0].shape == (300, 4, 32)  # the reference
-else:
-    for run in (module, lambda x: lstmcore.explain(module, x)):
-        try:
-            run(x)
-            raise AssertionError("it ran")
-        except RuntimeError as error:
-            assert "switched off" in str(error) and "unset NUMBA_DISABLE_JIT" in str(error), error
-"""
-    run_program(PRELUDE + code, NUMBA_DISABLE_JIT="1")
+    in_process(
+        """
+        module, x = lstmcore.LSTM(8, 32, backend="auto"), torch.randn(300, 4, 8)
+        choice = lstmcore.explain(module, x)
+        assert choice.name == "torch" and "NUMBA_DISABLE_JIT" in str(choice), choice
+        module(x)[0].sum().backward()
+        assert module(x, lengths=[300, 2, 0, 7])[0].shape == (300, 4, 32)  # the reference
+        module = lstmcore.LSTM(8, 32, backend="numba")
+        for run in (module, lambda x: lstmcore.explain(module, x)):
+            try:
+                run(x)
+                raise AssertionError("it ran")
+            except RuntimeError as error:
+                assert "switched off" in str(error) and "unset NUMBA_DISABLE_JIT" in str(error), error
+        """,
+        NUMBA_DISABLE_JIT="1",
+    )
 
 
 def test_imported_again():

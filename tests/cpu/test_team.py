@@ -31,18 +31,19 @@ def run(code: str, **environment: str | None) -> None:
     run_program(PRELUDE + JOBS + textwrap.dedent(code), **environment)
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 8, 16])
-def test_bits_of_the_pool(count):
+def test_bits_of_the_pool():
     """For any number of threads, more than there are cores too."""
-    run(f"""
+    run("""
         launched = shared_out("team")
-        threads = sys.modules["lstmcore.kernels.cpu.threads"]
-        threads._cores = lambda: {count}
-        torch.set_num_threads({count})
-        assert right() and launched == {{"team"}}, launched
-        sys.modules["lstmcore.kernels.cpu.team"]._load = lambda: "not in this test"
-        launched.clear()
-        assert right() and launched == {{"pool"}}, launched
+        threads, team = sys.modules["lstmcore.kernels.cpu.threads"], sys.modules["lstmcore.kernels.cpu.team"]
+        load = team._load
+        for count in (2, 3, 5, 8, 16):
+            threads._cores = lambda: count
+            torch.set_num_threads(count)
+            for whose, loads in (("team", load), ("pool", lambda: "not in this test")):
+                team._load = loads
+                launched.clear()
+                assert right() and launched == {whose}, (count, launched)
     """)
 
 
