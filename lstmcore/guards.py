@@ -65,8 +65,9 @@ class Kept(NamedTuple):
 
 def weights(params: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
     """The parameters of one layer by direction; RuntimeError if their number or a rank is wrong."""
-    if directions not in (1, 2) or len(params) // directions not in (2, 3, 4, 5) or len(params) % directions:
-        raise RuntimeError(f"Expected 2 to 5 weights in each of 1 or 2 directions, got {len(params)} in {directions}")
+    fields, most = len(params), len(Weights._fields)
+    if directions not in (1, 2) or fields % directions or not 2 <= fields // directions <= most:
+        raise RuntimeError(f"Expected 2 to {most} weights in each of 1 or 2 directions, got {fields} in {directions}")
     grouped = Weights.by_direction(params, directions)
     weight_ih, weight_hh, _, _, weight_hr = grouped[0]
     shapes = {"weight_ih": ("(4H, I)", weight_ih), "weight_hh": ("(4H, P)", weight_hh)}
