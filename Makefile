@@ -12,7 +12,7 @@ TORCH := $(shell grep -o '^torch==[^ ;]*' constraints.txt)
 # what torch 2.11 ships; make kernels compiles with it and with the newest, which is in constraints.txt
 OLD_TRITON := 3.6.0
 
-.PHONY: bench bench-full compare demo test gpu kernels lint docs check clean build/types
+.PHONY: bench bench-full compare demo test test-fast gpu kernels lint docs check clean build/types
 
 bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by both
 	$(BIN)/python -m bench --quick
@@ -32,6 +32,9 @@ PARALLEL := -n auto --dist loadgroup --max-worker-restart 0
 
 test: $(VENV)/.ready  ## the tests
 	$(BIN)/pytest $(PARALLEL) tests
+
+test-fast: $(VENV)/.ready  ## nine tests of ten, in a tenth of the time: without those marked slow
+	$(BIN)/pytest $(PARALLEL) -q -m "not slow" tests
 
 gpu:  ## tests, experiments and the quick benchmark on a CUDA GPU, within ten minutes; ARGS="--stage bench", ...
 	$(PYTHON) -m bench gpu $(ARGS)
