@@ -12,7 +12,7 @@ TORCH := $(shell grep -o '^torch==[^ ;]*' constraints.txt)
 # what torch 2.11 ships; make kernels compiles with it and with the newest, which is in constraints.txt
 OLD_TRITON := 3.6.0
 
-.PHONY: bench bench-full compare demo test gpu kernels lint docs check clean build/types
+.PHONY: bench bench-full compare demo test test-fast gpu kernels lint docs site check clean build/types
 
 bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by both
 	$(BIN)/python -m bench --quick
@@ -33,6 +33,9 @@ PARALLEL := -n auto --dist loadgroup --max-worker-restart 0
 test: $(VENV)/.ready  ## the tests
 	$(BIN)/pytest $(PARALLEL) tests
 
+test-fast: $(VENV)/.ready  ## those that are not marked slow: nine of ten, in about a minute
+	$(BIN)/pytest $(PARALLEL) -q -m "not slow" tests
+
 gpu:  ## tests, experiments and the quick benchmark on a CUDA GPU, within ten minutes; ARGS="--stage bench", ...
 	$(PYTHON) -m bench gpu $(ARGS)
 
@@ -49,10 +52,12 @@ lint: $(VENV)/.ready build/types  ## style and types
 	$(BIN)/ruff format --check .
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lstmcore
 
-docs: $(VENV)/.docs build/types  ## the pages and the API reference, into build/site; links, snippets and examples are tried
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+docs: site  ## the pages and the API reference, into build/site; links, snippets and examples are tried
 	$(BIN)/pytest -q tests/house/test_docs.py tests/house/test_extending.py -k "not command"
 	@echo 'the pages: build/site/index.html'
+
+site: $(VENV)/.docs build/types
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # mypy and mkdocstrings find modules by their paths, so they get a tree in which kernels/ lies where it is installed
 build/types:

@@ -40,6 +40,7 @@ from lstmcore.flow.recorder import GradientFlow
 
 SOLVED = 0.99  # of the answers are right, over the last MEAN iterations: no need to go on
 MEAN = 20
+TEXT_BATCH = 16
 TEST = 512  # fresh sequences that a trained model is judged by
 
 
@@ -137,10 +138,9 @@ def draw(outcomes: Sequence[Outcome], task: Recall) -> Figure:
     return figure
 
 
-def read(options: argparse.Namespace, console: Console, interrupt: Interrupt) -> None:
-    """Part 3: a character model on real text, recorded, then one answer alone.  Raises TextError without a text."""
-    steps, batch = options.text_steps, 16
-    corpus = Corpus.of(read_text(options.text), batch, steps)
+def read(corpus: Corpus, options: argparse.Namespace, console: Console, interrupt: Interrupt) -> None:
+    """Part 3: a character model on real text, recorded, then one answer alone."""
+    steps = options.text_steps
     torch.manual_seed(options.seed)
     model = CharModel(lstmcore.LSTM, len(corpus.characters), 32, options.text_hidden_size)
     optimizer = torch.optim.Adam(model.parameters(), lr=6e-3)
@@ -217,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show(options: argparse.Namespace) -> int:
     """All three parts; raises TextError without a text, OSError where the pictures cannot be written."""
     console, start = Console(), time.monotonic()
+    corpus = Corpus.of(read_text(options.text), TEXT_BATCH, options.text_steps)  # before minutes are spent on the rest
     task = Recall(options.steps, options.symbols)
 
     def cure(lstm: nn.RNNBase) -> None:
@@ -238,7 +239,7 @@ def show(options: argparse.Namespace) -> int:
 
         if not interrupt.wanted:
             console.rule("3. real text")
-            read(options, console, interrupt)
+            read(corpus, options, console, interrupt)
     console.print(f"pictures in {options.out}; {time.monotonic() - start:.0f} s", soft_wrap=True)
     return 130 if interrupt.wanted else 0
 

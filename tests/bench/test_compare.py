@@ -98,6 +98,7 @@ def test_what_cannot_be_compared(capsys):
         cli.main(["compare", "HEAD"])
 
 
+@pytest.mark.slow
 def test_a_process_imports_the_package_from_its_place(tmp_path):
     site = tmp_path / "site"
     clean = shutil.ignore_patterns("__pycache__")

@@ -92,6 +92,7 @@ def test_what_is_drawn():
     assert sorted(set(drawn["T and T/2"].tolist())) == [500, 1000]
 
 
+@pytest.mark.slow
 def test_rows_of_every_experiment(registry, monkeypatch, tmp_path, capsys):
     registry(*TINY.values())
     monkeypatch.setattr(control, "PROMISED_BATCH", B)
@@ -192,6 +193,7 @@ def test_wrong_gradients_get_no_figure(monkeypatch):
         control.checked(ours, true)
 
 
+@pytest.mark.slow
 def test_a_wrong_case_does_not_stop_the_others(registry, monkeypatch, tmp_path, capsys):
     def wrong(side):
         results = original(side)

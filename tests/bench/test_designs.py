@@ -91,6 +91,7 @@ def test_results_were_right():
     assert all(row.max_error < 8 * torch.finfo(torch.bfloat16).eps for row in measured())
 
 
+@pytest.mark.slow
 def test_designs_are_measured_of_the_right_results(monkeypatch):
     """With Triton's interpreter and a clock that stands still: what runs by each design is what torch computes."""
     if torch.cuda.is_available():

@@ -20,6 +20,7 @@ FAST = ["flow", "--case", "tiny", "--pairs", "2", "--seconds", "0"]
 pytestmark = pytest.mark.usefixtures("short_samples")
 
 
+@pytest.mark.slow
 def test_rows(registry, monkeypatch, tmp_path):
     recorded = []
     original = flow.recorded
@@ -83,6 +84,7 @@ def test_a_case_that_is_not_tagged_may_be_named():
     assert {case.name for case in select("flow")} < {case.name for case in select("flow", pattern="dense-*")}
 
 
+@pytest.mark.slow
 def test_the_interruption_keeps_what_is_done(registry, monkeypatch, tmp_path, capsys):
     def interrupted(runner):
         raise KeyboardInterrupt

@@ -226,6 +226,7 @@ def test_rows_of_a_cpu_have_no_algorithms():
         assert not list(summary.by_algorithm(rows.read(path)))
 
 
+@pytest.mark.slow
 def test_report_of_gpu_rows(tmp_path):
     """In a folder that is thrown away: there is a figure only where there are rows."""
     readme, page = tmp_path / "README.md", tmp_path / "docs" / "page.md"
@@ -303,6 +304,7 @@ def test_run(pretended_gpu, registry, tmp_path, capsys):
     assert tables.KEY_FIGURES in output.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_run_goes_on_after_a_failure(pretended_gpu, registry, monkeypatch, tmp_path, capsys):
     large = replace(TINY, name="large", hidden_size=4096, batch=4096)
     bad = replace(TINY, name="bad")
@@ -341,6 +343,7 @@ def test_run_ends_in_time(pretended_gpu, registry, tmp_path, capsys):
     assert "used up" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_run_ends_where_the_gpu_is_lost(pretended_gpu, registry, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(session, "release", lambda: False)
     other = replace(TINY, name="other")
@@ -357,6 +360,7 @@ def test_run_refuses_a_file_of_other_columns_before_it_measures(pretended_gpu, r
         run_pretended(registry, path, TINY)
 
 
+@pytest.mark.slow
 def test_step_experiment(pretended_gpu, registry, tmp_path, capsys):
     registry(replace(TINY, name="step-tiny", group="step", steps=4))
     arguments = ["steps", "--out", str(tmp_path), "--backend", "reference"]
@@ -538,6 +542,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, tmp_path, capsys):
         assert "there is no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_dry_run(monkeypatch, tmp_path, capsys):
     without_cuda(monkeypatch)
     out = tmp_path / "out"

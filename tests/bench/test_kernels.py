@@ -26,6 +26,7 @@ def compiled():
     return list(compile_all(CASES, workers=2))
 
 
+@pytest.mark.slow
 def test_kernels_compile_without_a_problem(compiled):
     """One of each design, direction and precision; ``make kernels`` compiles them all."""
     assert [(r.target, r.dtype, r.hidden, r.backward) for r in compiled] == [
@@ -38,6 +39,7 @@ def test_kernels_compile_without_a_problem(compiled):
         assert result.step > result.step_products + result.step_barriers
 
 
+@pytest.mark.slow
 def test_it_finds_what_it_looks_for(compiled):
     fine = compiled[0]
     for wrong, word in (
@@ -61,6 +63,7 @@ def test_operands_laid_out_for_more_terms_than_they_have():
     assert kernel_report.overrun("\n".join([line.replace("WIDTH", "8")] * 3)) == 3
 
 
+@pytest.mark.slow
 def test_only_spills_are_known_and_only_where_they_are(compiled):
     spilled = replace(compiled[0], target=80, hidden=2048, stack=8, spills=3)
     spilled = replace(spilled, problem="8 bytes of stack, 3 spills")

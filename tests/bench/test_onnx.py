@@ -57,6 +57,7 @@ def expected(module: nn.LSTM, problem: Problem) -> tuple[torch.Tensor, ...]:
     return output, h_n, c_n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -130,6 +131,7 @@ def run_tiny(registry, monkeypatch, path: pathlib.Path, *cases: Case) -> int:
     return session.Session([(AFTER_TORCH, TASK), (SPEED, TASK)], path).run(cases)
 
 
+@pytest.mark.slow
 def test_run(installed, registry, monkeypatch, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     assert run_tiny(registry, monkeypatch, path, TINY, PACKED) == 0
@@ -147,6 +149,7 @@ def test_run(installed, registry, monkeypatch, tmp_path, capsys):
     assert (tiny.main.experiment, tiny.alone, tiny.onnxruntime) == ("after-torch", alone, beside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", ["onnx", "onnxruntime"])
 def test_run_where_it_is_not_installed(registry, monkeypatch, tmp_path, capsys, absent):
     monkeypatch.setitem(sys.modules, absent, None)  # which makes an import of it fail

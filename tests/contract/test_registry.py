@@ -95,6 +95,7 @@ def test_what_torch_does_not_have(toy):
     assert toy.calls == ["forward"]
 
 
+@pytest.mark.slow
 def test_recorded_compiled_and_transformed(toy):
     module = lstmcore.LSTM(I, H, backend="toy", dtype=F64)
     x = torch.randn(T, B, I, dtype=F64)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.serial
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason=f"{sys.platform} cannot fork")
 
 
-@pytest.mark.parametrize("first", ["cold", "warm"])
+@pytest.mark.parametrize("first", [pytest.param("cold", marks=pytest.mark.slow), "warm"])
 def test_two_threads_at_once(first):
     """Each thread gets the bits that it would get alone; also when the very first call of the process is in threads."""
     in_process(f"""
@@ -33,6 +33,7 @@ def test_two_threads_at_once(first):
     """)
 
 
+@pytest.mark.slow
 def test_number_of_threads_changes_while_in_use():
     in_process("""
         expected, stop, wrong = work(), threading.Event(), []
@@ -51,6 +52,7 @@ def test_number_of_threads_changes_while_in_use():
     """)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_thread_leaves_the_pool_usable():
     in_process("""
         expected, errors = work(), []
@@ -67,6 +69,7 @@ def test_an_error_in_a_thread_leaves_the_pool_usable():
     """)
 
 
+@pytest.mark.slow
 def test_a_call_inside_a_backward():
     """Nested: a hook of the outer backward runs another forward and backward."""
     in_process("""
@@ -83,6 +86,7 @@ def test_a_call_inside_a_backward():
     """)
 
 
+@pytest.mark.slow
 def test_backward_in_another_thread():
     in_process("""
         expected, found = work(seed=5), []
@@ -95,6 +99,7 @@ def test_backward_in_another_thread():
     """)
 
 
+@pytest.mark.slow
 @needs_fork
 def test_forked_child_after_use_in_the_parent():
     in_process("""
@@ -112,6 +117,7 @@ def test_forked_child_after_use_in_the_parent():
     """)
 
 
+@pytest.mark.slow
 @needs_fork
 def test_auto_in_a_forked_child():
     """Of a parent that has used torch's threads: short calls, long ones, large ones, cells; and the choice is told."""
@@ -160,6 +166,7 @@ def test_auto_in_a_forked_child():
     """)
 
 
+@pytest.mark.slow
 @needs_fork
 def test_fork_while_other_threads_compute():
     """Whatever a lock of the parent's pool said at the fork, the child has its own.
@@ -183,6 +190,7 @@ def test_fork_while_other_threads_compute():
     """)
 
 
+@pytest.mark.slow
 @needs_fork
 def test_multiprocessing_pool():
     in_process("""
@@ -194,6 +202,7 @@ def test_multiprocessing_pool():
     """)
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("used_before", [False, True])
 def test_dataloader_workers(used_before):
@@ -212,6 +221,7 @@ def test_dataloader_workers(used_before):
     """)
 
 
+@pytest.mark.slow
 def test_the_process_ends():
     """Idle threads of the pool, started by the main thread and by others, do not keep the interpreter from ending."""
     in_process("""
@@ -241,6 +251,7 @@ torch.set_num_threads(2)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", GREENLETS)
 @pytest.mark.parametrize("when", ["before", "between"])
 @pytest.mark.parametrize("threads_of", ["team", "pool"])
@@ -253,6 +264,7 @@ def test_patched_threads(library, when, threads_of):
     run_program("\n".join([*first, PRELUDE, SHARED_OUT.format(threads_of=threads_of)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads_of", ["team", "pool"])
 def test_greenlets_of_a_server(threads_of):
     """What gunicorn's workers do: many greenlets call at once, other native threads beside them."""
@@ -272,6 +284,7 @@ assert all(each.get() for each in [pool.spawn(run, k % 3) for k in range(12)])
     )
 
 
+@pytest.mark.slow
 def test_no_native_threads_at_all():
     """Then one thread computes, where there is no team of torch's."""
     in_process("""

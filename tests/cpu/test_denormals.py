@@ -39,6 +39,7 @@ def test_the_threads_mode_is_left_as_it_was(training, threads):
     assert seen == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_no_denormal_comes_out_of_a_vanishing_gradient(count, threads):
     """What float64 finds below the smallest normal number is zero; what it finds above is right."""

@@ -18,6 +18,7 @@ def isa(request, monkeypatch, fresh_plans):
     return request.param
 
 
+@pytest.mark.slow
 def test_parity(isa):
     lanes = tiling.block_shape(isa, torch.float32).lanes
     assert problem.kernels_of(torch.float32).block.lanes == lanes

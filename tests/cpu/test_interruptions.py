@@ -104,6 +104,7 @@ def strike_at(path):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads_of", ["team", "pool"])
 def test_three_hundred_signals(threads_of):
     """SIGINT, SIGTERM and SIGALRM by turns, whose handlers raise, from before a call until after it.
@@ -152,6 +153,7 @@ def strike_at(path):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads_of", ["team", "pool"])
 def test_an_exception_at_every_line(threads_of):
     """Of the kernels' host code, one after the other, in forward and backward: the first time it runs, and the last."""
@@ -193,6 +195,7 @@ def test_a_member_that_cannot_start():
     """)
 
 
+@pytest.mark.slow
 def test_a_member_that_cannot_be_handed_out():
     """On the pool, for want of memory: those that have begun end, the others never begin, and the pool goes on."""
     in_process("""
@@ -223,6 +226,7 @@ def test_a_member_that_cannot_be_handed_out():
     """)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads_of", ["team", "pool"])
 def test_at_the_end_of_the_process(threads_of):
     """Functions of atexit, and what is deleted last, can still call a module."""

@@ -88,6 +88,7 @@ def times(directory: pathlib.Path) -> dict[pathlib.Path, int]:
     return {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_second_process_compiles_nothing(warm):
     before = times(warm)
     assert call(warm, NUMBA_CACHE_DIR=str(warm))[0] == PRODUCT
@@ -111,6 +112,7 @@ def damage_empty(content: bytes) -> bytes:
     return b""
 
 
+@pytest.mark.slow
 def test_damaged_files_are_replaced(warm, tmp_path):
     """Every kind of damage at once, one a file."""
     kinds = [damage_truncate, damage_garbage, damage_one_bit, damage_empty]
@@ -125,6 +127,7 @@ def test_damaged_files_are_replaced(warm, tmp_path):
     assert all(after[name] != damaged[name] for name in damaged), "a damaged file stayed"
 
 
+@pytest.mark.slow
 def test_a_directory_in_the_place_of_a_file(warm, tmp_path):
     for name in contents(warm):
         (tmp_path / name).mkdir(parents=True)
@@ -132,6 +135,7 @@ def test_a_directory_in_the_place_of_a_file(warm, tmp_path):
     assert not contents(tmp_path), "left-overs of a write that failed"
 
 
+@pytest.mark.slow
 def test_read_only_directory(tmp_path):
     """A place where nothing can be made, for root too: under a file."""
     (tmp_path / "file").write_text("not a directory")
@@ -148,6 +152,7 @@ def test_read_only_permissions(tmp_path):
         tmp_path.chmod(0o700)
 
 
+@pytest.mark.slow
 def test_two_processes_compile_at_once(warm, tmp_path):
     processes = [start(tmp_path, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     assert [finish(process)[0] for process in processes] == [PRODUCT] * 2
@@ -157,6 +162,7 @@ def test_two_processes_compile_at_once(warm, tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", [None, "/dev/null/home"], ids=["unset", "unwritable"])
 def test_home(tmp_path, home):
     """No HOME, or one that cannot be written to: it runs (XDG_CACHE_HOME keeps the first out of the user's own)."""
@@ -167,6 +173,7 @@ def test_home(tmp_path, home):
         assert pathlib.Path(directory).is_relative_to(tmp_path), "XDG_CACHE_HOME is not honoured"
 
 
+@pytest.mark.slow
 def test_home_unset_has_a_place():
     program = "from lstmcore.kernels.cpu import jit; print(jit.cache_directory())"
     done = subprocess.run(
@@ -206,6 +213,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_kernels_cached_by_different_processes_do_not_meet(tmp_path):
     """Each dtype is compiled by a process of its own; a third loads both, and neither runs the other's functions."""
     kept = []
@@ -222,6 +230,7 @@ def test_kernels_cached_by_different_processes_do_not_meet(tmp_path):
     assert kept[1] == kept[2] == kept[3], "what was kept was compiled again"
 
 
+@pytest.mark.slow
 def test_the_first_compilation_says_so(tmp_path):
     """On stderr, in one line: what it is, where it is kept, how to do it ahead; and not where it is kept already."""
     code = """

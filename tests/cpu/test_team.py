@@ -31,6 +31,7 @@ def run(code: str, **environment: str | None) -> None:
     run_program(PRELUDE + JOBS + textwrap.dedent(code), **environment)
 
 
+@pytest.mark.slow
 def test_bits_of_the_pool():
     """For any number of threads, more than there are cores too."""
     run("""
@@ -65,6 +66,7 @@ def test_torch_keeps_its_threads():
     """)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["OMP_THREAD_LIMIT=1", "OMP_THREAD_LIMIT=2"])
 def test_a_team_smaller_than_asked_for(limit):
     """No member waits for one that does not come: the pool runs the launch, and those that follow."""
@@ -85,6 +87,7 @@ def test_a_team_smaller_than_asked_for(limit):
     )
 
 
+@pytest.mark.slow
 def test_more_threads_than_cores():
     """Then the pool has as many as there are cores, and what torch's other threads would do is nobody's loss."""
     run("""
@@ -95,6 +98,7 @@ def test_more_threads_than_cores():
     """)
 
 
+@pytest.mark.slow
 def test_neither_team_nor_pool():
     """A team that proves too small where the system refuses threads, too: an error once, then one thread."""
     run(
@@ -112,12 +116,14 @@ def test_neither_team_nor_pool():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["passive", "active", None])
 def test_any_waiting_policy(policy):
     """Whether torch's threads spin or sleep between its operations; None: first one and then the other, as they do."""
     run('launched = shared_out("team")\nassert right() and launched == {"team"}', OMP_WAIT_POLICY=policy)
 
 
+@pytest.mark.slow
 def test_bound_threads():
     """The runtime pins the main thread to a core: what the system says of that thread are not the cores there are."""
     cores = len(os.sched_getaffinity(0))
@@ -133,10 +139,12 @@ def test_bound_threads():
     )
 
 
+@pytest.mark.slow
 def test_dynamic_teams():
     run('launched = shared_out("team")\nfor _ in range(5): assert right()', OMP_DYNAMIC="true")
 
 
+@pytest.mark.slow
 def test_inside_of_a_team():
     """Called back from a parallel region, a call has no team to ask for."""
     run("""
@@ -157,6 +165,7 @@ def test_inside_of_a_team():
     """)
 
 
+@pytest.mark.slow
 def test_changes_of_the_number_of_threads():
     run("""
         launched = shared_out("team")
@@ -169,6 +178,7 @@ def test_changes_of_the_number_of_threads():
     """)
 
 
+@pytest.mark.slow
 def test_python_threads_at_once():
     """Each has a team of its own; who finds a launch running computes alone."""
     run("""
@@ -185,6 +195,7 @@ def test_python_threads_at_once():
     """)
 
 
+@pytest.mark.slow
 def test_a_forked_child():
     """The team stays with the parent."""
     run("""
@@ -203,6 +214,7 @@ def test_a_forked_child():
     """)
 
 
+@pytest.mark.slow
 def test_no_library_no_entry(monkeypatch):
     """A build whose library cannot be opened, and one whose runtime lacks the entry: the pool, and why."""
     in_process("""

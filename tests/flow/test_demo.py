@@ -221,6 +221,7 @@ def rows(path: pathlib.Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @needs_pictures
 def test_command(tmp_path):
     program = [sys.executable, "-m", "lstmcore", "flow", "--quick", *SMALL, "--out", tmp_path / "flow"]
@@ -251,6 +252,7 @@ def test_command(tmp_path):
     assert "vanishing" in summaries
 
 
+@pytest.mark.slow
 @needs_pictures
 @pytest.mark.serial
 def test_ctrl_c_keeps_what_is_done(tmp_path):
@@ -281,6 +283,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     assert not any(name.startswith("copy") for name in names)
 
 
+@pytest.mark.slow
 def test_it_runs_by_itself_too():
     """As the command without a checkout says."""
     program = [sys.executable, ROOT / "examples" / "gradient_flow", "--help"]
@@ -319,6 +322,7 @@ def test_help(capsys):
         assert option in output
 
 
+@pytest.mark.slow
 def test_the_other_commands_need_no_pictures():
     """Neither rich nor matplotlib is loaded before the command runs, and its absence is named."""
     program = """
@@ -340,6 +344,7 @@ sys.exit(cli.main(["flow", "--quick"]))
 # -------------------------------------------------------------------------------------------------------- the example
 
 
+@pytest.mark.slow
 @needs_pictures
 def test_example(tmp_path):
     program = [sys.executable, ROOT / "examples" / "long_memory.py", "--quick", "--out", tmp_path]
@@ -355,6 +360,7 @@ def test_example(tmp_path):
         assert (tmp_path / folder / "norms_by_lag.png").exists()
 
 
+@pytest.mark.slow
 @needs_pictures
 @pytest.mark.parametrize(("option", "named"), [("--steps=2", "--steps"), ("--text=/nowhere", "/nowhere")])
 def test_example_with_bad_arguments(option, named, tmp_path):

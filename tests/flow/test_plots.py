@@ -265,6 +265,7 @@ def test_too_many_layers_are_counted():
     assert "3 more layers are not shown" in texts(figure)
 
 
+@pytest.mark.slow
 def test_plot_all(tmp_path):
     each = record(0.9, 30, kind=gates(30))
     names = {"norms_by_step", "norms_by_lag", "heatmap", "gates", "horizons"}

@@ -25,6 +25,7 @@ from ..support.gpu_designs import Share
 
 pytestmark = [
     pytest.mark.serial,
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="needs fork and shared memory"),
 ]
 

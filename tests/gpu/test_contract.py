@@ -31,12 +31,14 @@ SPLIT = ["dense", "ones", "one_row", "strided_batch_first", "proj", "lengths", "
 SPLIT += ["lengths_b33", "packed_reset"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_resident_against_oracle(triton_kernels, monkeypatch, setup):
     gpu_designs.use(monkeypatch, "resident")
     checks.check_against_oracle(triton_kernels, setup, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPLIT)
 def test_split_against_oracle(triton_kernels, monkeypatch, name):
     """The design that the tiling chooses; step by step where it has several slices, which the interpreter needs."""
@@ -44,6 +46,7 @@ def test_split_against_oracle(triton_kernels, monkeypatch, name):
     checks.check_against_oracle(triton_kernels, BY_NAME[name], torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("share", "setup"),
     [
@@ -63,6 +66,7 @@ def test_shared_in_other_ways(triton_kernels, monkeypatch, share, setup):
     checks.check_against_oracle(triton_kernels, setup, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setup", "dtype"),
     [(DENSE, torch.bfloat16), (SMALL, torch.float16), (PACKED, torch.bfloat16), (replace(DENSE, H=16), torch.float16)],
@@ -73,6 +77,7 @@ def test_16_bits_keep_the_state_in_float32(triton_kernels, design, setup, dtype)
     checks.check_16_bits_keep_the_state_in_float32(triton_kernels, setup, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", ["tiles_of_16", "chunks", "stream"])
 def test_16_bits_shared_in_other_ways(triton_kernels, monkeypatch, share):
     gpu_designs.use(monkeypatch, share=replace(SHARES[share], chunk=2 * SHARES[share].chunk))
@@ -117,6 +122,7 @@ def test_missing_gradients_of_a_projection(triton_kernels, monkeypatch):
     checks.check_missing_gradients_are_zeros(triton_kernels, SMALL, "grad_h_n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["h_0", "c_0"])
 def test_missing_states_are_zeros(triton_kernels, design, state):
     """The two come apart here: with only one of them, as with zeros for the other."""
@@ -125,10 +131,12 @@ def test_missing_states_are_zeros(triton_kernels, design, state):
     contract.assert_close(solve(triton_kernels, p), solve(triton_kernels, zeros), ORDER_OF_SUMS_F32)
 
 
+@pytest.mark.slow
 def test_nan_in_padding_stays_there(triton_kernels, design):
     checks.check_nan_in_padding_stays_there(triton_kernels, replace(SMALL, batch_first=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setup", "dtype"),
     [(DENSE, torch.bfloat16), (SMALL, torch.float32), (PACKED, torch.bfloat16)],

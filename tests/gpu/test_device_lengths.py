@@ -24,6 +24,7 @@ from ..support.gpu_lengths import Changed, on_device, roomy
 from ..support.interpreted import DENSE, PACKED, SHARES, SMALL
 from ..support.tolerances import ORDER_OF_SUMS_F32, assert_library
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 PLAIN = Setup("plain", T=4, B=5, H=9, lengths=(2, 4, 0, 1, 3), dtype=torch.float32)

@@ -23,11 +23,13 @@ NAMES = ["layers_bidirectional", "everything", "packed_everything", "unbatched",
 NAMES += ["saturated", "packed_one_step", "proj_one"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_parity(triton_kernels, name):
     assert_parity(BY_NAME[name], torch.float32, "triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["everything", "packed_everything"])
 def test_parity_of_the_split_design(triton_kernels, monkeypatch, name):
     gpu_designs.use(monkeypatch, share=Share(units=8, warps=2, chunk=64))
@@ -73,6 +75,7 @@ def test_extended_arguments(triton_kernels):
         close(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stack", "packed", "everything"])
 def test_recorded_norms_are_autograds(triton_kernels, name):
     call = next(call for call in flow_calls.CALLS if call.name == name)
@@ -84,6 +87,7 @@ def test_recorded_norms_of_the_split_design(triton_kernels, monkeypatch):
     flow_calls.check_norms_are_autograds(flow_calls.CALLS[0], torch.float32, "triton")
 
 
+@pytest.mark.slow
 def test_vanishing_norms_are_exact(triton_kernels, monkeypatch):
     """The sums of squares are in float64 here too."""
     gpu_designs.use(monkeypatch, "resident")
@@ -151,7 +155,7 @@ def test_torchs_setting_chooses_the_precision_of_float32(
     gpu_designs.use(monkeypatch, kind)
     planned, launched, multiplied = [], [], []
     choose = gpu_designs.tiling.choose_design
-    names = list(inspect.signature(gpu_designs.PLAN).parameters)
+    names = list(inspect.signature(gpu_designs.CHOOSE_DESIGN).parameters)
 
     def note(*sizes, **rest):
         planned.append(dict(zip(names, sizes, strict=False))["precision"])

@@ -53,6 +53,7 @@ def put(tensor: torch.Tensor, bits: int, *where: int) -> None:
     assert tensor[where].isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", INTS, ids=str)
 def test_every_nan_arrives(split, dtype):
     """A payload each in rows of their own, in every thing that is given: NaN where any other NaN gives NaN.
@@ -83,6 +84,7 @@ def test_a_weight_of_all_ones_bits(split, dtype):
     assert results["grad weight_hh 0"].isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "value", "options", "dtype"),
     [
@@ -191,6 +193,7 @@ class NotTogether:
         return launch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_step_by_step_where_a_device_cannot_hold_all_programs(split, backward, monkeypatch):
     """One refused launch, then one a step, in which nobody waits: the same results."""
@@ -217,6 +220,7 @@ def test_other_errors_of_a_launch_are_not_hidden(split, monkeypatch):
     assert kernel.launches == [True]
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_each_other(split):
     """Whatever is in the other rows of its tile: a row stays what it is."""
     p, other = (pose(replace(SETUP, D=2, B=9)) for _ in range(2))

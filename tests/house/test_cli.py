@@ -15,6 +15,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "lstmcore", *arguments], capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_info():
     done = command("info")
     assert done.returncode == 0, done.stderr
@@ -22,6 +23,7 @@ def test_info():
         assert text in done.stdout
 
 
+@pytest.mark.slow
 def test_check():
     done = command("check")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -40,6 +42,7 @@ def test_check_fails_where_something_is_wrong(monkeypatch, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -78,6 +81,7 @@ def test_version(capsys):
     assert run_here(capsys, "--version")[:2] == (0, lstmcore.__version__ + "\n")
 
 
+@pytest.mark.slow
 def test_status_reaches_the_shell():
     done = command("nonsense")
     assert done.returncode == 2

@@ -63,6 +63,7 @@ def harmless(command: str) -> list[str] | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_command(command):
     instead = harmless(command)
@@ -80,6 +81,7 @@ def test_there_is_something_to_test():
     assert "lstmcore" in WITH_EXAMPLES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if "```python" in text and page != WALKS])
 def test_snippets(page, tmp_path, monkeypatch):
     """In order, in one namespace, as a reader would."""

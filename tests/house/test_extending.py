@@ -27,6 +27,7 @@ def change(path: pathlib.Path, hunks: str) -> None:
     path.write_text(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("walk", WALKS, ids=[walk.split(":")[0] for walk in WALKS])
 def test_walk(walk, tmp_path):
     for room in ("lstmcore", "kernels", "bench"):

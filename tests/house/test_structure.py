@@ -195,6 +195,7 @@ def test_import_loads_no_compiler(tmp_path):
     assert "lstmcore.kernels.cpu.backend" not in loaded
 
 
+@pytest.mark.slow
 def test_import_adds_little_to_torchs(tmp_path):
     """Processor time, not the clock's, and the least of several: what else the machine does is not measured."""
     program = "import time, torch; start = time.process_time(); import lstmcore; print(time.process_time() - start)"
@@ -229,6 +230,7 @@ def wheel(tmp_path_factory) -> pathlib.Path:
     return path
 
 
+@pytest.mark.slow
 def test_wheel_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
@@ -242,6 +244,7 @@ def test_wheel_contents(wheel):
     assert any(name.endswith("LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_wheel_works_where_it_is_unpacked(wheel, tmp_path):
     """Without the checkout: the package imports from the wheel's own files and computes."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
@@ -260,6 +263,7 @@ print(lstmcore.__version__)
     assert done.stdout.strip() in wheel.name
 
 
+@pytest.mark.slow
 def test_wheel_says_where_the_demonstration_is(wheel, tmp_path):
     """It needs the source: one sentence instead of a traceback."""
     zipfile.ZipFile(wheel).extractall(tmp_path)

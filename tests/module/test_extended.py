@@ -281,6 +281,7 @@ CONTROL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control", CONTROL, ids=lambda c: "+".join(c))
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "proj_size": 1, "num_layers": 2}], ids=str)
 def test_gradcheck_and_gradgradcheck(options, control, backend):

@@ -1,5 +1,6 @@
 """Outputs and every gradient against float64 ``torch.nn.LSTM``, over configurations that hypothesis draws."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,7 @@ def configurations(draw) -> Case:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     case=configurations(),

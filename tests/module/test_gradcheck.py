@@ -41,12 +41,14 @@ def function_and_arguments(case: Case, backend: str):
     return function, [leaf.clone().contiguous().requires_grad_() for leaf in leaves]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GRADCHECK_CASES, ids=str)
 def test_gradcheck(case, backend):
     function, arguments = function_and_arguments(case, backend)
     assert torch.autograd.gradcheck(function, arguments, **GRADCHECK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

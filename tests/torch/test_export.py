@@ -131,6 +131,7 @@ def numba(**options: Any) -> Model:
     return Model(**options, dtype=F64, backend="numba").eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True], ids=["loose", "strict"])
 @each_call
 def test_runs_at_other_sizes(options, named, strict):
@@ -164,6 +165,7 @@ def test_decompositions_keep_the_layer(options, named):
     same_bits(program.module()(**call), model(**call))
 
 
+@pytest.mark.slow
 def test_survives_a_file(tmp_path):
     """A process that has not seen the model loads and runs it; it has to know the operator, so it imports lstmcore."""
     _, named = CALLS["everything"]
@@ -203,6 +205,7 @@ def test_an_exported_model_trains(name):
 # AOTInductor
 
 
+@pytest.mark.slow
 @needs_cpp
 def test_aot_inductor(tmp_path):
     """Compiled to a library once, with every kind of argument in it: lists, symbols and optional tensors."""
@@ -278,6 +281,7 @@ ONNX_CALLS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "named"), ONNX_CALLS.values(), ids=ONNX_CALLS)
 def test_onnx(options, named, onnx):
     """One LSTM a layer, whatever the backend, with its weights in the file, for any T and B; rows may have no steps."""
@@ -306,6 +310,7 @@ class Tagger(nn.Module):
         return self.out(self.rnn(x)[0]) + x
 
 
+@pytest.mark.slow
 def test_onnx_of_one_sequence(onnx):
     model, x = Tagger().eval(), torch.randn(6, I)
     proto = to_onnx(model, kwargs={"x": x}, dynamic_shapes={"x": {0: Dim("T")}}).model_proto
@@ -314,6 +319,7 @@ def test_onnx_of_one_sequence(onnx):
     close(run_onnx(proto, {"x": x}), [model(x).double()], ORDER_OF_SUMS_F32)
 
 
+@pytest.mark.slow
 def test_onnx_of_a_model_on_another_device(onnx):
     """As one on a GPU: what stands for ONNX's operator while torch looks gives tensors of the CPU."""
     x = torch.randn(6, I, device="meta")
@@ -321,6 +327,7 @@ def test_onnx_of_a_model_on_another_device(onnx):
     assert [node.op_type for node in program.model.graph].count("LSTM") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 23])
 def test_onnx_opsets(opset, onnx):
     model = Model(**DEEP).eval()
@@ -331,6 +338,7 @@ def test_onnx_opsets(opset, onnx):
     close(run_onnx(proto, call), by_torch(model, **call), ORDER_OF_SUMS_F32)
 
 
+@pytest.mark.slow
 def test_onnx_of_large_weights(onnx, tmp_path):
     """Too large for the exporter to compute: the runtime does, once, or the optimizer where one says so."""
     import onnxruntime
@@ -351,6 +359,7 @@ def test_onnx_of_large_weights(onnx, tmp_path):
     close(run_onnx(program.model_proto, call), by_torch(model, **call), ORDER_OF_SUMS_F32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, F64], ids=str)
 def test_onnx_of_other_dtypes(dtype, onnx):
     """onnxruntime has no float64 of LSTM on the CPU, so ONNX's own evaluator runs it: it knows no lengths."""
@@ -367,6 +376,7 @@ def test_onnx_of_other_dtypes(dtype, onnx):
         close(got, by_torch(model, **call), ORDER_OF_SUMS)
 
 
+@pytest.mark.slow
 def test_onnx_of_the_reference(onnx):
     """What ONNX's LSTM does not have, in plain operators: T is fixed, B is not."""
     model = Model(proj_size=2, return_cells=True, backend="reference").eval()
@@ -381,6 +391,7 @@ def test_onnx_of_the_reference(onnx):
         close(run_onnx(proto, call), [t.double() for t in tree_leaves(model(**call))], ORDER_OF_SUMS_F32)
 
 
+@pytest.mark.slow
 def test_onnx_says_what_it_cannot(onnx):
     assert "has no projection" in (message := error_of(Model(proj_size=2).eval()))
     assert "backend='reference'" in message
@@ -429,6 +440,7 @@ def test_what_onnx_does_not_have(changes, says):
         onnx.layer(*ops.Arguments(**call | changes))
 
 
+@pytest.mark.slow
 def test_onnx_of_an_exported_program(onnx):
     model = Model(**DEEP).eval()
     program = torch.onnx.export(exported(model, ("lengths",), strict=True), dynamo=True, verbose=False)

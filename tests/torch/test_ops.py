@@ -86,6 +86,7 @@ OPCHECKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPCHECKS)
 def test_opcheck_of_the_layer(name):
     arguments = layer_arguments(**OPCHECKS[name])
@@ -101,6 +102,7 @@ def test_opcheck_of_its_backward(name, kept):
     check_backward(layer_arguments(**options), kept, grad=False)
 
 
+@pytest.mark.slow
 def test_opcheck_of_the_derivative_of_its_backward():
     """Which unrolls the steps, as the reference does."""
     options = {"H": 3, "rows": 2, "reset": True, "dtype": torch.float64}
@@ -118,12 +120,14 @@ def check_backward(arguments: tuple, kept: bool, grad: bool) -> None:
     assert set(torch.library.opcheck(torch.ops.lstmcore.layer_backward.default, arguments).values()) == {"SUCCESS"}
 
 
+@pytest.mark.slow
 def test_the_triton_kernels_as_an_operator(triton_kernels):
     for options in ({"H": 8, "save": True}, {"H": 8, "lengths": [4, 0, 2]}, {"H": 8, "D": 2, "P": 2, "reset": True}):
         arguments = layer_arguments(**options, backend="triton")
         assert set(torch.library.opcheck(torch.ops.lstmcore.layer.default, arguments).values()) == {"SUCCESS"}
 
 
+@pytest.mark.slow
 def test_double_backward_of_the_operator():
     """Through a graph that holds the operators themselves."""
     arguments = layer_arguments(H=2, D=2, rows=2, reset=True, dtype=torch.float64)
@@ -187,6 +191,7 @@ CONTROL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTROL)
 def test_compiled_is_eager(name, fresh_compiler):
     """A whole graph, forward and backward: the operator runs the kernels that an eager call runs."""
@@ -203,6 +208,7 @@ def test_compiled_is_eager(name, fresh_compiler):
         same(*(torch.utils._pytree.tree_leaves(m(x, **control)) for m in (compiled, model)))
 
 
+@pytest.mark.slow
 def test_steps_and_batch_are_dynamic(compiler):
     """The second shape makes a graph for all: no third one, however T and B change."""
     model = Model(num_layers=2, dropout=0.3)
@@ -219,6 +225,7 @@ def test_steps_and_batch_are_dynamic(compiler):
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.slow
 def test_no_second_graph_where_shapes_are_marked(fresh_compiler):
     model = Model()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -273,6 +280,7 @@ def test_packed_input_breaks_the_graph_and_works(fresh_compiler):
     assert torch.equal(compiled(packed)[0].data, model(packed)[0].data)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_can_be_recorded(fresh_compiler):
     """A recording needs nodes of its own: the graph breaks there while it lasts, and is whole again after."""
     model = Model(batch_first=True)

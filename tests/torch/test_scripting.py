@@ -76,6 +76,7 @@ def test_script(name):
     close(torch.jit.load(file)(x), net(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_copies_of_a_model_that_was_scripted(name):
     ours, _, options = MODULES[name]
