@@ -11,25 +11,28 @@ import lstmcore
 from lstmcore import cli
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "lstmcore", *arguments], capture_output=True, text=True, timeout=200)
+def run_here(capsys, *arguments: str) -> tuple[int, str, str]:
+    """(exit status, output, errors) of a command in this process, which has torch already."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as end:  # argparse
+        status = end.code
+    return status, *capsys.readouterr()
 
 
-@pytest.mark.slow
-def test_info():
-    done = command("info")
-    assert done.returncode == 0, done.stderr
+def test_info(capsys):
+    status, output, errors = run_here(capsys, "info")
+    assert status == 0, errors
     for text in (lstmcore.__version__, torch.__version__, "numba", "threads", "cache", "float32", "bfloat16", "auto"):
-        assert text in done.stdout
+        assert text in output
 
 
-@pytest.mark.slow
-def test_check():
-    done = command("check")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "FAILED" not in done.stdout
+def test_check(capsys):
+    status, output, errors = run_here(capsys, "check")
+    assert status == 0, output + errors
+    assert "FAILED" not in output
     for text in ("packed", "bidirectional", "bfloat16", "outputs", "gradients", "ok"):
-        assert text in done.stdout
+        assert text in output
 
 
 def test_check_fails_where_something_is_wrong(monkeypatch, capsys):
@@ -42,7 +45,6 @@ def test_check_fails_where_something_is_wrong(monkeypatch, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -52,21 +54,12 @@ def test_check_fails_where_something_is_wrong(monkeypatch, capsys):
     ],
     ids=str,
 )
-def test_prewarm(options):
-    done = command("prewarm", "--input-size", "3", "--hidden-size", "17", *options)
-    assert done.returncode == 0, done.stderr
-    assert ("float64" if "float64" in options else "float32") in done.stdout
-    assert "inference" in done.stdout
-    assert ("training" in done.stdout) == ("--inference" not in options)
-
-
-def run_here(capsys, *arguments: str) -> tuple[int, str, str]:
-    """(exit status, output, errors) of the same in this process, which has torch already."""
-    try:
-        status = cli.main(arguments)
-    except SystemExit as end:  # argparse
-        status = end.code
-    return status, *capsys.readouterr()
+def test_prewarm(options, capsys):
+    status, output, errors = run_here(capsys, "prewarm", "--input-size", "3", "--hidden-size", "17", *options)
+    assert status == 0, errors
+    assert ("float64" if "float64" in options else "float32") in output
+    assert "inference" in output
+    assert ("training" in output) == ("--inference" not in options)
 
 
 @pytest.mark.parametrize("name", ["", "info", "prewarm", "check"])
@@ -83,7 +76,8 @@ def test_version(capsys):
 
 @pytest.mark.slow
 def test_status_reaches_the_shell():
-    done = command("nonsense")
+    command = [sys.executable, "-m", "lstmcore", "nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2
     assert "nonsense" in done.stderr
 

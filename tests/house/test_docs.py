@@ -13,13 +13,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
+import bench.cli
 import lstmcore
+import lstmcore.cli
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *ROOT.glob("docs/**/*.md")]
@@ -33,6 +36,7 @@ COMMANDS = {
     for line in block.splitlines()
     if line.strip()
 } | {command for text in TEXTS.values() for command in re.findall(r"(?<!`)`((?:make|python) [^`\n]+)`", text)}
+MAINS = {"bench": bench.cli.main, "lstmcore": lstmcore.cli.main}
 WITH_EXAMPLES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in sorted(ROOT.glob("lstmcore/**/*.py"))
@@ -63,17 +67,29 @@ def harmless(command: str) -> list[str] | None:
     return None
 
 
-@pytest.mark.slow
+def status_here(main: Callable[[list[str]], int], arguments: list[str]) -> int | str | None:
+    """The status of a command that runs in this process: in another, it would cost an import of torch."""
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code
+
+
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_command(command):
+def test_command(command, threads, monkeypatch, capsys):
     instead = harmless(command)
     assert instead is not None, f"a form of command that is not tested: {command}"
     if instead[0] == "make" and shutil.which("make") is None:
         pytest.skip("make is not installed on this machine")
     if "tomllib" in instead[-1] and sys.version_info < (3, 11):
         pytest.skip("tomllib came with Python 3.11")
-    done = subprocess.run(instead, capture_output=True, text=True, timeout=200, cwd=ROOT)
-    assert done.returncode == 0, f"{shlex.join(instead)}\n{done.stdout}\n{done.stderr}"
+    monkeypatch.chdir(ROOT)
+    if instead[1:2] == ["-m"] and instead[2] in MAINS:
+        done = status_here(MAINS[instead[2]], instead[3:])
+        assert not done, "\n".join([shlex.join(instead), *capsys.readouterr()])
+    else:
+        done = subprocess.run(instead, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, f"{shlex.join(instead)}\n{done.stdout}\n{done.stderr}"
 
 
 def test_there_is_something_to_test():
