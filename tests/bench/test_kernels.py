@@ -12,6 +12,8 @@ from bench import cli
 from bench.gpu import kernels as kernel_report
 from bench.gpu.kernels import SHARED, Configuration, compile_all, configurations, longest_loop, problems
 
+pytestmark = pytest.mark.xdist_group("kernels")  # compiled once, for all
+
 CASES = [
     Configuration(90, "bfloat16", 128, 16, backward=False),
     Configuration(90, "float16", 1024, 16, backward=True),

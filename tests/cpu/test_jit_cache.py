@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("cache")  # filled once, for all
+
 LIMIT = 180.0  # seconds for one process that compiles
 # Four kernels, of a second together, which stand for the dozen of an LSTM: what they are is all the same to the cache.
 PROGRAM = """

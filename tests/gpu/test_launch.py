@@ -13,6 +13,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton", reason="the GPU kernels need Triton, which is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launches")]  # which one process makes, for all
 
 PROGRAM = """
 import json, warnings
@@ -76,21 +77,18 @@ def launches() -> list[list]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
 def test_each_call_is_one_launch_a_pass(launches):
     kernels = [(module, name) for module, name, *_ in launches]
     passes = ["lstm_fwd_kernel", "lstm_bwd_kernel"] * 4
     assert kernels == [("persistent", name) for name in passes] + [("split", name) for name in passes]
 
 
-@pytest.mark.slow
 def test_programs_that_wait_for_each_other_are_launched_together(launches):
     for module, _, programs, cooperative, _ in launches:
         assert cooperative == (module == "split")
         assert 1 <= programs <= 132
 
 
-@pytest.mark.slow
 def test_no_recompilation_when_steps_or_batch_change(launches):
     """Also not where one of them is 1 or a multiple of 16, which Triton would make special by itself."""
     for module, name, _, _, variants in launches:

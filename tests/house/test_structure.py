@@ -230,6 +230,7 @@ def wheel(tmp_path_factory) -> pathlib.Path:
     return path
 
 
+@pytest.mark.xdist_group("wheel")  # built once
 @pytest.mark.slow
 def test_wheel_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
@@ -244,6 +245,7 @@ def test_wheel_contents(wheel):
     assert any(name.endswith("LICENSE") for name in names)
 
 
+@pytest.mark.xdist_group("wheel")  # built once
 @pytest.mark.slow
 def test_wheel_works_where_it_is_unpacked(wheel, tmp_path):
     """Without the checkout: the package imports from the wheel's own files and computes."""
@@ -263,6 +265,7 @@ print(lstmcore.__version__)
     assert done.stdout.strip() in wheel.name
 
 
+@pytest.mark.xdist_group("wheel")  # built once
 @pytest.mark.slow
 def test_wheel_says_where_the_demonstration_is(wheel, tmp_path):
     """It needs the source: one sentence instead of a traceback."""
