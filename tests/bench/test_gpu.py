@@ -459,6 +459,19 @@ def test_statuses_and_figures(tmp_path, short_grace):
     ]
 
 
+@pytest.mark.parametrize(("kernel", "status"), [("nvjet_sm90_tst", "ok"), ("lstm_fwd_kernel", "failed")])
+def test_hazards_in_other_kernels_are_not_ours(tmp_path, short_grace, kernel, status):
+    report = (
+        f"========= Error: Race reported between Read access at {kernel}+0xaf0\n"
+        f"=========     and Write access at {kernel}+0x27e0 [16 hazards]\n"
+        "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
+    )
+    (sanitizer,) = (each for each in visit.STAGES if each.name == "sanitizer")
+    program = f"print({report!r}); raise SystemExit(9)"
+    outcomes, _ = run_stages(tmp_path, 1, stage("races", program, excused=sanitizer.excused))
+    assert [each.status for each in outcomes] == [status]
+
+
 @pytest.mark.serial
 def test_a_stage_that_hangs_is_ended_with_all_it_started(tmp_path, short_grace):
     """And the next one still runs, and the table still comes."""
