@@ -32,12 +32,12 @@ def made_up(case: str, experiment: str = "speed", **columns: object) -> Row:
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_rows(path):
-    """They read, in the order of the registry, and say what their experiments explain and nothing else."""
+    """They read, in the order of the registry, and say nothing but what their experiments explain."""
     found = rows.read(path)
     assert found == rows.merge([], found)
     for row in found:
         experiment = EXPERIMENTS[row.experiment]
-        assert set(row.details) == set(experiment.details)
+        assert set(row.details) <= set(experiment.details)
         assert row.on_gpu == path.stem.endswith("sm")
         assert GROUPS[row.group].device in experiment.full
 
