@@ -459,7 +459,6 @@ def test_statuses_and_figures(tmp_path, short_grace):
     ]
 
 
-@pytest.mark.serial
 def test_a_stage_that_hangs_is_ended_with_all_it_started(tmp_path, short_grace):
     """And the next one still runs, and the table still comes."""
     child = tmp_path / "child"
