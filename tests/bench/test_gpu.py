@@ -472,7 +472,6 @@ def test_hazards_in_other_kernels_are_not_ours(tmp_path, short_grace, kernel, st
     assert [each.status for each in outcomes] == [status]
 
 
-@pytest.mark.serial
 def test_a_stage_that_hangs_is_ended_with_all_it_started(tmp_path, short_grace):
     """And the next one still runs, and the table still comes."""
     child = tmp_path / "child"

@@ -254,7 +254,6 @@ def test_command(tmp_path):
 
 @pytest.mark.slow
 @needs_pictures
-@pytest.mark.serial
 def test_ctrl_c_keeps_what_is_done(tmp_path):
     """Interrupted in its third training; the first two are there afterwards."""
     options = ("--iterations", "1000000", "--minutes", "0.75", "--steps", "50", "--adding", "20", "--copy", "10")
