@@ -75,7 +75,13 @@ def status_here(main: Callable[[list[str]], int], arguments: list[str]) -> int |
         return end.code
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
+STARTED = ("pytest ", "python examples/")  # in processes of their own
+BY_COST = [
+    pytest.param(command, marks=[pytest.mark.slow] * command.startswith(STARTED)) for command in sorted(COMMANDS)
+]
+
+
+@pytest.mark.parametrize("command", BY_COST)
 def test_command(command, threads, monkeypatch, capsys):
     instead = harmless(command)
     assert instead is not None, f"a form of command that is not tested: {command}"

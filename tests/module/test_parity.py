@@ -10,6 +10,8 @@ from ..support.cases import BY_NAME, CASES, DTYPES, draw, run
 from ..support.oracle import RowByRow, assert_parity, judge
 from ..support.tolerances import ORDER_OF_SUMS, ORDER_OF_SUMS_F32, assert_library, assert_same, bound, error
 
+pytestmark = pytest.mark.xdist_group("parity")  # the oracle's results are remembered from one backend to the next
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
