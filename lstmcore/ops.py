@@ -103,6 +103,8 @@ class Arguments(NamedTuple):
 
 
 BEFORE_WEIGHTS = Arguments._fields.index("weights")
+GRADS = len(GradOutputs._fields)
+NEEDS = 4  # of the fields of Needs: what a recording wants is not asked of an operator
 
 
 class BackwardArguments(NamedTuple):
@@ -116,11 +118,13 @@ class BackwardArguments(NamedTuple):
     @staticmethod
     def unpack(args: Sequence[Any]) -> BackwardArguments:
         """From the order of the schema."""
-        return BackwardArguments(GradOutputs(*args[:4]), Needs(*args[4]), args[5], Arguments(*args[6:]))
+        return BackwardArguments(
+            GradOutputs(*args[:GRADS]), Needs(*args[GRADS]), args[GRADS + 1], Arguments(*args[GRADS + 2 :])
+        )
 
     def pack(self) -> tuple[Any, ...]:
         """In the order of the schema."""
-        return (*self.grads, list(self.needs[:4]), list(self.kept), *self.of_layer)
+        return (*self.grads, list(self.needs[:NEEDS]), list(self.kept), *self.of_layer)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -129,9 +133,9 @@ class BackwardArguments(NamedTuple):
 
     def with_tensors(self, tensors: Sequence[Any], weights: int) -> BackwardArguments:
         """The same with other :attr:`tensors`, of which ``weights`` are weights."""
-        end = 4 + BEFORE_WEIGHTS + weights
-        of_layer = self.of_layer.with_tensors(tensors[4:end])
-        return BackwardArguments(GradOutputs(*tensors[:4]), self.needs, list(tensors[end:]), of_layer)
+        end = GRADS + BEFORE_WEIGHTS + weights
+        of_layer = self.of_layer.with_tensors(tensors[GRADS:end])
+        return BackwardArguments(GradOutputs(*tensors[:GRADS]), self.needs, list(tensors[end:]), of_layer)
 
     def without_tensors(self) -> BackwardArguments:
         """The arguments without tensors, for contexts that store tensors separately."""

@@ -19,10 +19,9 @@ from torch.autograd import Function
 
 from lstmcore.backends import reference
 from lstmcore.kernels.contract import Call, GradOutputs, Needs, Rows, Weights
-from lstmcore.ops import BEFORE_WEIGHTS, LIBRARY, Arguments, BackwardArguments
+from lstmcore.ops import BEFORE_WEIGHTS, GRADS, LIBRARY, Arguments, BackwardArguments
 
 INPUT, H_0, C_0 = 0, 1, 2  # of the tensors of a layer
-GRADS = len(GradOutputs._fields)
 
 
 def in_graph(given: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

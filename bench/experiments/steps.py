@@ -4,6 +4,9 @@ That leaves what a single step costs and drops what a call costs; beside torch's
 model's prediction.  The input product is part of a step, as it is in the benchmark; its own time stands beside, so that
 the recurrence can be told from it.
 
+Where the host takes longer to launch a call than the device to run it, the difference says too little (small H, short
+cases): the experiment ``designs`` times the device itself.
+
 Legend: T steps, B batch, H hidden.
 """
 

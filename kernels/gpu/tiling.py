@@ -4,9 +4,10 @@ Every program of both designs keeps its slice of the recurrent weights in regist
 registers of a program decide the design.  Among the tiles that fit, a model of a step's time chooses.
 K chunk: terms of a row of h or dz that are received together.
 
-The model's constants were fitted to what ``python -m bench.gpu_designs`` measured on an H200 (bfloat16, 71 designs of
-eight shapes from H 128 to 1024 and B 16 to 256, in bench/results/designs): it is 10 % off on average and 27 % at most,
-and chooses the fastest of those designs in each shape, or one within 8 %.
+The model's constants were fitted to what ``python -m bench designs`` measured on an H200 (bfloat16, 71 designs of
+eight shapes from H 128 to 1024 and B 16 to 256): 10 % off on average then, and 27 % at most, and within
+8 % of the fastest design in each shape.  The rows are in
+bench/results/nvidia-h200-132sm.csv, and tests/bench/test_designs.py holds the model and its choices to them.
 """
 
 from __future__ import annotations

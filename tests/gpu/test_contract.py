@@ -200,3 +200,26 @@ def test_supports(triton_kernels):
         assert triton_kernels.supports(layer._replace(dtype=dtype)) is None
     for change in ({"device": torch.device("cuda")}, {"dtype": torch.float64}, {"dtype": torch.complex64}):
         assert isinstance(triton_kernels.supports(layer._replace(**change)), str)
+
+
+@pytest.mark.parametrize(
+    "setup", [SMALL, DENSE, replace(SMALL, P=0, dtype=torch.float16)], ids=["small", "dense", "16_bits"]
+)
+def test_launches_have_the_dtypes_that_kernels_are_compiled_for(triton_kernels, design, monkeypatch, setup):
+    """``make kernels`` compiles for ``Recurrence.pointers``: a call has to give these tensors, in these dtypes."""
+    recurrence, seen = triton_kernels.launch.Recurrence, []
+    launch = recurrence.launch
+
+    def checked(self, rows, tensors, **options):
+        given = {**tensors, "reset": rows.reset, "offsets": rows.offsets}
+        expected = self.pointers()
+        assert given.keys() == expected.keys()
+        assert {name: each.dtype for name, each in given.items() if each is not None} == {
+            name: expected[name] for name, each in given.items() if each is not None
+        }
+        seen.append(self.backward)
+        return launch(self, rows, tensors, **options)
+
+    monkeypatch.setattr(recurrence, "launch", checked)
+    solve(triton_kernels, pose(setup))
+    assert seen == [False, True]
