@@ -75,16 +75,19 @@ class Layer(NamedTuple):
     bias: bool = True
     ragged: bool = False
     training: bool = False  # gradients will be needed
+    segment: int = 0  # steps that backward computes again at a time; 0: forward saves what backward needs of all
 
     @staticmethod
     def of(
-        input: Tensor, weights: Sequence[Weights], steps: int, batch: int, ragged: bool = False, training: bool = False
-    ) -> Layer:
+        input: Tensor, weights: Sequence[Weights], steps: int, batch: int, ragged: bool = False, training: bool = False,
+        segment: int = 0,
+    ) -> Layer:  # fmt: skip
         """The sizes that these weights have, for an input of these steps and rows."""
         weight_ih, weight_hh, bias, _, weight_hr = weights[0]
         return Layer(
             input.device, input.dtype, steps, batch, weight_ih.shape[1], weight_hh.shape[0] // GATES,
             0 if weight_hr is None else weight_hr.shape[0], len(weights), bias is not None, ragged, training,
+            segment,
         )  # fmt: skip
 
     @property
@@ -100,6 +103,11 @@ class Layer(NamedTuple):
     def gates(self) -> int:
         """4H: the gates of all units."""
         return GATES * self.hidden_size
+
+    @property
+    def segments(self) -> int:
+        """How many segments the steps have; 0 if backward computes nothing again."""
+        return -(-self.steps // self.segment) if self.segment else 0
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -124,9 +132,9 @@ class Layer(NamedTuple):
         """(D, B, H), of c_0 and c_n."""
         return self.directions, self.batch, self.hidden_size
 
-    def as_called(self, ragged: bool, training: bool) -> Layer:
+    def as_called(self, ragged: bool, training: bool, segment: int = 0) -> Layer:
         """The same sizes for a call that may be ragged or trained; this one is neither."""
-        return Layer(*self[:-2], ragged, training) if ragged or training else self
+        return Layer(*self[:-3], ragged, training, segment * training) if ragged or training else self
 
     def after(self) -> Layer:
         """The next layer of a stack, whose input is the output of this one."""
@@ -153,9 +161,10 @@ class Call(NamedTuple):
         rows: Rows,
         reset: Tensor | None = None,
         training: bool = False,
+        segment: int = 0,
     ) -> Call:
         """A call of these tensors, which must fit each other."""
-        layer = Layer.of(input, weights, rows.steps, rows.batch, rows.ragged, training)
+        layer = Layer.of(input, weights, rows.steps, rows.batch, rows.ragged, training, segment)
         return Call(layer, rows, input, h_0, c_0, weights, reset)
 
     @property

@@ -35,7 +35,7 @@ def layer(
     entry, rows = REGISTRY[backend], call.rows
     sized = rows.total and call.layer.input_size and call.layer.hidden_size
     # autograd's own graph of the plain loop cannot be recorded
-    plain = not entry.fused and (source is None or not recording.watched(source.module()))
+    plain = not (entry.fused or call.layer.segment) and (source is None or not recording.watched(source.module()))
     if plain or not sized:  # kernels need every size to be at least 1
         kernels = backends.load(backend if plain else REFERENCE)
         return kernels.forward(call, cells=cells)[:4]
@@ -58,7 +58,12 @@ class _Layer(Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         call = Call.with_tensors(run.layer, run.rows, tensors)
-        result = backends.load(run.backend).forward(call, save=True, cells=run.cells)
+        try:
+            result = backends.load(run.backend).forward(call, save=True, cells=run.cells)
+        except (MemoryError, RuntimeError) as error:
+            if (advised := _advised(error, run.layer)) is None:
+                raise
+            raise advised from error
         ctx.run, ctx.inputs = run, len(tensors)
         ctx.save_for_backward(*tensors, result.output, *result.saved)
         ctx.sizes = [(each.shape, each.dtype) for each in result.saved]
@@ -73,6 +78,17 @@ class _Layer(Function):
             return _backward(ctx, GradOutputs(*grads))
         with torch.autocast(ctx.run.layer.device.type, enabled=False):
             return _backward(ctx, GradOutputs(*grads))
+
+
+def _advised(error: MemoryError | RuntimeError, layer: Layer) -> Exception | None:
+    """The error of a forward that has no memory for what backward needs, with what would help; None for others."""
+    text = str(error)
+    if layer.segment or not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text):
+        return None
+    return type(error)(
+        f"{text}\nThere is no memory for what backward needs of {layer.steps} steps, {layer.batch} rows and "
+        f"{layer.hidden_size} units: with recompute='auto' it keeps the states between segments of steps instead"
+    )
 
 
 def _backward(ctx: Any, grads: GradOutputs) -> tuple[Tensor | None, ...]:

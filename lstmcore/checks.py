@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lstmcore import routing
 from lstmcore.kernels.contract import Layer, Weights
+from lstmcore.recompute import Recompute
 
 # A call
 
@@ -49,6 +50,7 @@ class Given(NamedTuple):
     lengths: Any = None
     reset: Any = None
     return_cells: Any = False
+    recompute: Recompute = Recompute()
 
     @property
     def data(self) -> Tensor:
@@ -104,6 +106,7 @@ class Checked(NamedTuple):
     lengths: Tensor | None  # (B,)
     reset: Tensor | None  # (T, B) or (N,)
     cells: bool | str
+    recompute: Recompute
 
     def of_layer(self, params: Sequence[Any], index: int) -> Sequence[Any]:
         """The entries of one layer in a list like that of the parameters."""
@@ -146,7 +149,10 @@ def call(given: Given, compiling: bool = False) -> Checked:
     some_steps(steps)
     lengths = None if given.lengths is None else check_lengths(given.lengths, form.packed, batch, data.device)
     reset = None if given.reset is None else _reset(given, form, data, steps, batch)
-    return Checked(layer, form, options, data, h_0, c_0, params, weights, sizes, lengths, reset, given.return_cells)
+    cells, recompute = given.return_cells, given.recompute
+    return Checked(
+        layer, form, options, data, h_0, c_0, params, weights, sizes, lengths, reset, cells, recompute
+    )  # fmt: skip
 
 
 def is_autocast(tensor: Tensor) -> bool:

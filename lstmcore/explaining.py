@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import backends, checks
+from lstmcore import backends, checks, recompute
 from lstmcore.backends import AUTO, Choice, Situation
 from lstmcore.checks import Given, Options
 
@@ -42,8 +42,12 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended
         given = Given(data.view(1, -1, data.shape[-1]), None, params, Options(m.bias))
     else:
         options = Options(m.bias, m.num_layers, m.dropout, m.training, m.bidirectional, m.batch_first)
-        given = Given(input, None, [getattr(m, name) for name in m._flat_weights_names], options)
+        keep = recompute.asked(getattr(m, "recompute", None), getattr(m, "memory_budget", None))
+        weights = [getattr(m, name) for name in m._flat_weights_names]
+        given = Given(input, None, weights, options, recompute=keep)
     call = checks.call(given)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (given.data, *params))
-    layer = call.layer.as_called(call.form.packed, training)
-    return backends.chosen(backend, layer, call.options.num_layers, Situation.now(extended)).with_threads()
+    segment = recompute.segment(given.recompute, call.layer, call.options.num_layers) if training else 0
+    layer = call.layer.as_called(call.form.packed, training, segment)
+    situation = Situation.now(extended or segment > 0)
+    return backends.chosen(backend, layer, call.options.num_layers, situation).with_threads()

@@ -17,6 +17,7 @@ from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lstmcore import autograd, backends, checks, direct, recording, routing, transforms
+from lstmcore import recompute as recomputing
 from lstmcore.backends import REFERENCE, REGISTRY
 from lstmcore.checks import Checked, Given, Options
 from lstmcore.kernels.contract import Call, Layer, Rows, Weights
@@ -44,6 +45,8 @@ def lstm(
     lengths: Tensor | Sequence[int] | None = None,
     reset: Tensor | None = None,
     return_cells: bool | Literal["all"] = False,
+    recompute: int | Literal["auto"] | None = None,
+    memory_budget: int | None = None,
     backend: str = "auto",
     module: torch.nn.Module | None = None,
 ) -> tuple[Any, ...]:
@@ -76,6 +79,13 @@ def lstm(
             ``done[t]`` (the episode ended with the action of step t), ``reset[t] = done[t - 1]``, and ``reset[0]`` is
             the last ``done`` of the previous rollout.  With packed input it is packed like the data, in the same order.
         return_cells: also return every c_t of the last layer; ``"all"``: of every layer.
+        recompute: None keeps gates and cells of all steps for backward.  A number of steps S keeps the states between
+            segments of S steps instead, and backward computes one segment after another again: the same results (bit
+            for bit on the CPU) for one forward more; in memory, T / S states and S steps instead of T steps.
+            ``"auto"`` does so where they would exceed ``memory_budget``, with the S that needs least (in a compiled
+            graph, which serves any T and B, always, with 256 steps).
+        memory_budget: with ``recompute="auto"``, bytes that a call may keep for backward beside its input and output;
+            None: a quarter of the memory that is available.
         backend: ``"auto"``, ``"triton"``, ``"numba"``, ``"torch"`` or ``"reference"``.
         module: the module that makes this call, for :func:`lstmcore.record_gradient_flow`; None: not recorded.
 
@@ -86,13 +96,15 @@ def lstm(
 
     Raises:
         ValueError: input of a wrong rank or dtype; unknown backend; ``lengths`` out of range, or with packed input;
-            another ``return_cells``.
-        RuntimeError: a size or device that does not fit; T = 0; a named backend that cannot run the call.
-        TypeError: ``lengths`` that are not integers, ``reset`` that is not bool; a Tensor subclass that holds its
-            values elsewhere.
+            another ``return_cells``; ``recompute`` or ``memory_budget`` below 1, or a budget without ``"auto"``.
+        RuntimeError: a size or device that does not fit; T = 0; a named backend that cannot run the call; a
+            ``memory_budget`` that no segment fits.
+        TypeError: ``lengths`` that are not integers, ``reset`` that is not bool; a ``recompute`` or ``memory_budget``
+            of another type; a Tensor subclass that holds its values elsewhere.
     """
     options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    return _lstm(Given(input, hx, params, options, lengths, reset, return_cells), backend, module)
+    keep = recomputing.asked(recompute, memory_budget)
+    return _lstm(Given(input, hx, params, options, lengths, reset, return_cells, keep), backend, module)
 
 
 def _lstm(given: Given, backend: str, module: torch.nn.Module | None) -> tuple[Any, ...]:
@@ -150,12 +162,14 @@ def _route(call: Checked, extended: bool, backend: str, module: torch.nn.Module 
     fused = backend not in REGISTRY or REGISTRY[backend].fused
     way = Way.GRAPH if compiling else routing.way(tensors, fused)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
+    segment = _segment(call, way, training)
     if way in (Way.GRAPH, Way.TRANSFORMED):
-        return Route(way, backend, None, call.layer.as_called(False, training))
+        return Route(way, backend, None, call.layer.as_called(False, training, segment))
     rows = _rows(call)
-    layer = call.layer.as_called(rows.ragged, training)
+    layer = call.layer.as_called(rows.ragged, training, segment)
     wanted = REFERENCE if way is Way.FORWARD_MODE and fused else backend
-    situation = backends.Situation.now(extended or recording.watched(module), opaque=way is Way.OPERATIONS)
+    extended = extended or segment > 0 or recording.watched(module)
+    situation = backends.Situation.now(extended, opaque=way is Way.OPERATIONS)
     name = backends.chosen(wanted, layer, call.options.num_layers, situation).name
     if not _whole(name) and (call.form.packed or call.lengths is not None) and torch._C._get_tracing_state():
         raise RuntimeError(
@@ -166,6 +180,13 @@ def _route(call: Checked, extended: bool, backend: str, module: torch.nn.Module 
     if REGISTRY[name].fused and torch._C._len_torch_dispatch_stack():
         way = Way.GRAPH  # a mode that intercepts operators sees one
     return Route(way, name, rows, layer)
+
+
+def _segment(call: Checked, way: Way, training: bool) -> int:
+    """The steps that backward computes again at a time; 0 if it does not, or if autograd has the operations."""
+    if not training or call.recompute.segment is None or way in (Way.FORWARD_MODE, Way.OPERATIONS):
+        return 0
+    return recomputing.segment(call.recompute, call.layer, call.options.num_layers)
 
 
 def _rows(call: Checked) -> Rows:
@@ -204,7 +225,7 @@ def _layer_by_layer(
         if route.rows is None or route.way is Way.GRAPH:
             given = Arguments(
                 output, h_0, c_0, call.reset, form.batch_sizes, call.lengths, params, layer.batch, layer.directions,
-                by_row, wanted, layer.training, route.backend,
+                by_row, wanted, layer.training, route.backend, layer.segment,
             )  # fmt: skip
             run = transforms.transformed if route.way is Way.TRANSFORMED else transforms.in_graph
             output, h, c, c_all = run(given)

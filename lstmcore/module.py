@@ -15,6 +15,7 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from lstmcore import backends, direct, functional, init, scripting
+from lstmcore import recompute as recomputing
 
 
 class LSTM(nn.RNNBase):
@@ -39,6 +40,11 @@ class LSTM(nn.RNNBase):
             ``"reference"`` insist on one.  :func:`lstmcore.explain` says what runs and why.
         forget_bias: the initial bias of the forget gates of every layer and direction (Jozefowicz et al. 2015);
             see :func:`lstmcore.init.forget_bias_`.
+        recompute: None keeps gates and cells of all steps for backward; a number of steps S keeps the states between
+            segments of S steps and computes the rest again in backward, with the same results; ``"auto"`` does so where
+            they would exceed ``memory_budget``.  See :func:`lstmcore.lstm`.
+        memory_budget: with ``recompute="auto"``, bytes that a call may keep for backward; None: a quarter of the memory
+            that is available.
         chrono: the longest lag in steps that the memory has to span; the biases of the forget and input gates start
             with time constants spread up to it (Tallec & Ollivier 2018); see :func:`lstmcore.init.chrono_`.
 
@@ -46,7 +52,8 @@ class LSTM(nn.RNNBase):
 
     Raises:
         ValueError, TypeError: as ``torch.nn.LSTM``; ValueError for an unknown backend, for both of ``forget_bias`` and
-            ``chrono``, for either without biases, for a ``forget_bias`` that is not finite or a ``chrono`` below 3.
+            ``chrono``, for either without biases, for a ``forget_bias`` that is not finite or a ``chrono`` below 3; as
+            :func:`lstmcore.lstm` for ``recompute`` and ``memory_budget``.
 
     Examples:
         >>> lstm = lstmcore.LSTM(64, 128, num_layers=2)
@@ -56,6 +63,8 @@ class LSTM(nn.RNNBase):
     """
 
     backend: str = "auto"
+    recompute: int | Literal["auto"] | None = None
+    memory_budget: int | None = None
     forget_bias: float | None = None
     chrono: int | None = None
 
@@ -73,10 +82,13 @@ class LSTM(nn.RNNBase):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        recompute: int | Literal["auto"] | None = None,
+        memory_budget: int | None = None,
         forget_bias: float | None = None,
         chrono: int | None = None,
     ) -> None:
         backends.check_name(backend)
+        recomputing.asked(recompute, memory_budget)
         init.check_options(forget_bias, chrono, bias)
         # before RNNBase.__init__, which calls reset_parameters()
         if forget_bias is not None:
@@ -97,7 +109,7 @@ class LSTM(nn.RNNBase):
             device,
             dtype,
         )
-        self.backend = backend
+        self.backend, self.recompute, self.memory_budget = backend, recompute, memory_budget
 
     def forward(
         self,
@@ -128,7 +140,7 @@ class LSTM(nn.RNNBase):
             params = [own[name] for name in self._flat_weights_names]
         except KeyError:  # replaced by something else: parametrized, pruned, weight-normed, a data-parallel replica
             params = [getattr(self, name) for name in self._flat_weights_names]
-        if lengths is None and reset is None and not return_cells:
+        if lengths is None and reset is None and not return_cells and self.recompute is None:
             found = direct.call(self, input, hx, params, self.backend)  # type: ignore[arg-type]
             if found is not None:
                 return found[0], found[1:]
@@ -145,6 +157,8 @@ class LSTM(nn.RNNBase):
             lengths=lengths,
             reset=reset,
             return_cells=return_cells,
+            recompute=self.recompute,
+            memory_budget=self.memory_budget,
             backend=self.backend,
             module=self,
         )
@@ -180,7 +194,7 @@ class LSTM(nn.RNNBase):
     def extra_repr(self) -> str:
         return nn.RNNBase.extra_repr(self) + "".join(
             f", {name}={getattr(self, name)!r}"
-            for name in ("backend", "forget_bias", "chrono")
+            for name in ("backend", "recompute", "memory_budget", "forget_bias", "chrono")
             if getattr(self, name) != getattr(LSTM, name)
         )
 

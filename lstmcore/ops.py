@@ -33,7 +33,7 @@ LIBRARY = torch.library.Library("lstmcore", "DEF")
 vars(torch.ops.lstmcore)["library"] = LIBRARY
 _INPUTS = (
     "Tensor input, Tensor? h_0, Tensor? c_0, Tensor? reset, Tensor? batch_sizes, Tensor? lengths, Tensor[] weights, "
-    "SymInt batch, int directions, bool batch_first, bool cells, bool save, str backend"
+    "SymInt batch, int directions, bool batch_first, bool cells, bool save, str backend, int segment=0"
 )
 LIBRARY.define(f"layer({_INPUTS}) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor[] kept)")
 LIBRARY.define(
@@ -58,6 +58,7 @@ class Arguments(NamedTuple):
     cells: bool
     save: bool
     backend: str  # "auto": as for long sequences, for every T and B
+    segment: int = 0  # of Layer
 
     @property
     def packed(self) -> bool:
@@ -95,11 +96,11 @@ class Arguments(NamedTuple):
     def call(self, rows: Rows) -> Call:
         """The call of a backend; RuntimeError for a wrong number of weights."""
         weights = guards.weights(self.weights, self.directions)
-        return Call.of(self.input, self.h_0, self.c_0, weights, rows, self.reset, self.save)
+        return Call.of(self.input, self.h_0, self.c_0, weights, rows, self.reset, self.save, self.segment)
 
     @property
     def extended(self) -> bool:
-        return self.reset is not None or self.lengths is not None or self.cells
+        return self.reset is not None or self.lengths is not None or self.cells or self.segment > 0
 
 
 BEFORE_WEIGHTS = Arguments._fields.index("weights")
@@ -238,7 +239,8 @@ def _like_rows(given: Arguments, width: Any, dtype: torch.dtype) -> Tensor:
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     given = Arguments(*args)
     input, weights = given.input, Weights.by_direction(given.weights, given.directions)
-    layer = Layer.of(input, weights, 1, given.batch, training=given.save)
+    steps = input.shape[0] if given.batch_sizes is None else given.batch_sizes.shape[0]
+    layer = Layer.of(input, weights, steps, given.batch, training=given.save, segment=given.segment)
     kept = []
     if given.cells:
         kept.append(_like_rows(given, layer.directions * layer.hidden_size, state_dtype(input.dtype)))

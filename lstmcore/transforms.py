@@ -28,7 +28,7 @@ def in_graph(given: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(output, h_n, c_n, cells or None): one node in the graph of the compiler, exporter or mode that traces."""
     run: Any = torch.ops.lstmcore.layer
     if torch.compiler.is_exporting():
-        given = given._replace(save=False)  # mostly for inference; training then computes forward again
+        given = given._replace(save=False, segment=0)  # mostly for inference; training then computes forward again
         if torch.onnx.is_in_onnx_export():  # here for inference mode, below for previously exported programs
             from lstmcore import onnx
 
@@ -53,7 +53,7 @@ def of_saved(
     given = Arguments(
         call.input, call.h_0, call.c_0, call.reset, rows.batch_sizes if rows.packed else None, lengths,
         [weight for weight in weights if weight is not None], rows.batch, call.layer.directions, rows.batch_first,
-        grads.cells is not None, True, backend,
+        grads.cells is not None, True, backend, call.layer.segment,
     )  # fmt: skip
     found = iter(_gradients(BackwardArguments(grads, needs, kept, given)))
     states = [next(found) for _ in range(3)]

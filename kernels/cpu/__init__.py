@@ -11,7 +11,8 @@ The modules, each importing only from those above it::
     sync, steps, copying                                   barriers; the order of steps; clearing and copying rows
     microkernel, matmul                                    products: of register blocks, and of any size
     forward, backward, jobs, statistics, peak              the kernels
-    problem, prepare    a kind of call, for the host       backend       the contract's five functions
+    problem, prepared, segments, prepare                   a kind of call, for the host
+    backend                                                the contract's five functions
 
 What decided this form, and what was tried, is in ``docs/notes/cpu-tuning.md``.
 
@@ -32,6 +33,12 @@ Memory, in addition to the caller's tensors:
 * ``gates`` (N, U, 4, lanes), in the caller's dtype, and ``cells`` (N, H'): saved for backward.
 * ``dz`` (U, tokens of a chunk, 4, lanes): panel by panel, so that weight gradients read it contiguously.  k counts the
   tokens of a part.
+
+Segments.  A launch computes the steps ``first`` to ``last``.  With ``layer.segment`` forward is one launch that keeps
+no gates; it writes the h and c that enter each segment to ``borders_h`` (segments, B, P') and ``borders_c``.  Backward
+then launches forward and backward by turns (``segments.py``): forward resumes from a border into gates and cells of one
+segment, whose addresses are moved back so that tokens are counted as ever, and backward goes on where the launch
+before it ended, in the middle of a chunk or not.  So no sum changes, and the bits are those of a call that kept all.
 
 Denormal numbers count as zero in the kernels (float32: below 1.2e-38).  A vanishing gradient, such as a default LSTM's
 if its loss reads the last step, becomes denormal on its way to zero and would stay so for tens of thousands of

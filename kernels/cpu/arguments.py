@@ -14,9 +14,11 @@ class ForwardArgs(NamedTuple):
     """Arguments of one member of ``lstm_fwd_kernel`` (see the package): addresses, bytes, counts."""
 
     # outputs
-    y: int  # of this direction, (N or T * B, P)
-    gates: int  # (N, U, 4, lanes); 0: inference
+    y: int  # of this direction, (N or T * B, P); 0: not wanted
+    gates: int  # (N, U, 4, lanes); 0: not wanted
     cells: int  # (N, H'); 0: not wanted
+    borders_h: int  # (segments, B, P'): the states that enter each segment of steps; with ``resume`` an input
+    borders_c: int  # (segments, B, H')
     # state and scratch
     h: int  # (2, B, P')
     c: int  # (B, H')
@@ -33,6 +35,10 @@ class ForwardArgs(NamedTuple):
     reset: int  # bytes; 0: none
     # sizes
     steps: int
+    first: int  # steps ``first`` to ``last`` are computed, in the direction's order
+    last: int
+    segment: int  # steps of a segment; 0: no borders
+    resume: int  # 1: start from the border at ``first``; 0: from h and c, and write every border
     batch: int
     inputs: int
     hidden: int
@@ -105,6 +111,8 @@ class BackwardArgs(NamedTuple):
     reset: int
     # sizes
     steps: int
+    first: int  # steps ``first`` to ``last`` are computed, in the direction's order
+    last: int
     batch: int
     inputs: int
     hidden: int

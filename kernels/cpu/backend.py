@@ -10,7 +10,7 @@ whole vectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ from . import buffers, process, threads, tiling
 from .backward import NORM_PANELS
 from .prepare import BackwardForm, ForwardForm, Strides, prepare_backward, prepare_forward, prepared_for
 from .problem import DTYPES, kernels_of, threads_for
-from .statistics import statistics
+from .segments import Segmented
+from .statistics import Statistics
 
 
 def supports(layer: Layer) -> str | None:
@@ -45,11 +46,14 @@ def supports(layer: Layer) -> str | None:
     return None
 
 
-def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """See the contract: the gates of each direction, then their cells."""
+def saves(layer: Layer, room: int) -> list[tuple[tuple[int], torch.dtype]]:
+    """See the contract: the gates of each direction, then their cells; with segments, the h and c that enter each."""
     kernels = kernels_of(layer.dtype)
     padded = kernels.block.padded(layer.hidden_size)
-    sizes = ((GATES * padded, layer.dtype), (padded, kernels.compute))
+    sizes = (GATES * padded, layer.dtype), (padded, kernels.compute)
+    if layer.segment:
+        room = layer.segments * layer.batch
+        sizes = (kernels.block.padded(layer.width), kernels.compute), (padded, kernels.compute)
     return [((room * width,), dtype) for width, dtype in sizes for _ in range(layer.directions)]
 
 
@@ -77,12 +81,16 @@ def _flags(reset: Tensor | None) -> Tensor | None:
 
 
 def _parameters(weights: tuple[Weights, ...], compute: torch.dtype, forward: bool) -> dict[object, Tensor | None]:
-    """The weights as the jobs read them, by (name, direction): contiguous and in the compute dtype."""
+    """The weights as the jobs read them, by (name, direction): contiguous and in the compute dtype.
+
+    ``forward``: also the transpose of weight_hr, which forward reads.
+    """
     named: dict[object, Tensor | None] = {}
     for direction, parameters in enumerate(weights):
-        for name, weight in zip(Weights._fields, parameters, strict=True):
-            if weight is not None and name == "weight_hr" and forward:
-                weight = weight.T
+        each = parameters._asdict()
+        if forward and parameters.weight_hr is not None:
+            each["weight_hr.T"] = parameters.weight_hr.T
+        for name, weight in each.items():
             if weight is not None and (weight.dtype != compute or not weight.is_contiguous()):
                 weight = weight.detach().to(compute).contiguous()
             named[name, direction] = weight
@@ -96,18 +104,29 @@ def forward(call: Call, *, save: bool = False, cells: bool = False) -> Forward:
     h_0, c_0, flags, kernels = _rows_dense(call.h_0), _rows_dense(call.c_0), _flags(call.reset), kernels_of(layer.dtype)
     output = rows.new(x, layer.directions * layer.width, zero=False)
     h_n, c_n = x.new_empty(layer.h_shape), x.new_empty(layer.c_shape)
-    padded = kernels.block.padded(layer.hidden_size)
-    kept = [buffers.take(rows.room * padded, kernels.compute) for _ in range(layer.directions * (save or cells))]
-    gates = [buffers.take(rows.room * GATES * padded, x.dtype) for _ in range(layer.directions * save)]
-    form = ForwardForm(_strides(x), _strides(output), _strides(flags), _strides(h_0), _strides(c_0), save, bool(kept))
+    saved = [buffers.take(count, dtype) for (count,), dtype in saves(layer, rows.room)] if save else []
+    whole = save and not layer.segment
+    kept = saved[layer.directions :] if whole else []
+    if cells and not kept:
+        width = kernels.block.padded(layer.hidden_size)
+        kept = [buffers.take(rows.room * width, kernels.compute) for _ in range(layer.directions)]
+    strides = _strides(x), _strides(output), _strides(flags), _strides(h_0), _strides(c_0)
+    form = ForwardForm(*strides, gates=whole, cells=bool(kept), borders=save and not whole)
     prepared = prepared_for(prepare_forward, call, threads.available(threads_for(layer, rows.total)), form)
     tensors: dict[object, Any] = {
         "x": x, "y": output, "reset": flags, "h_0": h_0, "c_0": c_0, "h_n": h_n, "c_n": c_n,
         **_parameters(call.weights, kernels.compute, forward=True),
-        **_by_direction("gates", gates), **_by_direction("cells", kept),
+        **_by_direction("cells", kept), **_saved(layer, saved),
     }  # fmt: skip
-    prepared.run(kernels.forward(), tensors)
-    return Forward(output, h_n, c_n, _cells_out(call, kept, output) if cells else None, (*gates, *kept) if save else ())
+    prepared.run([kernels.forward()], tensors)
+    return Forward(output, h_n, c_n, _cells_out(call, kept, output) if cells else None, tuple(saved))
+
+
+def _saved(layer: Layer, saved: Sequence[Tensor]) -> dict[object, Any]:
+    """What forward saves, by (name, direction)."""
+    names = ("borders_h", "borders_c") if layer.segment else ("gates", "cells")
+    halves = saved[: layer.directions], saved[layer.directions :]
+    return {(name, d): each for name, half in zip(names, halves, strict=True) for d, each in enumerate(half)}
 
 
 def _by_direction(name: str, each: Iterable[Any]) -> dict[object, Any]:
@@ -156,25 +175,49 @@ def backward(call: Call, grads: GradOutputs, output: Tensor, saved: tuple[Tensor
     gradients = [_new_gradients(parameters, kernels.compute, needs) for parameters in call.weights]
     tensors: dict[object, Any] = {
         "x": x, "y": y, "dy": dy, "reset": flags, "h_0": h_0, "c_0": c_0, "dh_n": dh_n, "dc_n": dc_n,
-        "grad_h": grad_h, "grad_c": grad_c, **_parameters(call.weights, kernels.compute, forward=False),
-        **_by_direction("gates", saved[:count]), **_by_direction("cells", saved[count:]),
-        **_by_direction("dx", dx), **_by_direction("norms", squares), **_by_direction("dcells", dcells),
+        "grad_h": grad_h, "grad_c": grad_c, **_parameters(call.weights, kernels.compute, forward=layer.segment > 0),
+        **_saved(layer, saved), **_by_direction("dx", dx), **_by_direction("norms", squares),
+        **_by_direction("dcells", dcells),
         **{(f"grad of {name}", d): g for d, each in enumerate(gradients) for name, g in each._asdict().items()},
     }  # fmt: skip
-    prepared.run(kernels.backward(), tensors)
+    statistics = None
+    if needs.gate_rows:
+        statistics = Statistics(kernels.statistics(), kernels.block.lanes, call, needs.gate_rows)
+    if isinstance(prepared, Segmented):
+        _run_segments(prepared, tensors, statistics)
+    else:
+        prepared.run([kernels.backward()], tensors)
+        if statistics is not None:
+            for direction in range(count):
+                statistics.add(direction, saved[direction].data_ptr(), 0, layer.steps)
     if len(dx) == 2:
         dx[0] += dx[1]
-    gates = None
-    if needs.gate_rows:
-        gates = statistics(kernels.statistics(), kernels.block.lanes, call, saved[:count], needs.gate_rows)
     return Gradients(
         dx[0] if dx else None,
         grad_h,
         grad_c,
         tuple(_as_weights(each, parameters) for each, parameters in zip(gradients, call.weights, strict=True)),
         _magnitudes(rows, kernels, squares) if needs.norms else None,
-        gates,
+        None if statistics is None else statistics.result(),
     )
+
+
+def _run_segments(prepared: Segmented, tensors: dict[object, Any], statistics: Statistics | None) -> None:
+    """Runs a backward that computes gates and cells again, a segment at a time."""
+    p, segments, room = prepared.problem, prepared.segments, prepared.segments.room
+    kernels, directions = p.kernels, range(p.directions)
+    gates = [buffers.take(room * p.padded_gates, p.layer.dtype) for _ in directions]
+    cells = [buffers.take(room * p.padded_hidden, kernels.compute) for _ in directions]
+
+    def each(number: int) -> None:
+        assert statistics is not None
+        for direction in directions:
+            moved = int(segments.gates[direction, number]) * p.padded_gates * p.stored
+            last = int(segments.last[number])
+            statistics.add(direction, gates[direction].data_ptr() - moved, int(segments.first[number]), last)
+
+    tensors |= {**_by_direction("gates", gates), **_by_direction("cells", cells)}
+    prepared.run([kernels.forward(), kernels.backward()], tensors, None if statistics is None else each)
 
 
 def _new_gradients(parameters: Weights, compute: torch.dtype, needs: Needs) -> WeightGradients:

@@ -1,7 +1,9 @@
 """The backward kernel, which each thread of a launch runs; the package's docstring has sizes, memory and partition.
 
 A launch processes its chunks of steps from last to first: first the steps of the chunk one by one, then the products
-over all its tokens, which are the gradients of the weights and of the input.
+over all its tokens, which are the gradients of the weights and of the input.  Its steps may begin and end inside a
+chunk: what the chunk has so far stays in scratch until the launch of the steps before completes it, so the bits do not
+depend on how the steps are divided among launches.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class Step(NamedTuple):
 
 
 def _make_walk(variant: Variant) -> Any:
-    """(widths_of, chunk_of, step_of)."""
+    """(widths_of, last_chunk, chunk_of, step_of)."""
     lanes, panel, stored = variant.block.lanes, variant.block.panel, variant.stored
     vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
 
@@ -86,6 +88,11 @@ def _make_walk(variant: Variant) -> Any:
             panels * panel * stored, a.chunk_tokens * gate_bytes, first, min(4 * a.column_end, h_vectors) - first,
             norm_row, a.norms + a.steps * a.batch * norm_row,
         )  # fmt: skip
+
+    @inline
+    def last_chunk(a):
+        """The number of the chunk that has the step before ``last``, or of a later one."""
+        return a.chunks - 1 if a.chunk_borders != 0 else -(-a.last // a.chunk) - 1
 
     @inline
     def chunk_of(a, w, number):
@@ -110,7 +117,7 @@ def _make_walk(variant: Variant) -> Any:
             min(active, active_rows(a.batch_sizes, a.batch, t_prev)) if s > 0 else 0, s & 1,
         )  # fmt: skip
 
-    return widths_of, chunk_of, step_of
+    return widths_of, last_chunk, chunk_of, step_of
 
 
 def _make_project_back(variant: Variant) -> Any:
@@ -396,7 +403,7 @@ def _make_input_gradients(variant: Variant) -> Any:
 def backward_kernel(variant: Variant) -> Any:
     """The compiled backward kernel."""
     panel, gate_bytes = variant.block.panel, variant.gate_bytes
-    widths_of, chunk_of, step_of = _make_walk(variant)
+    widths_of, last_chunk, chunk_of, step_of = _make_walk(variant)
     complete_dh, project_back, keep_hidden = _make_project_back(variant)
     cell_gradients, reset_rows = _make_cell_gradients(variant)
     copy_operands, weight_gradients = _make_copy_operands(variant), _make_weight_gradients(variant)
@@ -436,10 +443,16 @@ def backward_kernel(variant: Variant) -> Any:
         """Processes a member's arguments; returns the address of those that come next on this thread."""
         w = widths_of(a)
         passed = 0
-        for number in range(a.chunks - 1, -1, -1):
+        for number in range(last_chunk(a), -1, -1):
             chunk = chunk_of(a, w, number)
-            for s in range(chunk.last - 1, chunk.first - 1, -1):
+            if chunk.first >= a.last:
+                continue
+            if chunk.last <= a.first:
+                break
+            for s in range(min(chunk.last, a.last) - 1, max(chunk.first, a.first) - 1, -1):
                 passed = step_back(a, w, step_of(a, w, chunk, s), passed)
+            if chunk.first < a.first:  # the launch of the steps before completes it
+                break
             for s in range(chunk.first + a.member, chunk.last, a.members):
                 copy_operands(a, w, step_of(a, w, chunk, s))
             passed = meet(a, passed)

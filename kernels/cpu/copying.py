@@ -11,10 +11,10 @@ from .variant import Variant
 
 @functools.cache
 def row_functions(variant: Variant) -> SimpleNamespace:
-    """``clear``, ``clear_stored``, ``widen_row``, ``narrow_row``, ``copy_strips``."""
+    """``clear``, ``copy``, ``clear_stored``, ``widen_row``, ``narrow_row``, ``copy_strips``."""
     ops, lanes, size, stored = variant.ops, variant.block.lanes, variant.size, variant.stored
     most, vector_bytes = variant.block.rows, variant.vector_bytes
-    store, zeros = ops.store, ops.zeros
+    load, store, zeros = ops.load, ops.store, ops.zeros
     load_storage, store_storage = ops.make_load(variant.storage), ops.make_store(variant.storage)
     load_scalar, store_scalar = ops.make_load(variant.scalar), ops.make_store(variant.scalar)
 
@@ -23,6 +23,12 @@ def row_functions(variant: Variant) -> SimpleNamespace:
         """Zeroes ``count`` whole vectors."""
         for i in range(count):
             store(address + i * vector_bytes, zeros())
+
+    @inline
+    def copy(target, source, count):
+        """Copies ``count`` whole vectors."""
+        for i in range(count):
+            store(target + i * vector_bytes, load(source + i * vector_bytes))
 
     @inline
     def clear_stored(address, count):
@@ -58,5 +64,6 @@ def row_functions(variant: Variant) -> SimpleNamespace:
                 store_scalar(at + i * size, value, width - i)
 
     return SimpleNamespace(
-        clear=clear, clear_stored=clear_stored, widen_row=widen_row, narrow_row=narrow_row, copy_strips=copy_strips
-    )
+        clear=clear, copy=copy, clear_stored=clear_stored,
+        widen_row=widen_row, narrow_row=narrow_row, copy_strips=copy_strips,
+    )  # fmt: skip

@@ -145,7 +145,7 @@ def _make_project_chunk(variant: Variant) -> Any:
         """Lists the addresses of x and z of the member's tokens in the chunk from step ``s`` on; their number."""
         stage = a.x_stage + a.member * a.chunk_tokens * a.inputs * size
         count = 0
-        for later in range(s, min(s + a.chunk, a.steps)):
+        for later in range(s, min(s + a.chunk, a.last)):
             t = walk(a.reverse, a.steps, later)
             x_here = a.x + user_index(a.packed, a.row_starts, a.batch, t) * a.x_step
             # Members may be in different chunks: in scratch every row has the same place at each step, active or not.
@@ -194,10 +194,10 @@ def _make_compute_panels(variant: Variant) -> Any:
         if a.fused != 0:
             start, start_row, depth = a.bias, 0, a.inputs
         else:
-            slot = step.s % a.chunk * a.batch if a.z != 0 else step.n
+            slot = (step.s - a.first) % a.chunk * a.batch if a.z != 0 else step.n
             start, start_row, depth = w.z_base + (slot + a.row_begin) * w.z_row, w.z_row, 0
         h_to, h_to_row = (a.m, w.c_row) if a.m != 0 else (step.h_out, w.h_row)
-        y = 0 if a.m != 0 else a.y + step.position * a.y_step + p * lanes * stored
+        y = 0 if a.m != 0 or a.y == 0 else a.y + step.position * a.y_step + p * lanes * stored
         done = a.row_begin
         while done < step.end:
             n = block_size(step.end - done, most)
@@ -250,7 +250,7 @@ def _make_finish_step(variant: Variant) -> Any:
             step.h_out,
             a.h_rows + 8 * a.row_begin,
         )
-        for r in range(a.row_begin, step.end):
+        for r in range(a.row_begin, step.end if a.y != 0 else a.row_begin):
             narrow_row(
                 a.y + step.position * a.y_step + load_int(a.y_rows + 8 * r) + w.h_first * lanes * stored,
                 step.h_out + r * w.h_row + w.h_first * vector_bytes,
@@ -278,6 +278,39 @@ def _make_finish_step(variant: Variant) -> Any:
     return project_hidden, clear_padding, reset_rows
 
 
+def _make_borders(variant: Variant) -> Any:
+    """(keep_border, enter): the states between segments of steps; each member has the ranges that it writes itself."""
+    copy, vector_bytes = row_functions(variant).copy, variant.vector_bytes
+
+    @inline
+    def keep_border(a, w, s):
+        """Writes the state that enters step ``s``, the first of a segment."""
+        h, at_h, at_c = a.h + (s & 1) * a.h_half, w.h_first * vector_bytes, a.panel_begin * vector_bytes
+        for r in range(a.row_begin, a.row_end):
+            row = s // a.segment * a.batch + r
+            copy(a.borders_h + row * w.h_row + at_h, h + r * w.h_row + at_h, w.h_count)
+            copy(a.borders_c + row * w.c_row + at_c, a.c + r * w.c_row + at_c, a.panel_end - a.panel_begin)
+
+    @inline
+    def enter(a, w):
+        """Starts from the border at step ``first``.  Its c also goes where backward looks for that of the step before;
+        its h into both halves, as h_0 does."""
+        t_prev = walk(a.reverse, a.steps, a.first - 1)
+        active = active_rows(a.batch_sizes, a.batch, t_prev) if a.first > 0 else 0
+        n_prev = row_start(a.row_starts, a.batch, t_prev) if a.first > 0 else 0
+        at_h, at_c, panels = w.h_first * vector_bytes, a.panel_begin * vector_bytes, a.panel_end - a.panel_begin
+        for r in range(a.row_begin, a.row_end):
+            row = a.first // a.segment * a.batch + r
+            from_c = a.borders_c + row * w.c_row + at_c
+            copy(a.h + r * w.h_row + at_h, a.borders_h + row * w.h_row + at_h, w.h_count)
+            copy(a.h + a.h_half + r * w.h_row + at_h, a.borders_h + row * w.h_row + at_h, w.h_count)
+            copy(a.c + r * w.c_row + at_c, from_c, panels)
+            if r < active:
+                copy(a.cells + (n_prev + r) * w.c_row + at_c, from_c, panels)
+
+    return keep_border, enter
+
+
 @functools.cache
 def forward_kernel(variant: Variant) -> Any:
     """The compiled forward kernel."""
@@ -285,6 +318,7 @@ def forward_kernel(variant: Variant) -> Any:
     vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
     project_chunk, compute_panels = _make_project_chunk(variant), _make_compute_panels(variant)
     project_hidden, clear_padding, reset_rows = _make_finish_step(variant)
+    keep_border, enter = _make_borders(variant)
     read = make_read(ForwardArgs)
 
     @inline
@@ -311,9 +345,11 @@ def forward_kernel(variant: Variant) -> Any:
         """Processes a member's arguments; returns the address of those that come next on this thread."""
         w = widths_of(a)
         passed = 0
-        for s in range(-1, a.steps):
-            if s >= 0:
-                if a.fused == 0 and s % a.chunk == 0:
+        if a.resume != 0:
+            enter(a, w)
+        for s in range(a.first - 1, a.last):
+            if s >= a.first:
+                if a.fused == 0 and (s - a.first) % a.chunk == 0:
                     project_chunk(a, w, s)
                 step = step_of(a, s)
                 compute_panels(a, w, step)
@@ -321,10 +357,12 @@ def forward_kernel(variant: Variant) -> Any:
                     if a.lockstep != 0:
                         passed = meet(a, passed)
                     project_hidden(a, w, step)
-                if a.packed == 0 and a.batch_sizes != 0:
+                if a.y != 0 and a.packed == 0 and a.batch_sizes != 0:
                     clear_padding(a, w, step)
             if a.reset != 0 and s + 1 < a.steps:
                 reset_rows(a, w, s + 1)
+            if a.segment != 0 and a.resume == 0 and s + 1 < a.steps and (s + 1) % a.segment == 0:
+                keep_border(a, w, s + 1)
             if a.lockstep != 0:
                 passed = meet(a, passed)
         return a.following

@@ -1,4 +1,4 @@
-"""The kernels' arguments for one kind of call: a struct per member, the jobs before and after, and scratch memory.
+"""The kernels' arguments for one kind of call: from the problem and the layout of its tensors to what is launched.
 
 Prepared once per kind of call if all rows have all steps, because a small call takes less time than preparing it;
 otherwise prepared for each call.
@@ -11,177 +11,19 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from ..contract import Call, Layer, Needs
-from ..integers import ceil_div
-from . import buffers, threads, tiling
+from . import tiling
 from .arguments import BackwardArgs, ForwardArgs
 from .backward import JOINED_ROWS
-from .jobs import (
-    PACK_BIAS,
-    PACK_COLUMNS,
-    PACK_GATES,
-    ROWS_IN,
-    ROWS_OUT,
-    UNPACK_COLUMNS,
-    UNPACK_GATES,
-    VALUES_WORTH_THREADS,
-    Job,
-    JobsArgs,
-    column_panels_size,
-    gate_order,
-)
-from .problem import OWN, Active, Problem, Table, Template, side_by_side
-
-LINE = 16  # int64 of a barrier's counter, so that no two share a cache line
-Strides = tuple[int, ...] | None  # of a tensor; None if there is none
-
-
-class Jobs:
-    """The jobs before a call's launches, or those after them; buffers by name (see ``Buffers``)."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.jobs, self.values = problem, list[Job](), 0
-
-    @property
-    def members(self) -> int:
-        """How many threads the jobs are worth."""
-        return self.problem.available if self.values >= VALUES_WORTH_THREADS else 1
-
-    def pack_gates(self, packed: int, weight: object, depth: int) -> None:
-        """The weight (4H, depth) into gate panels."""
-        p = self.problem
-        self.jobs.append(Job(PACK_GATES, p.panels, packed, p.buffers.at(weight), depth, p.hidden))
-        self.values += p.layer.gates * depth
-
-    def pack_bias(self, packed: int, bias_ih: object, bias_hh: object) -> None:
-        """Biases (4H,) into the gate panels of their sum; zeros for a layer without biases."""
-        p = self.problem
-        one, other = (p.buffers.at(bias) if p.layer.bias else 0 for bias in (bias_ih, bias_hh))
-        self.jobs.append(Job(PACK_BIAS, p.panels, packed, one, 1, p.hidden, other=other))
-
-    def pack_columns(self, packed: int, weight: object, columns: int, order: Table) -> None:
-        """The weight (·, columns) into column panels; ``order``: which of its rows each k is."""
-        p, depth = self.problem, len(order.values)
-        panels = ceil_div(columns, p.block.panel)
-        self.jobs.append(Job(PACK_COLUMNS, panels, packed, p.buffers.at(weight), depth, columns, order.address))
-        self.values += depth * columns
-
-    def unpack_gates(self, target: object, packed: int, depth: int, parts: int, stride: int) -> None:
-        """Gate panels into a gradient (4H, depth)."""
-        p = self.problem
-        self.jobs.append(
-            Job(
-                UNPACK_GATES, p.panels, p.buffers.at(target), packed, depth, p.hidden,
-                parts=parts, part_stride=stride,
-            )
-        )  # fmt: skip
-        self.values += parts * p.layer.gates * depth
-
-    def unpack_columns(self, target: object, packed: int, depth: int, columns: int, parts: int, stride: int) -> None:
-        """Whole column panels into a gradient (depth, columns)."""
-        p = self.problem
-        self.jobs.append(
-            Job(
-                UNPACK_COLUMNS, ceil_div(columns, p.block.panel), p.buffers.at(target), packed, depth, columns,
-                parts=parts, part_stride=stride,
-            )
-        )  # fmt: skip
-        self.values += parts * depth * columns
-
-    def rows_in(self, target: int, rows: Table, state: object, strides: Strides, direction: int, columns: int) -> None:
-        """A user's state (D, B, columns), or zeros, to rows of whole vectors in sorted order."""
-        p, source, source_rows = self.problem, 0, rows
-        if strides is not None:
-            source = p.buffers.at(state, direction * strides[0] * p.stored)
-            source_rows = p.offsets(strides[1] * p.stored)
-        self.jobs.append(
-            Job(
-                ROWS_IN, p.batch, target, source, columns=columns,
-                target_rows=rows.address, source_rows=source_rows.address,
-            )
-        )  # fmt: skip
-
-    def rows_out(self, source: int, rows: Table, state: object, itemsize: int, direction: int, columns: int) -> None:
-        """Rows in sorted order to a new state (D, B, columns)."""
-        p = self.problem
-        target = p.buffers.at(state, direction * p.batch * columns * itemsize)
-        self.jobs.append(
-            Job(
-                ROWS_OUT, p.batch, target, source, columns=columns,
-                target_rows=p.offsets(columns * itemsize).address, source_rows=rows.address,
-            )
-        )  # fmt: skip
-
-    def clear(self, target: int, values: int) -> None:
-        rows = self.problem.multiples(1, 1)
-        self.jobs.append(Job(ROWS_IN, 1, target, 0, columns=values, target_rows=rows.address))
-
-
-class Prepared:
-    """All arguments of the kernels for one kind of call, with placeholders for addresses.
-
-    A call fills them into one array of int64, which holds every argument struct and job; what points to another of
-    them is an address in the buffer called "arguments".
-    """
-
-    def __init__(
-        self, problem: Problem, before: Jobs, launches: Sequence[np.ndarray], after: Jobs, members: int
-    ) -> None:
-        self.problem = problem
-        self._arrays: list[np.ndarray] = []
-        self._length = 0  # values so far
-        structs, fields = np.concatenate(launches), launches[0].shape[1]
-        # never part of a launch: its members wait for each other
-        together = members * side_by_side(members, problem.available)
-        self._counters = slice(LINE, LINE + LINE * (len(structs) // members))  # on cache lines of their own
-        counters = self._add(np.zeros((len(structs) // members + 2, LINE), np.int64)) + 8 * LINE
-        first = problem.buffers.at("arguments", 8 * self._length)
-        structs[:, -2] = counters + np.arange(len(structs)) // members * 8 * LINE
-        # A thread runs one launch after another.
-        structs[:-together, -1] = first + np.arange(together, len(structs)) * 8 * fields
-        self._launches = self._launch(structs, min(together, len(structs)))
-        self._before, self._after = self._jobs(before), self._jobs(after)
-        self._template = Template(np.concatenate(self._arrays))
-        self._names = list(problem.buffers.numbers)[len(OWN) :]
-        del self._arrays
-
-    def _add(self, values: np.ndarray) -> int:
-        """Appends ``values`` to the array; the placeholder of their address."""
-        at = self.problem.buffers.at("arguments", 8 * self._length)
-        self._arrays.append(values.reshape(-1))
-        self._length += values.size
-        return at
-
-    def _launch(self, structs: np.ndarray, members: int) -> threads.Launch:
-        begin = 8 * self._length
-        self._add(structs)
-        return threads.Launch(begin, members, 8 * structs.shape[1])
-
-    def _jobs(self, jobs: Jobs) -> threads.Launch | None:
-        if not jobs.jobs:
-            return None
-        first, members = self._add(np.array(jobs.jobs, np.int64)), jobs.members
-        return self._launch(np.array([JobsArgs(first, len(jobs.jobs), m, members) for m in range(members)]), members)
-
-    def run(self, kernel: Any, tensors: dict[object, Any]) -> None:
-        """Runs the launches, with these tensors as the buffers of the same names."""
-        p, arguments = self.problem, np.empty(self._length, np.int64)
-        scratch, base = buffers.scratch(p.buffers.scratch)
-        here = buffers.address_of(arguments)
-        addresses = [0, here, base, *[tensors[name].data_ptr() for name in self._names]]
-        self._template.fill(arguments, np.array(addresses, np.int64))
-        jobs, counters = p.kernels.jobs(), arguments[self._counters]
-        if self._before is not None:
-            threads.run(jobs, self._before.at(here))
-        threads.run(kernel, self._launches.at(here), counters)
-        if self._after is not None:
-            threads.run(jobs, self._after.at(here))
-        del scratch  # in use until here
+from .jobs import column_panels_size, gate_order
+from .prepared import Jobs, Prepared, Stage, Strides
+from .problem import Active, Problem, side_by_side
+from .segments import Segmented
 
 
 def prepared_for(prepare: Callable[..., Prepared], call: Call, available: int, form: NamedTuple) -> Prepared:
@@ -204,12 +46,19 @@ class ForwardForm(NamedTuple):
     """What a forward's arguments depend on in addition to the ``Problem``: strides of the tensors, and flags."""
 
     x: Strides
-    y: Strides
+    y: Strides  # None: not wanted
     reset: Strides
     h_0: Strides
     c_0: Strides
-    save: bool
+    gates: bool
     cells: bool
+    borders: bool  # the states between segments are kept
+    again: bool = False  # a segment at a time, from its border, for backward
+
+    @staticmethod
+    def of_segment(x: Strides, reset: Strides) -> ForwardForm:
+        """Of a forward that is computed again."""
+        return ForwardForm(x, None, reset, None, None, True, True, True, again=True)
 
 
 class BackwardForm(NamedTuple):
@@ -236,51 +85,73 @@ def _geometry(p: Problem, form: ForwardForm | BackwardForm) -> dict[str, int]:
 
 
 def prepare_forward(problem: Problem, form: ForwardForm) -> Prepared:
-    p, at = problem, problem.buffers.at
+    before, after = Jobs(problem), Jobs(problem)
+    return Prepared(problem, before, [_forward_stage(problem, form, before, after)], after)
+
+
+def _forward_stage(p: Problem, form: ForwardForm, before: Jobs, after: Jobs) -> Stage:
+    """The launches of a forward, one a direction; appends its jobs."""
+    at, stored = p.buffers.at, p.layer.dtype.itemsize
     plan = tiling.plan(
         p.steps, p.batch, p.hidden, p.width, p.inputs, p.block, p.size, max(1, p.available // p.directions)
     )
-    borders = p.row_groups(plan, 0, p.batch)
-    h_half = p.state_bytes(p.padded_width, borders)
-    h_rows, c_rows = p.state_rows(p.padded_width, borders), p.state_rows(p.padded_hidden, borders)
+    groups = p.row_groups(plan, 0, p.batch)
+    h_half = p.state_bytes(p.padded_width, groups)
     fused = plan.fused and not p.kernels.staged
     shared = p.shape | _geometry(p, form) | {
         "x": at("x"), "reset": at("reset") if form.reset else 0, "h_half": h_half,
         "chunk": plan.chunk, "chunk_tokens": plan.chunk * p.batch, "fused": int(fused),
+        "segment": p.layer.segment * form.borders, "resume": int(form.again),
     }  # fmt: skip
-    stored = p.layer.dtype.itemsize
-    before, after, launches = Jobs(p), Jobs(p), list[np.ndarray]()
+    structs = []
     for direction in range(p.directions):
-        scratch = _forward_scratch(p, plan, borders, fused, form.save)
-        for half in (0, h_half):
-            before.rows_in(scratch["h"] + half, h_rows, "h_0", form.h_0, direction, p.width)
-        before.rows_in(scratch["c"], c_rows, "c_0", form.c_0, direction, p.hidden)
-        before.pack_gates(scratch["w_x"], ("weight_ih", direction), p.inputs)
-        before.pack_gates(scratch["w_h"], ("weight_hh", direction), p.width)
-        before.pack_bias(scratch["bias"], ("bias_ih", direction), ("bias_hh", direction))
-        if p.projected:
-            before.pack_columns(scratch["w_r"], ("weight_hr", direction), p.width, p.multiples(p.hidden, 1))
-        arguments = ForwardArgs(**shared | scratch | {
-            "reverse": direction, "y": at("y", direction * p.width * stored),
-            "gates": at(("gates", direction)) if form.save else 0,
+        scratch = _forward_scratch(p, plan, groups, fused, form.gates)
+        _pack_forward(p, scratch, direction, before)
+        if not form.again:
+            _forward_states(p, form, scratch, groups, direction, before, after)
+        borders = {name: at((name, direction)) if form.borders else 0 for name in ("borders_h", "borders_c")}
+        arguments = ForwardArgs(**shared | scratch | borders | {
+            "reverse": direction, "y": at("y", direction * p.width * stored) if form.y else 0,
+            "gates": at(("gates", direction)) if form.gates else 0,
             "cells": at(("cells", direction)) if form.cells else 0,
         })  # fmt: skip
-        launches.append(p.members(arguments, plan, borders))
-        after.rows_out(scratch["c"], c_rows, "c_n", stored, direction, p.hidden)
-        last, last_rows = p.last_rows(scratch["h"], h_rows, h_half, direction)
-        after.rows_out(last, last_rows, "h_n", stored, direction, p.width)
-    return Prepared(p, before, launches, after, plan.members)
+        structs.append(p.members(arguments, plan, groups))
+    return Stage(np.concatenate(structs), ForwardArgs._fields, plan.members)
 
 
-def _forward_scratch(p: Problem, plan: tiling.Plan, borders: list[int], fused: bool, save: bool) -> dict[str, int]:
+def _pack_forward(p: Problem, scratch: dict[str, int], direction: int, before: Jobs) -> None:
+    """Appends the jobs for the weights of one direction."""
+    before.pack_gates(scratch["w_x"], ("weight_ih", direction), p.inputs)
+    before.pack_gates(scratch["w_h"], ("weight_hh", direction), p.width)
+    before.pack_bias(scratch["bias"], ("bias_ih", direction), ("bias_hh", direction))
+    if p.projected:
+        before.pack_columns(scratch["w_r"], ("weight_hr.T", direction), p.width, p.multiples(p.hidden, 1))
+
+
+def _forward_states(
+    p: Problem, form: ForwardForm, scratch: dict[str, int], groups: list[int], direction: int,
+    before: Jobs, after: Jobs,
+) -> None:  # fmt: skip
+    """Appends the jobs for the states of one direction."""
+    stored, h_half = p.layer.dtype.itemsize, p.state_bytes(p.padded_width, groups)
+    h_rows, c_rows = p.state_rows(p.padded_width, groups), p.state_rows(p.padded_hidden, groups)
+    for half in (0, h_half):
+        before.rows_in(scratch["h"] + half, h_rows, "h_0", form.h_0, direction, p.width)
+    before.rows_in(scratch["c"], c_rows, "c_0", form.c_0, direction, p.hidden)
+    after.rows_out(scratch["c"], c_rows, "c_n", stored, direction, p.hidden)
+    last, last_rows = p.last_rows(scratch["h"], h_rows, h_half, direction)
+    after.rows_out(last, last_rows, "h_n", stored, direction, p.width)
+
+
+def _forward_scratch(p: Problem, plan: tiling.Plan, groups: list[int], fused: bool, gates: bool) -> dict[str, int]:
     """The scratch of one direction; see ``ForwardArgs``."""
     size, staged, chunk_tokens, gate_bytes = p.size, p.kernels.staged, plan.chunk * p.batch, p.padded_gates * p.size
-    state = p.state_bytes(p.padded_hidden, borders)
+    state = p.state_bytes(p.padded_hidden, groups)
     return p.buffers.reserve(
-        h=2 * p.state_bytes(p.padded_width, borders),
+        h=2 * p.state_bytes(p.padded_width, groups),
         c=state,
         m=state * p.projected,
-        z=chunk_tokens * gate_bytes * (not fused and (not save or staged)),
+        z=chunk_tokens * gate_bytes * (not fused and (not gates or staged)),
         x_stage=plan.members * chunk_tokens * p.inputs * size * staged,
         table=plan.members * 2 * chunk_tokens * 8 * (not fused),
         w_x=gate_bytes * p.inputs,
@@ -305,9 +176,11 @@ def prepare_backward(problem: Problem, form: BackwardForm) -> Prepared:
         "chunk": plan.chunk, "chunk_tokens": plan.chunk * most,
         "panel_rows": p.multiples(max(p.batch, JOINED_ROWS), p.block.panel * p.size).address,
     }  # fmt: skip
-    before, after, launches = Jobs(p), Jobs(p), list[np.ndarray]()
-    # Parts that do not run at the same time use the same memory.
-    together = min(side_by_side(plan.members, p.available), p.directions * len(parts))
+    before, after, structs = Jobs(p), Jobs(p), list[np.ndarray]()
+    # Parts that do not run at the same time use the same memory, unless they are interrupted between segments.
+    together = p.directions * len(parts)
+    if not p.layer.segment:
+        together = min(together, side_by_side(plan.members, p.available))
     in_turn = [_part_scratch(p, plan.chunk * most, needs) for _ in range(together)]
     for direction in range(p.directions):
         scratch = _backward_scratch(p, borders, needs)
@@ -326,12 +199,16 @@ def prepare_backward(problem: Problem, form: BackwardForm) -> Prepared:
         for index, ((first, last, starts), groups) in enumerate(zip(parts, by_part, strict=True)):
             own = {name: address and address + index * stride for name, address in sums.items()}
             arguments = BackwardArgs(
-                **whole, **own, **in_turn[len(launches) % len(in_turn)],
+                **whole, **own, **in_turn[len(structs) % len(in_turn)],
                 **p.chunks(first, last, plan.chunk, plan.chunk * most, direction),
                 part_begin=first, part_end=last, part_starts=starts,
             )  # fmt: skip
-            launches.append(p.members(arguments, plan, groups, index * plan.row_groups))
-    return Prepared(p, before, launches, after, plan.members)
+            structs.append(p.members(arguments, plan, groups, index * plan.row_groups))
+    stage = Stage(np.concatenate(structs), BackwardArgs._fields, plan.members)
+    if not p.layer.segment:
+        return Prepared(p, before, [stage], after)
+    again = _forward_stage(p, ForwardForm.of_segment(form.x, form.reset), before, after)
+    return Segmented(p, before, [again, stage], after)
 
 
 def _backward_jobs(

@@ -162,13 +162,14 @@ class Problem:
         self.columns = ceil_div(self.width, self.block.panel)
         self.buffers = Buffers()
         self._tables: list[Table] = []
-        self.batch_sizes, self.order, sizes, starts = None, None, 0, 0
+        self.batch_sizes, self.starts, self.order, sizes, starts = None, None, None, 0, 0
         if active is not None:
             self.order = active.order
             self.batch_sizes, sizes = self.table(active.batch_sizes)
-            starts = self.table(starts_of(self.batch_sizes)).address
+            self.starts, starts = self.table(starts_of(self.batch_sizes))
         self.shape = {  # the arguments that both kernels share
-            "steps": self.steps, "batch": self.batch, "inputs": self.inputs, "hidden": self.hidden, "width": self.width,
+            "steps": self.steps, "first": 0, "last": self.steps, "batch": self.batch,
+            "inputs": self.inputs, "hidden": self.hidden, "width": self.width,
             "batch_sizes": sizes, "row_starts": starts, "packed": int(self.packed),
             "h_rows": self.multiples(self.batch, self.padded_width * self.size).address,
             "m_rows": self.multiples(self.batch, self.padded_hidden * self.size).address,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -25,7 +25,6 @@ import torch
 from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
-from torch import Tensor
 
 from ..contract import Call, GateStatistics
 from ..gate_statistics import BINS, LEAST, sampled_rows
@@ -34,6 +33,7 @@ from . import buffers
 from .jit import kernel
 from .memory import load_int
 from .simd import simd
+from .steps import walk
 from .variant import Variant
 from .vector import I32, I64, PTR, llvm_call, splat, sum_lanes, widen_to_double
 
@@ -132,7 +132,7 @@ def statistics_kernel(variant: Variant) -> Any:
         variant.key,
         numba.void(
             numba.float64[:, ::1], numba.int32[:, :, ::1], numba.float64[::1], numba.float64[:, ::1],
-            numba.float64[:, :, ::1], *[numba.int64] * 7,
+            numba.float64[:, :, ::1], *[numba.int64] * 10,
         ),
     )  # fmt: skip
     def lstm_gates_kernel(
@@ -146,13 +146,18 @@ def statistics_kernel(variant: Variant) -> Any:
         sampled,  # R
         row_starts,  # (T + 1,) int64; 0: t * batch
         steps,
+        first,  # of the steps to count, in the direction's order
+        last,
+        reverse,
         batch,
         hidden,
     ):
         panels = -(-hidden // lanes)
         totals = accumulators.ctypes.data
         fields, scratch = totals + 3 * gate_bytes, products.ctypes.data
-        for t in range(steps):
+        # The order of backward, so that a product may continue where the call for the steps after it ended.
+        for step in range(last - 1, first - 1, -1):
+            t = walk(reverse, steps, step)
             first, end = t * batch, (t + 1) * batch
             if row_starts != 0:
                 first, end = load_int(row_starts + 8 * t), load_int(row_starts + 8 * (t + 1))
@@ -181,7 +186,7 @@ def statistics_kernel(variant: Variant) -> Any:
                     totals + k * gate_bytes, fields + k * gate_bytes,
                     sums.ctypes.data + 8 * (3 * t + k), counts.ctypes.data + 4 * BINS * (3 * t + k),
                 )  # fmt: skip
-            if t % FACTORS == FACTORS - 1 or t == steps - 1:
+            if step % FACTORS == 0:
                 for s in range(sampled):
                     for u in range(hidden):
                         log_forget[u] += math.log(products[s, u])
@@ -211,32 +216,45 @@ def norms_kernel(scalar: str):
     return lstm_norms_kernel
 
 
-def statistics(kernel: Callable, lanes: int, call: Call, gates: Sequence[Tensor], wanted: int) -> GateStatistics:
-    """The statistics of ``wanted`` rows of a call, from the gates (N, U, 4, lanes) of each direction."""
-    rows, hidden, directions, steps = call.rows, call.layer.hidden_size, len(gates), call.rows.steps
-    starting, starts, row_starts = rows.batch, 0, None
-    if rows.batch_sizes is not None:
-        starting, row_starts = int(rows.batch_sizes[0]), starts_of(rows.batch_sizes.numpy())
-        starts = row_starts.ctypes.data
-    sample = np.array(sampled_rows(starting, wanted))
-    sums = np.zeros((directions, steps, 3))
-    counts = np.zeros((directions, steps, 3, BINS), np.int32)
-    log_forget = np.zeros((directions, hidden))
-    size = 2 * 3 * lanes, len(sample) * ceil_div(hidden, lanes) * lanes
-    scratch = buffers.take(sum(size), torch.float64).numpy()  # aligned
-    accumulators, products = scratch[: size[0]].reshape(2, 3, lanes), scratch[size[0] :].reshape(len(sample), -1)
-    accumulators[:], products[:] = 0, 1
-    for d, each in enumerate(gates):
-        kernel(
-            sums[d], counts[d], log_forget[d], products, accumulators,
-            each.data_ptr(), sample.ctypes.data, len(sample), starts, steps, rows.batch, hidden,
+class Statistics:
+    """The statistics of ``wanted`` rows of a call, from the gates of each direction, of all steps or some at a time.
+
+    Steps come as backward takes them, the direction's last ones first.
+    """
+
+    def __init__(self, kernel: Callable, lanes: int, call: Call, wanted: int) -> None:
+        rows, layer = call.rows, call.layer
+        self._kernel, self._layer, self._sizes, starting = kernel, layer, rows.batch_sizes, rows.batch
+        self._row_starts = None
+        if rows.batch_sizes is not None:
+            starting, self._row_starts = int(rows.batch_sizes[0]), starts_of(rows.batch_sizes.numpy())
+        self._sample = sample = np.array(sampled_rows(starting, wanted))
+        directions, steps, hidden = layer.directions, layer.steps, layer.hidden_size
+        self._sums = np.zeros((directions, steps, 3))
+        self._counts = np.zeros((directions, steps, 3, BINS), np.int32)
+        self._log_forget = np.zeros((directions, hidden))
+        size = 2 * 3 * lanes, directions * len(sample) * ceil_div(hidden, lanes) * lanes
+        scratch = buffers.take(sum(size), torch.float64).numpy()  # aligned
+        self._accumulators = scratch[: size[0]].reshape(2, 3, lanes)
+        self._products = scratch[size[0] :].reshape(directions, len(sample), -1)
+        self._accumulators[:], self._products[:] = 0, 1
+
+    def add(self, direction: int, gates: int, first: int, last: int) -> None:
+        """Steps ``first`` to ``last`` of a direction, whose gates (N, U, 4, lanes) lie at the address ``gates``."""
+        starts = 0 if self._row_starts is None else self._row_starts.ctypes.data
+        d, layer = direction, self._layer
+        self._kernel(
+            self._sums[d], self._counts[d], self._log_forget[d], self._products[d], self._accumulators,
+            gates, self._sample.ctypes.data, len(self._sample), starts, layer.steps, first, last, d, layer.batch,
+            layer.hidden_size,
         )  # fmt: skip
-    del row_starts  # the kernel reads it until here
-    sizes = rows.batch_sizes
-    active = np.full(steps, len(sample)) if sizes is None else (sample < sizes.numpy()[:, None]).sum(1)
-    return GateStatistics(
-        torch.from_numpy(sums).permute(2, 0, 1),
-        torch.from_numpy(counts).permute(2, 0, 1, 3),
-        torch.from_numpy(log_forget),
-        torch.from_numpy(active),
-    )
+
+    def result(self) -> GateStatistics:
+        sample, sizes = self._sample, self._sizes
+        active = np.full(self._layer.steps, len(sample)) if sizes is None else (sample < sizes.numpy()[:, None]).sum(1)
+        return GateStatistics(
+            torch.from_numpy(self._sums).permute(2, 0, 1),
+            torch.from_numpy(self._counts).permute(2, 0, 1, 3),
+            torch.from_numpy(self._log_forget),
+            torch.from_numpy(active),
+        )

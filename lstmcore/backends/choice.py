@@ -44,7 +44,8 @@ class Choice:
 class Situation(NamedTuple):
     """What a choice depends on in addition to the layers."""
 
-    extended: bool = False  # the call uses what torch's LSTM does not have: lengths, reset, cells, a recording
+    # the call uses what torch's LSTM does not have: lengths, reset, cells, recompute, a recording
+    extended: bool = False
     opaque: bool = False  # its tensors are of a subclass, or torch.jit traces it
     orphan: bool = False  # torch may wait for threads that only the parent process has
     several: bool = True  # there is more than one thread
@@ -59,7 +60,7 @@ def _why_not(backend: Backend, layers: tuple[Layer, ...], situation: Situation) 
     """One sentence on why a backend cannot run these layers here, or None if it can."""
     dtype = layers[0].dtype
     if situation.extended and not backend.extended:
-        return "it has no lengths, reset or return_cells, and nothing to record; use backend='auto'"
+        return "it has no lengths, reset, return_cells or recompute, and nothing to record; use backend='auto'"
     if situation.opaque and backend.fused:
         return (
             "tensor subclasses do not enter kernels, and torch.jit's tracer does not see them; use plain tensors, or "

@@ -10,8 +10,8 @@ T time, B batch, N tokens: (step, row) pairs, n active rows of one step, I input
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from lstmcore.kernels.contract import (
     GradOutputs,
     Layer,
     Needs,
+    Rows,
     WeightGradients,
     Weights,
     state_dtype,
@@ -39,8 +40,12 @@ def supports(layer: Layer) -> str | None:
 
 
 def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Nothing: backward computes forward again."""
-    return []
+    """Nothing, backward computes forward again; with segments, the h and c that enter each (D, K, B, ·)."""
+    if not layer.segment:
+        return []
+    shape, widths = (layer.directions, layer.segments, layer.batch), (layer.width, layer.hidden_size)
+    dtypes = layer.dtype, state_dtype(layer.dtype)
+    return [((*shape, width), dtype) for width, dtype in zip(widths, dtypes, strict=True)]
 
 
 class Trace:
@@ -95,43 +100,116 @@ class Trace:
         return statistics(self._gates, active)
 
 
+class _Start(NamedTuple):
+    """A call as the loop takes it: step by step, rows sorted."""
+
+    inputs: Sequence[Tensor] | Mapping[int, Tensor]  # by step, (n, I)
+    resets: Sequence[Tensor | None]  # T of (n, 1)
+    h_0: Tensor  # (D, B, P)
+    c_0: Tensor  # (D, B, H)
+
+    @staticmethod
+    def of(call: Call) -> _Start:
+        rows, input = call.rows, call.input
+        h_0 = input.new_zeros(call.layer.h_shape) if call.h_0 is None else call.h_0
+        c_0 = input.new_zeros(call.layer.c_shape) if call.c_0 is None else call.c_0
+        resets = [None] * rows.steps if call.reset is None else rows.split(call.reset[..., None])
+        return _Start(rows.split(input), resets, _sorted(rows, h_0), _sorted(rows, c_0))
+
+
+class _Steps(NamedTuple):
+    """What the loop computes, by step."""
+
+    h: dict[int, Tensor]  # (n, P)
+    c: dict[int, Tensor]  # (n, H), state dtype
+
+
+class _EachStep(NamedTuple):
+    """The gradients that arrive at every step of one direction."""
+
+    h: list[Tensor] | None  # T of (n, P)
+    c: list[Tensor] | None  # T of (n, H)
+
+    @staticmethod
+    def of(rows: Rows, grads: GradOutputs, layer: Layer, d: int) -> _EachStep:
+        P, H = layer.width, layer.hidden_size
+        dy = None if grads.output is None else rows.split(grads.output[..., d * P : (d + 1) * P])
+        return _EachStep(dy, None if grads.cells is None else rows.split(grads.cells[..., d * H : (d + 1) * H]))
+
+    def at(self, steps: _Steps) -> Iterator[tuple[Tensor, Tensor]]:
+        """The states of ``steps``, each with the gradient that arrives there."""
+        for states, arrived in zip(steps, self, strict=True):
+            if arrived is not None:
+                yield from ((state, arrived[t]) for t, state in states.items())
+
+
+def _ends(rows: Rows, grads: GradOutputs, like: tuple[Tensor, ...], d: int) -> tuple[Tensor, ...]:
+    """The gradients of the last h and c of one direction, sorted, in the dtypes of ``like``; zeros if not used."""
+    return tuple(
+        each.new_zeros(each.shape[2:]) if grad is None else _sorted(rows, grad)[d].to(each.dtype)
+        for grad, each in zip(grads[1:3], like, strict=True)
+    )
+
+
+def _sorted(rows: Rows, state: Tensor) -> Tensor:
+    return state if rows.order is None else state.index_select(1, rows.order.to(state.device))
+
+
+def _unsorted(rows: Rows, state: Tensor) -> Tensor:
+    return state if rows.order is None else state.index_select(1, torch.argsort(rows.order).to(state.device))
+
+
+def _times(layer: Layer, d: int, segment: int) -> list[range]:
+    """The steps of a direction in its order, segment by segment; ``segment`` 0: all in one."""
+    T, length = layer.steps, segment or layer.steps
+    firsts = range(0, T, length)
+    if d == 0:
+        return [range(first, min(first + length, T)) for first in firsts]
+    return [range(T - 1 - first, max(T - 1 - first - length, -1), -1) for first in firsts]
+
+
 def forward(call: Call, *, save: bool = False, cells: bool = False, trace: Trace | None = None) -> Forward:
-    """One layer, differentiable in every floating-point tensor; ``save`` is accepted and has no effect.
+    """One layer, differentiable in every floating-point tensor; ``save`` keeps borders if there are segments.
 
     16-bit types compute in float32 and round where the kernels do: h_t, because the next step and the caller read it.
     ``trace`` records gates and norms on the way.
     """
-    rows, input = call.rows.on_host(), call.input
-    h_0 = input.new_zeros(call.layer.h_shape) if call.h_0 is None else call.h_0
-    c_0 = input.new_zeros(call.layer.c_shape) if call.c_0 is None else call.c_0
-    if rows.order is not None:
-        h_0, c_0 = h_0.index_select(1, rows.order.to(h_0.device)), c_0.index_select(1, rows.order.to(c_0.device))
-    inputs = rows.split(input)
-    resets = [None] * rows.steps if call.reset is None else rows.split(call.reset[..., None])
-    outputs = [
-        _direction(inputs, h, c, direction, resets, trace, d)
-        for d, (h, c, direction) in enumerate(zip(h_0, c_0, call.weights, strict=True))
-    ]
-    h_n = torch.stack([h for _, _, h, _ in outputs])
-    c_n = torch.stack([c for _, _, _, c in outputs])
-    if rows.order is not None:
-        unsort = torch.argsort(rows.order).to(h_n.device)
-        h_n, c_n = h_n.index_select(1, unsort), c_n.index_select(1, unsort)
-    output = torch.cat([rows.join(h) for h, _, _, _ in outputs], dim=-1)
-    all_cells = torch.cat([rows.join(c) for _, c, _, _ in outputs], dim=-1) if cells else None
-    return Forward(output, h_n, c_n.to(input.dtype), all_cells, ())
+    call = call._replace(rows=call.rows.on_host())
+    rows, start, layer = call.rows, _Start.of(call), call.layer
+    every: list[_Steps] = []
+    last: list[tuple[Tensor, Tensor]] = []
+    borders: list[tuple[Tensor, Tensor]] = []
+    for d, weights in enumerate(call.weights):
+        every.append(_Steps({}, {}))
+        h, c = start.h_0[d], start.c_0[d].to(state_dtype(layer.dtype))
+        for times in _times(layer, d, layer.segment * save):
+            borders.append((h, c))
+            h, c = _direction(start, h, c, weights, times, every[-1], d, trace)
+        last.append((h, c))
+    h_n, c_n = (_unsorted(rows, torch.stack(each)) for each in zip(*last, strict=True))
+    output = torch.cat([rows.join([steps.h[t] for t in range(rows.steps)]) for steps in every], dim=-1)
+    all_cells = None
+    if cells:
+        all_cells = torch.cat([rows.join([steps.c[t] for t in range(rows.steps)]) for steps in every], dim=-1)
+    saved: tuple[Tensor, ...] = ()
+    if save and layer.segment:
+        saved = tuple(torch.stack(each).unflatten(0, (layer.directions, -1)) for each in zip(*borders, strict=True))
+    return Forward(output, h_n, c_n.to(call.input.dtype), all_cells, saved)
 
 
 def backward(call: Call, grads: GradOutputs, output: Tensor, saved: tuple[Tensor, ...], needs: Needs) -> Gradients:
-    """See the contract; computes forward again and differentiates it; ``output`` and ``saved`` are not used.
+    """See the contract; computes forward again and differentiates it; ``output`` is not used.
 
     In grad mode the gradients have a graph of their own, so they can be differentiated.
     """
-    if not needs.norms and not needs.gate_rows:
-        return differentiate(forward, call, grads, needs)
     call = call._replace(rows=call.rows.on_host())
-    trace = Trace(call, needs.gate_rows)
-    result = differentiate(functools.partial(forward, trace=trace), call, grads, needs)
+    trace = Trace(call, needs.gate_rows) if needs.norms or needs.gate_rows else None
+    if call.layer.segment and saved and not torch.is_grad_enabled():
+        result = _by_segments(call, grads, saved, needs, trace)
+    else:
+        result = differentiate(functools.partial(forward, trace=trace), call, grads, needs)
+    if trace is None:
+        return result
     trace.end()
     return result._replace(norms=trace.norms if needs.norms else None, gates=trace.gates)
 
@@ -150,6 +228,41 @@ def differentiate(forward: Callable[..., Forward], call: Call, grads: GradOutput
     width = len(Weights._fields)
     weights = tuple(WeightGradients(*result[at : at + width]) for at in range(3, len(result), width))
     return Gradients(result[0], result[1], result[2], weights)
+
+
+def _by_segments(
+    call: Call, grads: GradOutputs, saved: tuple[Tensor, ...], needs: Needs, trace: Trace | None
+) -> Gradients:
+    """The gradients with the graph of one segment at a time; ``saved``: the h and c that enter each (D, K, B, ·)."""
+    rows, layer, start = call.rows, call.layer, _Start.of(call)
+    dx = [torch.zeros_like(x) for x in start.inputs]  # type: ignore[arg-type]
+    states: list[Sequence[Tensor]] = []
+    weights: list[WeightGradients] = []
+    for d, parameters in enumerate(call.weights):
+        leaves = Weights(*(None if w is None else _leaf(w.to(saved[1].dtype)) for w in parameters))  # type: ignore[arg-type]
+        present = [w for w in leaves if w is not None]
+        sums = [torch.zeros_like(w) for w in present]
+        arrived, ends = _EachStep.of(rows, grads, layer, d), _ends(rows, grads, saved, d)
+        for k, times in reversed(list(enumerate(_times(layer, d, layer.segment)))):
+            xs, steps = {t: _leaf(start.inputs[t]) for t in times}, _Steps({}, {})
+            h, c = _leaf(saved[0][d, k]), _leaf(saved[1][d, k])
+            with torch.enable_grad():
+                last = _direction(start._replace(inputs=xs), h, c, leaves, times, steps, d, trace)
+            outs, given = zip(*zip(last, ends, strict=True), *arrived.at(steps), strict=True)
+            found = torch.autograd.grad(outs, [h, c, *present, *xs.values()], given, materialize_grads=True)
+            ends = found[:2]
+            for total, grad in zip((*sums, *(dx[t] for t in times)), found[2:], strict=True):
+                total += grad
+        states.append(ends)
+        each = iter(sums)
+        weights.append(WeightGradients(*(None if w is None else next(each).to(w.dtype) for w in parameters)))
+    h_0, c_0 = (_unsorted(rows, torch.stack(each)) for each in zip(*states, strict=True))
+    return Gradients(
+        rows.join(dx) if needs.input else None,
+        h_0 if needs.h_0 else None,
+        c_0.to(layer.dtype) if needs.c_0 else None,
+        tuple(weights) if needs.weights else (WeightGradients(),) * layer.directions,
+    )
 
 
 def pull(
@@ -184,25 +297,24 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def _direction(
-    inputs: Sequence[Tensor],  # T of (n, I)
+    start: _Start,
     h: Tensor,  # (B, P)
-    c: Tensor,  # (B, H)
+    c: Tensor,  # (B, H), state dtype
     weights: Weights,
-    resets: Sequence[Tensor | None],  # T of (n, 1)
-    trace: Trace | None,
+    times: range,  # the steps, in the direction's order
+    steps: _Steps,  # out
     d: int,  # the direction
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """The loop: every h_t (n, P) and c_t (n, H) in the order of time, then the last state of every row."""
-    dtype, state = h.dtype, state_dtype(h.dtype)
+    trace: Trace | None,
+) -> tuple[Tensor, Tensor]:
+    """The loop: writes every h_t and c_t to ``steps``; the state of every row after the last."""
+    dtype, state, inputs = h.dtype, c.dtype, start.inputs
     w_ih, w_hh, b_ih, b_hh, w_hr = (None if w is None else w.to(state) for w in weights)
     assert w_ih is not None  # optional only as a gradient, and so is w_hh
     assert w_hh is not None
-    c = c.to(state)
-    hs, cs = list(inputs), list(inputs)  # every entry is overwritten
-    for t in range(len(inputs) - 1, -1, -1) if d == 1 else range(len(inputs)):
+    for t in times:
         n = inputs[t].shape[0]  # rows are sorted: the first n are active, the others keep their state
         h_prev, c_prev = h[:n], c[:n]
-        restart = resets[t]
+        restart = start.resets[t]
         if restart is not None:
             h_prev, c_prev = h_prev.masked_fill(restart, 0), c_prev.masked_fill(restart, 0)
         z = linear(inputs[t].to(state), w_ih, b_ih) + linear(h_prev.to(state), w_hh, b_hh)  # (n, 4H)
@@ -213,6 +325,6 @@ def _direction(
         h_t = (h_t if w_hr is None else linear(h_t, w_hr)).to(dtype)
         if trace is not None:
             trace.step(d, t, (i, f, o), h_t, c_t)
-        hs[t], cs[t] = h_t, c_t
+        steps.h[t], steps.c[t] = h_t, c_t
         h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
-    return hs, cs, h, c
+    return h, c

@@ -117,6 +117,30 @@ def test_backward_twice_and_inputs_untouched(kernels, setup):
     checks.check_backward_twice_and_inputs_untouched(kernels, setup)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_segments_give_the_same_bits(kernels, setup, dtype):
+    checks.check_segments(kernels, replace(setup, dtype=dtype), 0)
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_segments_of_the_reference(setup):
+    with torch.no_grad():
+        checks.check_segments(reference, setup, ORDER_OF_SUMS)
+
+
+@pytest.mark.parametrize("setup", SOME, ids=str)
+def test_segments_in_everything_else_that_is_promised(kernels, setup, request):
+    """Backward twice, inputs untouched, no reference kept, what is not needed left out, no garbage read."""
+    setup = replace(setup, segment=2)
+    checks.check_shapes_layouts_and_padding(kernels, setup)
+    checks.check_inference_saves_nothing_and_gives_the_same_bits(kernels, setup)
+    checks.check_backward_twice_and_inputs_untouched(kernels, setup)
+    checks.check_needs(kernels, setup, ("weights", "input"))
+    checks.check_keeps_no_reference(kernels, setup)
+    checks.check_garbage_in_fresh_memory(kernels, setup, torch.float32, request)
+
+
 @pytest.mark.parametrize("setup", SOME, ids=str)
 @pytest.mark.parametrize("off", [(), *Needs._fields, Needs._fields], ids=str)
 def test_needs(kernels, setup, off):

@@ -16,8 +16,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 # Each imports only what is before it.
 LAYERS = (
-    "kernels", "init", "recording", "routing", "scripting", "checks", "guards", "backends", "direct", "ops", "onnx",
-    "transforms", "autograd", "functional", "explaining", "module", "flow", "cli",
+    "kernels", "init", "recording", "routing", "scripting", "recompute", "checks", "guards", "backends", "direct",
+    "ops", "onnx", "transforms", "autograd", "functional", "explaining", "module", "flow", "cli",
 )  # fmt: skip
 PACKAGES = ("backends", "flow")  # whose files may know each other
 FREE = ("_version",)  # holds a constant; anyone may

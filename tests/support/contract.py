@@ -39,6 +39,7 @@ class Setup:
     reset: float = 0.0  # the share of steps that reset
     cells: bool = True
     dtype: torch.dtype = torch.float64
+    segment: int = 0  # steps that backward computes again at a time
 
     def __str__(self) -> str:
         return self.name
@@ -98,8 +99,8 @@ class Problem:
 
     @property
     def call(self) -> Call:
-        g = self.given
-        return Call.of(g["input"], g["h_0"], g["c_0"], self.given_weights, self.rows, g["reset"])
+        g, segment = self.given, self.setup.segment
+        return Call.of(g["input"], g["h_0"], g["c_0"], self.given_weights, self.rows, g["reset"], True, segment)
 
     @property
     def grads(self) -> GradOutputs:

@@ -126,6 +126,27 @@ def check_backward_twice_and_inputs_untouched(kernels, setup):
         assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), f"{name} was written to"
 
 
+def check_segments(kernels, setup, tolerance):
+    """Gates that backward computes again, by segments: the same results as without; ``tolerance`` 0: the same bits."""
+    p = pose(setup)
+    forward = call_forward(kernels, p)
+    gradients = call_backward(kernels, p, forward, gate_rows=3)
+    expected = named(p, forward, gradients)
+    for segment in (1, 3, setup.T, setup.T + 5):
+        p.setup = replace(setup, segment=segment)
+        forward = call_forward(kernels, p)
+        sizes = [(tuple(each.shape), each.dtype) for each in forward.saved]
+        assert sizes == kernels.saves(p.call.layer, p.rows.room)
+        again = call_backward(kernels, p, forward, gate_rows=3)
+        got = named(p, forward, again)
+        if tolerance == 0:
+            assert_same(kernels, got, expected)
+        else:
+            assert_close(got, expected, tolerance)
+        for one, other in zip(again.gates, gradients.gates, strict=True):
+            assert error(one.double(), other.double()) <= tolerance * max(1.0, other.abs().max().item())
+
+
 def check_needs(kernels, setup, off):
     """What is not needed is None; the rest is as with everything needed, with norms or without."""
     off = (off,) if isinstance(off, str) else off
