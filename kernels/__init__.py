@@ -21,6 +21,15 @@ sixth, ``describe(layer: Layer) -> str``, which says how such a layer would run,
 * ``prewarm(layer: Layer, *, training) -> None``:
   compiles what such a layer needs, so that the first call does not wait.
 
+It may also run a stack of layers at once, where one layer cannot occupy the machine, with three more functions:
+
+* ``stacks(layer: Layer, num_layers: int) -> bool``: whether that is worth it; ``layer``: the second of the stack.
+* ``forward_stack(calls: Sequence[Call], *, save) -> list[Forward]``: the layers of a stack of one direction, dense and
+  without segments.  ``input`` of the first call is the input; those of the others are not read.
+* ``backward_stack(calls, grads, results, needs) -> list[Gradients]``: from the same calls (each with its input), the
+  gradients of h_n and c_n of every layer and of the output of the last, and what forward returned; ``needs`` of every
+  layer, of which all but the first need ``input``.
+
 Legend: T time, B batch, N tokens: (step, row) pairs, T * B if dense, else the sum of the lengths, I input, H hidden,
 P projection (H without one), D directions (1 or 2; direction 1 walks time backwards).
 

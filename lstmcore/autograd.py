@@ -61,7 +61,7 @@ class _Layer(Function):
         try:
             result = backends.load(run.backend).forward(call, save=True, cells=run.cells)
         except (MemoryError, RuntimeError) as error:
-            if (advised := _advised(error, run.layer)) is None:
+            if (advised := with_advice(error, run.layer)) is None:
                 raise
             raise advised from error
         ctx.run, ctx.inputs = run, len(tensors)
@@ -80,7 +80,7 @@ class _Layer(Function):
             return _backward(ctx, GradOutputs(*grads))
 
 
-def _advised(error: MemoryError | RuntimeError, layer: Layer) -> Exception | None:
+def with_advice(error: MemoryError | RuntimeError, layer: Layer) -> Exception | None:
     """The error of a forward that has no memory for what backward needs, with what would help; None for others."""
     text = str(error)
     if layer.segment or not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text):

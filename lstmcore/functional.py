@@ -16,7 +16,7 @@ import torch
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import autograd, backends, checks, direct, recording, routing, transforms
+from lstmcore import autograd, backends, checks, direct, recording, routing, stack, transforms
 from lstmcore import recompute as recomputing
 from lstmcore.backends import REFERENCE, REGISTRY
 from lstmcore.checks import Checked, Given, Options
@@ -128,6 +128,9 @@ def _lstm(given: Given, backend: str, module: torch.nn.Module | None) -> tuple[A
         cells: list[Tensor] = []
         if route.way is Way.EAGER and not given.extended:
             direct.remember(given, backend, route.layer)
+    elif _at_once_by_kernels(call, route, module):
+        output, h_n, c_n = _stack(call, route)
+        cells = []
     else:
         output, h_n, c_n, cells = _layer_by_layer(call, route, module)
 
@@ -209,6 +212,29 @@ def _at_once(call: Checked, route: Route) -> tuple[Tensor, Tensor, Tensor]:
         c_0 = h_0 if layer.width == layer.hidden_size else call.data.new_zeros(*stack, layer.hidden_size)
     run = backends.load(route.backend).run
     return run(call.data, call.form.batch_sizes, (h_0, c_0), call.params, call.options)
+
+
+def _at_once_by_kernels(call: Checked, route: Route, module: torch.nn.Module | None) -> bool:
+    """Whether the backend's kernels run all layers at once: nothing is wanted of what lies between them."""
+    options = call.options
+    if options.num_layers == 1 or route.rows is None or route.way is not Way.EAGER:
+        return False
+    if (options.dropout and options.train) or call.cells or recording.watched(module):
+        return False
+    return stack.at_once(route.backend, route.layer, options.num_layers, route.rows)
+
+
+def _stack(call: Checked, route: Route) -> tuple[Tensor, Tensor, Tensor]:
+    """output, h_n, c_n of all layers, at once."""
+    assert route.rows is not None
+    layer, last, calls = route.layer, call.options.num_layers - 1, []
+    for index in range(last + 1):
+        by_row = call.form.batch_first and index == last
+        rows = route.rows if by_row == route.rows.batch_first else replace(route.rows, batch_first=by_row)
+        weights = Weights.by_direction(call.of_layer(call.params, index), layer.directions) if index else call.first
+        calls.append(Call(layer, rows, call.data, *call.states(index), weights, call.reset))
+        layer = layer if index else layer.after()
+    return stack.layers(route.backend, calls)
 
 
 def _layer_by_layer(

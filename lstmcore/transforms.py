@@ -48,16 +48,20 @@ def of_saved(
     backend: str, call: Call, grads: GradOutputs, needs: Needs, kept: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of input, h_0, c_0 and of the weights field by field, from what an eager forward saved."""
-    rows, weights = call.rows, [weight for each in call.weights for weight in each]
-    lengths = None if rows.packed or not rows.ragged else rows.row_lengths()
-    given = Arguments(
-        call.input, call.h_0, call.c_0, call.reset, rows.batch_sizes if rows.packed else None, lengths,
-        [weight for weight in weights if weight is not None], rows.batch, call.layer.directions, rows.batch_first,
-        grads.cells is not None, True, backend, call.layer.segment,
-    )  # fmt: skip
+    given = arguments(call, backend)._replace(cells=grads.cells is not None)
     found = iter(_gradients(BackwardArguments(grads, needs, kept, given)))
     states = [next(found) for _ in range(3)]
-    return (*states, *(None if weight is None else next(found) for weight in weights))
+    return (*states, *(None if weight is None else next(found) for each in call.weights for weight in each))
+
+
+def arguments(call: Call, backend: str) -> Arguments:
+    """The arguments of the operator for an eager call, whose results are saved."""
+    rows, weights = call.rows, [weight for each in call.weights for weight in each if weight is not None]
+    lengths = None if rows.packed or not rows.ragged else rows.row_lengths()
+    return Arguments(
+        call.input, call.h_0, call.c_0, call.reset, rows.batch_sizes if rows.packed else None, lengths,
+        weights, rows.batch, call.layer.directions, rows.batch_first, False, True, backend, call.layer.segment,
+    )  # fmt: skip
 
 
 def _gradients(given: BackwardArguments) -> tuple[Tensor | None, ...]:

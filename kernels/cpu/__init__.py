@@ -12,7 +12,8 @@ The modules, each importing only from those above it::
     microkernel, matmul                                    products: of register blocks, and of any size
     forward, backward, jobs, statistics, peak              the kernels
     problem, prepared, segments, prepare                   a kind of call, for the host
-    backend                                                the contract's five functions
+    tensors, wavefront  what calls allocate; layers at once
+    backend                                                the contract's functions
 
 What decided this form, and what was tried, is in ``docs/notes/cpu-tuning.md``.
 
@@ -39,6 +40,10 @@ no gates; it writes the h and c that enter each segment to ``borders_h`` (segmen
 then launches forward and backward by turns (``segments.py``): forward resumes from a border into gates and cells of one
 segment, whose addresses are moved back so that tokens are counted as ever, and backward goes on where the launch
 before it ended, in the middle of a chunk or not.  So no sum changes, and the bits are those of a call that kept all.
+
+Wavefronts.  Where one layer cannot occupy the threads, the layers of a stack run at once (``wavefront.py``): launches
+of one member each, for a layer and a range of steps, that wait for the launch before on the same layer and for the
+same range of the layer below (in backward: above).
 
 Denormal numbers count as zero in the kernels (float32: below 1.2e-38).  A vanishing gradient, such as a default LSTM's
 if its loss reads the last step, becomes denormal on its way to zero and would stay so for tens of thousands of

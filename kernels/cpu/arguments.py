@@ -37,6 +37,9 @@ class ForwardArgs(NamedTuple):
     steps: int
     first: int  # steps ``first`` to ``last`` are computed, in the direction's order
     last: int
+    turn: int  # of a wavefront: how many launches of this layer come before this one
+    done: int  # how many launches of this layer have finished, an int64; 0: no wavefront
+    done_before: int  # the same of the layer whose results this one reads; 0: none
     segment: int  # steps of a segment; 0: no borders
     resume: int  # 1: start from the border at ``first``; 0: from h and c, and write every border
     batch: int
@@ -113,6 +116,9 @@ class BackwardArgs(NamedTuple):
     steps: int
     first: int  # steps ``first`` to ``last`` are computed, in the direction's order
     last: int
+    turn: int  # of a wavefront: how many launches of this layer come before this one
+    done: int  # how many launches of this layer have finished, an int64; 0: no wavefront
+    done_before: int  # the same of the layer whose results this one reads; 0: none
     batch: int
     inputs: int
     hidden: int

@@ -20,7 +20,7 @@ from .memory import fetch, load_int, make_read, store_double, store_int
 from .microkernel import make_block
 from .mode import flush_denormals, set_mode
 from .steps import active_rows, resets, row_start, user_index, walk
-from .sync import meet, opened
+from .sync import end_turn, meet, my_turn, opened
 from .variant import Variant
 
 JOINED_ROWS = 192  # tokens that are multiplied with a strip of W_ih while it is in the cache
@@ -441,6 +441,8 @@ def backward_kernel(variant: Variant) -> Any:
     @inline
     def run(a):
         """Processes a member's arguments; returns the address of those that come next on this thread."""
+        if not my_turn(a):
+            return 0
         w = widths_of(a)
         passed = 0
         for number in range(last_chunk(a), -1, -1):
@@ -463,6 +465,7 @@ def backward_kernel(variant: Variant) -> Any:
             if a.dx != 0:
                 input_gradients(a, w, chunk)
             passed = meet(a, passed)
+        end_turn(a)
         return a.following
 
     @kernel(variant.key)

@@ -15,7 +15,7 @@ from .microkernel import make_block
 from .mode import flush_denormals, set_mode
 from .simd import simd
 from .steps import active_rows, block_size, resets, row_start, user_index, walk
-from .sync import meet
+from .sync import end_turn, meet, my_turn
 from .variant import Variant
 from .vector import joining
 
@@ -343,6 +343,8 @@ def forward_kernel(variant: Variant) -> Any:
     @inline
     def run(a):
         """Processes a member's arguments; returns the address of those that come next on this thread."""
+        if not my_turn(a):
+            return 0
         w = widths_of(a)
         passed = 0
         if a.resume != 0:
@@ -365,6 +367,7 @@ def forward_kernel(variant: Variant) -> Any:
                 keep_border(a, w, s + 1)
             if a.lockstep != 0:
                 passed = meet(a, passed)
+        end_turn(a)
         return a.following
 
     @kernel(variant.key)

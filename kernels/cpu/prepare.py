@@ -86,12 +86,12 @@ def _geometry(p: Problem, form: ForwardForm | BackwardForm) -> dict[str, int]:
 
 def prepare_forward(problem: Problem, form: ForwardForm) -> Prepared:
     before, after = Jobs(problem), Jobs(problem)
-    return Prepared(problem, before, [_forward_stage(problem, form, before, after)], after)
+    return Prepared(problem, before, [forward_stage(problem, form, before, after)], after)
 
 
-def _forward_stage(p: Problem, form: ForwardForm, before: Jobs, after: Jobs) -> Stage:
+def forward_stage(p: Problem, form: ForwardForm, before: Jobs, after: Jobs) -> Stage:
     """The launches of a forward, one a direction; appends its jobs."""
-    at, stored = p.buffers.at, p.layer.dtype.itemsize
+    at, stored = p.at, p.layer.dtype.itemsize
     plan = tiling.plan(
         p.steps, p.batch, p.hidden, p.width, p.inputs, p.block, p.size, max(1, p.available // p.directions)
     )
@@ -162,7 +162,17 @@ def _forward_scratch(p: Problem, plan: tiling.Plan, groups: list[int], fused: bo
 
 
 def prepare_backward(problem: Problem, form: BackwardForm) -> Prepared:
-    p, at, needs, stored = problem, problem.buffers.at, form.needs, problem.layer.dtype.itemsize
+    before, after = Jobs(problem), Jobs(problem)
+    stage = backward_stage(problem, form, before, after)
+    if not problem.layer.segment:
+        return Prepared(problem, before, [stage], after)
+    again = forward_stage(problem, ForwardForm.of_segment(form.x, form.reset), before, after)
+    return Segmented(problem, before, [again, stage], after)
+
+
+def backward_stage(p: Problem, form: BackwardForm, before: Jobs, after: Jobs) -> Stage:
+    """The launches of a backward, one a direction and part of the batch; appends its jobs."""
+    at, needs, stored = p.at, form.needs, p.layer.dtype.itemsize
     parts = p.parts()
     most = max(last - first for first, last, _ in parts)
     plan = tiling.plan(
@@ -176,7 +186,7 @@ def prepare_backward(problem: Problem, form: BackwardForm) -> Prepared:
         "chunk": plan.chunk, "chunk_tokens": plan.chunk * most,
         "panel_rows": p.multiples(max(p.batch, JOINED_ROWS), p.block.panel * p.size).address,
     }  # fmt: skip
-    before, after, structs = Jobs(p), Jobs(p), list[np.ndarray]()
+    structs: list[np.ndarray] = []
     # Parts that do not run at the same time use the same memory, unless they are interrupted between segments.
     together = p.directions * len(parts)
     if not p.layer.segment:
@@ -204,11 +214,7 @@ def prepare_backward(problem: Problem, form: BackwardForm) -> Prepared:
                 part_begin=first, part_end=last, part_starts=starts,
             )  # fmt: skip
             structs.append(p.members(arguments, plan, groups, index * plan.row_groups))
-    stage = Stage(np.concatenate(structs), BackwardArgs._fields, plan.members)
-    if not p.layer.segment:
-        return Prepared(p, before, [stage], after)
-    again = _forward_stage(p, ForwardForm.of_segment(form.x, form.reset), before, after)
-    return Segmented(p, before, [again, stage], after)
+    return Stage(np.concatenate(structs), BackwardArgs._fields, plan.members)
 
 
 def _backward_jobs(

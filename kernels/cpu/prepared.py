@@ -44,20 +44,20 @@ class Jobs:
     def pack_gates(self, packed: int, weight: object, depth: int) -> None:
         """The weight (4H, depth) into gate panels."""
         p = self.problem
-        self.jobs.append(Job(PACK_GATES, p.panels, packed, p.buffers.at(weight), depth, p.hidden))
+        self.jobs.append(Job(PACK_GATES, p.panels, packed, p.at(weight), depth, p.hidden))
         self.values += p.layer.gates * depth
 
     def pack_bias(self, packed: int, bias_ih: object, bias_hh: object) -> None:
         """Biases (4H,) into the gate panels of their sum; zeros for a layer without biases."""
         p = self.problem
-        one, other = (p.buffers.at(bias) if p.layer.bias else 0 for bias in (bias_ih, bias_hh))
+        one, other = (p.at(bias) if p.layer.bias else 0 for bias in (bias_ih, bias_hh))
         self.jobs.append(Job(PACK_BIAS, p.panels, packed, one, 1, p.hidden, other=other))
 
     def pack_columns(self, packed: int, weight: object, columns: int, order: Table) -> None:
         """The weight (·, columns) into column panels; ``order``: which of its rows each k is."""
         p, depth = self.problem, len(order.values)
         panels = ceil_div(columns, p.block.panel)
-        self.jobs.append(Job(PACK_COLUMNS, panels, packed, p.buffers.at(weight), depth, columns, order.address))
+        self.jobs.append(Job(PACK_COLUMNS, panels, packed, p.at(weight), depth, columns, order.address))
         self.values += depth * columns
 
     def unpack_gates(self, target: object, packed: int, depth: int, parts: int, stride: int) -> None:
@@ -65,7 +65,7 @@ class Jobs:
         p = self.problem
         self.jobs.append(
             Job(
-                UNPACK_GATES, p.panels, p.buffers.at(target), packed, depth, p.hidden,
+                UNPACK_GATES, p.panels, p.at(target), packed, depth, p.hidden,
                 parts=parts, part_stride=stride,
             )
         )  # fmt: skip
@@ -76,7 +76,7 @@ class Jobs:
         p = self.problem
         self.jobs.append(
             Job(
-                UNPACK_COLUMNS, ceil_div(columns, p.block.panel), p.buffers.at(target), packed, depth, columns,
+                UNPACK_COLUMNS, ceil_div(columns, p.block.panel), p.at(target), packed, depth, columns,
                 parts=parts, part_stride=stride,
             )
         )  # fmt: skip
@@ -86,7 +86,7 @@ class Jobs:
         """A user's state (D, B, columns), or zeros, to rows of whole vectors in sorted order."""
         p, source, source_rows = self.problem, 0, rows
         if strides is not None:
-            source = p.buffers.at(state, direction * strides[0] * p.stored)
+            source = p.at(state, direction * strides[0] * p.stored)
             source_rows = p.offsets(strides[1] * p.stored)
         self.jobs.append(
             Job(
@@ -98,13 +98,18 @@ class Jobs:
     def rows_out(self, source: int, rows: Table, state: object, itemsize: int, direction: int, columns: int) -> None:
         """Rows in sorted order to a new state (D, B, columns)."""
         p = self.problem
-        target = p.buffers.at(state, direction * p.batch * columns * itemsize)
+        target = p.at(state, direction * p.batch * columns * itemsize)
         self.jobs.append(
             Job(
                 ROWS_OUT, p.batch, target, source, columns=columns,
                 target_rows=p.offsets(columns * itemsize).address, source_rows=rows.address,
             )
         )  # fmt: skip
+
+    def extend(self, other: Jobs) -> None:
+        """Appends those of a layer of a stack."""
+        self.jobs += other.jobs
+        self.values += other.values
 
     def clear(self, target: int, values: int) -> None:
         rows = self.problem.multiples(1, 1)

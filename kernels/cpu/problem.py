@@ -147,9 +147,14 @@ class Template:
 
 
 class Problem:
-    """The sizes and the rows of a kind of call; it owns the tables that it gives the addresses of."""
+    """The sizes and the rows of a kind of call; it owns the tables that it gives the addresses of.
 
-    def __init__(self, layer: Layer, active: Active | None, available: int):
+    ``stack``, ``index``: of a layer of a stack, the problem of the whole and the layer's number.
+    """
+
+    def __init__(
+        self, layer: Layer, active: Active | None, available: int, stack: Problem | None = None, index: int = 0
+    ) -> None:
         self.kernels = kernels = kernels_of(layer.dtype)
         self.layer, self.available, self.block = layer, available, kernels.block
         self.size, self.stored = kernels.size, layer.dtype.itemsize  # bytes of a value: computed, in tensors
@@ -160,7 +165,8 @@ class Problem:
         self.padded_hidden, self.padded_width = self.block.padded(self.hidden), self.block.padded(self.width)
         self.padded_gates = GATES * self.padded_hidden
         self.columns = ceil_div(self.width, self.block.panel)
-        self.buffers = Buffers()
+        self.buffers: Buffers = Buffers() if stack is None else stack.buffers
+        self._index = None if stack is None else index
         self._tables: list[Table] = []
         self.batch_sizes, self.starts, self.order, sizes, starts = None, None, None, 0, 0
         if active is not None:
@@ -169,12 +175,17 @@ class Problem:
             self.starts, starts = self.table(starts_of(self.batch_sizes))
         self.shape = {  # the arguments that both kernels share
             "steps": self.steps, "first": 0, "last": self.steps, "batch": self.batch,
+            "turn": 0, "done": 0, "done_before": 0,
             "inputs": self.inputs, "hidden": self.hidden, "width": self.width,
             "batch_sizes": sizes, "row_starts": starts, "packed": int(self.packed),
             "h_rows": self.multiples(self.batch, self.padded_width * self.size).address,
             "m_rows": self.multiples(self.batch, self.padded_hidden * self.size).address,
             **dict.fromkeys((*PARTITION, *LATE), 0),
         }  # fmt: skip
+
+    def at(self, name: object, offset: int = 0) -> int:
+        """The placeholder of an address in a tensor of this call, ``(index, name)`` among the buffers of a stack."""
+        return self.buffers.at(name if self._index is None else (self._index, name), offset)
 
     def table(self, values: np.ndarray) -> Table:
         """``values`` for the kernels of this call."""

@@ -81,6 +81,31 @@ def meet(a, passed):
 
 
 @inline
+def my_turn(a):
+    """Waits, in a wavefront, for the launches that this one continues or reads; False if they were abandoned.
+
+    A thread takes its launches in an order in which each depends on earlier ones only, so one of them can always run.
+    """
+    looks = 0
+    while a.done != 0 and (_look(a.done) < a.turn or (a.done_before != 0 and _look(a.done_before) <= a.turn)):
+        if _look(a.counter) >= OPEN:
+            return False
+        looks += 1
+        if looks > PATIENCE:
+            _yield()
+        else:
+            _relax()
+    return True
+
+
+@inline
+def end_turn(a):
+    """Lets those continue that wait for this launch of a wavefront."""
+    if a.done != 0:
+        _add(a.done, 1)
+
+
+@inline
 def opened(a):
     """Whether the barriers of a launch were released because a member did not start."""
     return a.members > 1 and _look(a.counter) >= OPEN

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Each imports only what is before it.
 LAYERS = (
     "kernels", "init", "recording", "routing", "scripting", "recompute", "checks", "guards", "backends", "direct",
-    "ops", "onnx", "transforms", "autograd", "functional", "explaining", "module", "flow", "cli",
+    "ops", "onnx", "transforms", "autograd", "stack", "functional", "explaining", "module", "flow", "cli",
 )  # fmt: skip
 PACKAGES = ("backends", "flow")  # whose files may know each other
 FREE = ("_version",)  # holds a constant; anyone may
@@ -105,7 +105,8 @@ def test_what_all_backends_share_knows_none():
 
 
 @pytest.mark.parametrize(
-    "file", ["backends/choice", "autograd", "checks", "explaining", "functional", "ops", "recording", "transforms"]
+    "file",
+    ["backends/choice", "autograd", "checks", "explaining", "functional", "ops", "recording", "stack", "transforms"],
 )
 def test_only_the_registry_knows_backends_by_name(file):
     """A new backend is a module and an entry there.  (Sentences for people may name one.)"""

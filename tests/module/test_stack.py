@@ -1,0 +1,209 @@
+"""Layers that run at once, as a wavefront over time: the bits of one layer after the other.
+
+T time, B batch, I input, H hidden, L layers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lstmcore
+from lstmcore import backends
+
+from ..support.tolerances import ORDER_OF_SUMS, error
+
+T, B, I, H, L = 75, 3, 5, 17, 3
+
+
+@pytest.fixture
+def waves(monkeypatch, threads):
+    """Counts wavefronts; every stack that can be one is one, on two threads or as many as the test asks for."""
+    from lstmcore.kernels.cpu import tiling, wavefront
+
+    run, ran = wavefront._Wavefront.run, []
+    monkeypatch.setattr(wavefront._Wavefront, "run", lambda *args: (ran.append(1), run(*args)))
+    monkeypatch.setattr(wavefront, "GAIN", 1e9)
+    monkeypatch.setattr(tiling, "WORTH_A_THREAD", 1)
+    wavefront._worth.cache_clear()
+    threads(2)
+    yield ran
+    wavefront._worth.cache_clear()
+
+
+def results(module, *given, **options) -> list[torch.Tensor]:
+    leaves = [each.clone().requires_grad_() for each in given]
+    output, states = module(leaves[0], tuple(leaves[1:]) or None, **options)
+    every = [output, *states]
+    loss = sum((each.double() * torch.linspace(-1, 2, each.numel()).view(each.shape)).sum() for each in every)
+    return [*every, *torch.autograd.grad(loss, [*leaves, *module.parameters()])]
+
+
+class Slowly(nn.Module):
+    """A module whose layers run one after the other, because all their cells are wanted."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs, return_cells="all")[:2]
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_first": True}, {"proj_size": 6}, {"bias": False}, {"num_layers": 2}, {"num_layers": 5}],
+    ids=str,
+)
+def test_the_same_bits(options, dtype, count, waves, threads):
+    threads(count)
+    options = {"num_layers": L} | options
+    module = lstmcore.LSTM(I, H, **options, dtype=dtype, backend="numba")
+    layers, P = options["num_layers"], options.get("proj_size", H)
+    x = torch.randn(T, B, I, dtype=dtype)
+    given = (x.transpose(0, 1) if "batch_first" in options else x), torch.randn(layers, B, P, dtype=dtype)
+    given = (*given, torch.randn(layers, B, H, dtype=dtype))
+    got = results(module, *given)
+    assert len(waves) == 2
+    expected = results(Slowly(module), *given)
+    assert len(waves) == 2
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (300, 1, 64, 64), (40, 9, 33, 64), (17, 2, 1, 129)], ids=str)
+def test_sizes(sizes, waves):
+    steps, rows, inputs, hidden = sizes
+    module = lstmcore.LSTM(inputs, hidden, 4, backend="numba")
+    x = torch.randn(steps, rows, inputs)
+    for one, other in zip(results(module, x), results(Slowly(module), x), strict=True):
+        assert torch.equal(one, other)
+    assert waves
+
+
+def test_resets(waves):
+    module = lstmcore.LSTM(I, H, L, backend="numba")
+    x, reset = torch.randn(T, B, I), torch.rand(T, B) < 0.2
+    for one, other in zip(results(module, x, reset=reset), results(Slowly(module), x, reset=reset), strict=True):
+        assert torch.equal(one, other)
+    assert len(waves) == 2
+
+
+def test_against_torch(waves):
+    theirs = nn.LSTM(I, H, L, dtype=torch.float64)
+    ours = lstmcore.LSTM(I, H, L, dtype=torch.float64, backend="numba")
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    for got, expected in zip(results(ours, x), results(theirs, x), strict=True):
+        assert error(got, expected) <= ORDER_OF_SUMS * max(1.0, expected.abs().max().item())
+    assert len(waves) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ({"bidirectional": True}, {}),
+        ({"dropout": 0.5}, {}),
+        ({"recompute": 9}, {}),
+        ({}, {"lengths": torch.tensor([75, 2, 9])}),
+        ({}, {"return_cells": True}),
+        ({"num_layers": 1}, {}),
+        ({"backend": "reference"}, {}),
+    ],
+    ids=str,
+)
+def test_not_what_needs_each_layer(options, given, waves):
+    module = lstmcore.LSTM(I, H, **({"num_layers": L, "backend": "numba"} | options))
+    module(torch.randn(T, B, I), **given)[0].sum().backward()
+    assert not waves
+
+
+def test_dropout_that_is_off(waves):
+    module = lstmcore.LSTM(I, H, L, dropout=0.5, backend="numba").eval()
+    module(torch.randn(T, B, I))
+    assert waves
+
+
+def test_some_gradients(waves):
+    """Whatever is frozen: the others are as they were."""
+    module = lstmcore.LSTM(I, H, L, backend="numba")
+    x = torch.randn(T, B, I)
+    module(x)[0].sum().backward()
+    expected = {name: p.grad for name, p in module.named_parameters()}
+    for name, parameter in module.named_parameters():
+        parameter.grad = None
+        parameter.requires_grad_("l1" in name)
+    output, (h_n, _) = module(x)
+    (output.sum() + 0 * h_n[0].sum()).backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is None if "l1" not in name else torch.equal(parameter.grad, expected[name])
+    assert len(waves) == 4
+
+
+def test_only_the_states_of_a_layer(waves):
+    module = lstmcore.LSTM(I, H, L, backend="numba")
+    x = torch.randn(T, B, I)
+    grads = [torch.autograd.grad(m(x)[1][1][1].sum(), list(module.parameters())) for m in (module, Slowly(module))]
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+    assert waves
+
+
+def test_differentiated_again(waves):
+    module = lstmcore.LSTM(2, 3, 2, dtype=torch.float64, backend="numba")
+    x = torch.randn(5, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: module(x)[0], x, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: module(x)[0], x)
+    y = module(x)[0]
+    basis = torch.eye(y.numel(), dtype=torch.float64).view(-1, *y.shape)
+    (batched,) = torch.autograd.grad(y, x, basis, is_grads_batched=True, retain_graph=True)
+    (mapped,) = torch.vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True))(basis)
+    for got in (batched, mapped):
+        for row, seed in zip(got, basis, strict=True):
+            assert error(row, torch.autograd.grad(y, x, seed, retain_graph=True)[0]) <= ORDER_OF_SUMS
+    assert waves
+
+
+def test_in_a_recording_every_layer_is_seen(waves):
+    module = lstmcore.LSTM(I, H, L, backend="numba")
+    with lstmcore.record_gradient_flow(module) as flow:
+        module(torch.randn(T, B, I))[0].sum().backward()
+    assert len(flow.records) == L
+    assert not waves
+
+
+def test_what_was_kept_must_stay(waves):
+    module = lstmcore.LSTM(I, H, L, backend="numba")
+    output = module(torch.randn(T, B, I))[0]
+    module.weight_hh_l1.data = torch.randn(4 * H, H + 1)
+    with pytest.raises(RuntimeError, match="between forward and backward it must stay what it was"):
+        output.sum().backward()
+
+
+def test_out_of_memory_names_the_option(waves, monkeypatch):
+    def forward(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(backends.load("numba"), "forward_stack", forward)
+    with pytest.raises(RuntimeError, match=r"(?s)allocate 8 bytes.*recompute='auto'"):
+        lstmcore.LSTM(I, H, L, backend="numba")(torch.randn(T, B, I))
+
+
+def test_when_it_is_worth_it():
+    from lstmcore.kernels.contract import Layer
+    from lstmcore.kernels.cpu import wavefront
+
+    def worth(steps, batch, hidden, layers=4, available=2, **more):
+        layer = Layer(torch.device("cpu"), torch.float32, steps, batch, hidden, hidden, training=True, **more)
+        return wavefront._worth(layer, layers, available, False)
+
+    assert worth(1000, 1, 64)
+    assert not worth(1000, 1, 64, available=1)
+    assert not worth(1000, 1, 64, directions=2)
+    assert not worth(1000, 1, 64, ragged=True)
+    assert not worth(1000, 1, 64, segment=10)
+    assert not worth(20, 1, 64)  # over before it has begun
+    assert not worth(1000, 12, 64)  # rows enough for both threads
