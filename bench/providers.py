@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,13 +126,13 @@ class Runner:
         return *outputs, *torch.autograd.grad(outputs, self.leaves, self.problem.grad_outputs)
 
 
-def build(provider: str, problem: Problem, backend: str = "auto") -> Runner:
-    """The module of a provider on this problem; ``backend`` is for ours."""
+def build(provider: str, problem: Problem, backend: str = "auto", options: Mapping[str, Any] | None = None) -> Runner:
+    """The module of a provider on this problem; ``backend`` and ``options`` are for the constructor of ours."""
     settings = arguments(problem.case) | {"device": problem.input.device, "dtype": problem.input.dtype}
     if provider == PEER:
         return Runner(nn.LSTM(**settings), problem)
     if provider == OURS:
-        return Runner(lstmcore.LSTM(**settings, backend=backend), problem)
+        return Runner(lstmcore.LSTM(**settings, **(options or {}), backend=backend), problem)
     raise ValueError(f"expected a provider out of {', '.join(PROVIDERS)}, got {provider!r}")
 
 
