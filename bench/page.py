@@ -25,10 +25,11 @@ from bench.summary import entries
 
 TEMPLATE = Path(__file__).with_name("page.html")
 EXPERIMENTS = ("after-torch", "speed", "long", "stream")  # that the page is about
-# What is drawn in black stands on the page itself, and so does text, which has no colour of its own.
+# What is drawn in black stands on the page itself, and so does text, which has no colour of its own; ours is too dark.
 DARK = (
     "<style>@media (prefers-color-scheme: dark) {"
     'svg { fill: #e6e6e6 } [style*="stroke: #000000"] { stroke: #e6e6e6 !important }'
+    '[style*="stroke: #0b6e99"] { stroke: #4aa8d8 !important } [style*="fill: #0b6e99"] { fill: #4aa8d8 !important }'
     "}</style>"
 )
 HOW = """\
