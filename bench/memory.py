@@ -29,8 +29,6 @@ from bench.providers import OURS, Runner, algorithm, build, draw
 WARM_UP_STEPS = 4
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
 SHARE = 0.85  # of what is available; the process that waits for the answer, and others, need some
 # How torch, oneDNN and C++ say it; a MemoryError says it by its type.
 _NO_MEMORY = ("allocate memory", "not enough memory", "out of memory", "bad_alloc")
@@ -68,27 +66,19 @@ def _forget() -> None:
         buffers.clear()
 
 
-def _available_kib() -> int | None:
-    """What the machine, or the container, has to spare; None where there is no account of it."""
-    if not _MEMINFO.exists():
-        return None
-    (line,) = (line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
-    available = int(line.split()[1])
-    limit = _CGROUP / "memory.max"
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        available = min(available, (int(most) - int((_CGROUP / "memory.current").read_text())) // 1024)
-    return available
-
-
 def _limit() -> float | None:
     """Lets this process take so much of the available memory and no more; GiB, None where nothing is limited."""
-    if (available := _available_kib()) is None or not _STATUS.exists():
+    try:
+        from lstmcore.recompute import available
+    except ImportError:  # another commit may not ask how much there is
+        return None
+    if not _STATUS.exists():
         return None
     import resource
 
-    allowed = int(SHARE * available)
-    resource.setrlimit(resource.RLIMIT_AS, ((_status_kib("VmSize") + allowed) * 1024,) * 2)
-    return allowed / 2**20
+    allowed = int(SHARE * available(torch.device("cpu")))
+    resource.setrlimit(resource.RLIMIT_AS, (_status_kib("VmSize") * 1024 + allowed,) * 2)
+    return allowed / 2**30
 
 
 def _no_memory(error: Exception) -> bool:
@@ -98,7 +88,7 @@ def _no_memory(error: Exception) -> bool:
 def _measure(case: Case, provider: str, backend: str, mode: str, options: Mapping[str, Any]) -> float:
     """MiB that one call adds to this process; ``options`` are for the constructor of ours."""
     if provider == OURS:  # by name: what "auto" picks depends on the number of steps
-        backend = algorithm(provider, case, mode, backend)
+        backend = algorithm(provider, case, mode, backend, options)
     getattr(build(provider, draw(case, steps=min(WARM_UP_STEPS, case.steps)), backend, options), mode)()
     runner = build(provider, draw(case), backend, options)
     if provider == OURS:

@@ -94,7 +94,8 @@ def line(row: Row) -> str:
     found += [
         f"{name[:-3]} {float(value):.4g} {name[-2:]}" for name, value in row.details.items() if name[-3:] in TIMES
     ]
-    found += [row.memory_mib and mebibytes(row.memory_mib), row.peer_memory_mib and mebibytes(row.peer_memory_mib)]
+    found += [row.memory_mib and f"memory {mebibytes(row.memory_mib)}"]
+    found += [row.peer_memory_mib and f"peer_memory {mebibytes(row.peer_memory_mib)}"]
     found += [f"{name[:-6]} fails: {why}" for name, why in row.details.items() if name.endswith("_fails")]
     found += ["" if row.peer or row.max_error is None else f"error {row.max_error:.1e}"]
     return f"{what}: {', '.join(filter(None, found))} ({' / '.join(filter(None, (row.backend, row.peer_backend)))})"

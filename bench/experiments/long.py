@@ -1,5 +1,7 @@
 """The longest sequences: time a step and peak memory as T grows, to a million steps, and where a peer has too little.
 
+Ours is measured as it is, and where it keeps only the states between segments of steps (``recompute=``).
+
 Each side first takes one training step in a process of its own, which tells its peak and is stopped where the machine
 has not the memory.  Only sides that got through run in this process: they are checked, then timed by turns.  Where
 torch does not get through, ours is timed without it, and the row says so.
@@ -11,9 +13,10 @@ Legend: T steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +24,7 @@ from bench import tables
 from bench.cases import Case
 from bench.measure import Experiment, Task, backends, fma_peak, quantiles, ratio_columns, row_of
 from bench.memory import OutOfMemory, peak_memory_mib
-from bench.providers import OURS, PEER, Problem, Runner, build, draw
+from bench.providers import OURS, PEER, Problem, Runner, algorithm, build, draw
 from bench.rows import SPEED, Row
 from bench.timing import Effort, Samples, turns
 from bench.verify import Verdict, check
@@ -29,19 +32,28 @@ from bench.verify import Verdict, check
 CHECKED_STEPS = 16_384
 # A training step of more takes torch over ten seconds on two cores: it is timed once, and not warmed up at full length.
 ONCE_GFLOP = 500
+SHORTEST_SEGMENT = 128
 
 
-@dataclass(frozen=True)
-class Side:
-    """Who computes, and what the constructor of ours is told."""
+class Side(NamedTuple):
+    """Who computes, and whether ours recomputes."""
 
     provider: str
     variant: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def options(self, case: Case) -> dict[str, Any]:
+        """What the constructor is told."""
+        return {"recompute": segment(case.steps)} if self.variant == RECOMPUTE else {}
 
 
-PLAIN, TORCH = Side(OURS), Side(PEER)
-VARIANTS = (PLAIN,)
+def segment(steps: int) -> int:
+    """Steps of a segment: as many as there are segments, and not so few that it costs more to start than to compute."""
+    return max(SHORTEST_SEGMENT, math.isqrt(steps))
+
+
+RECOMPUTE = "recompute"
+PLAIN, RECOMPUTED, TORCH = Side(OURS), Side(OURS, RECOMPUTE), Side(PEER)
+VARIANTS = (PLAIN, RECOMPUTED)
 SIDES = (*VARIANTS, TORCH)
 FAILS = {"plain_fails": PLAIN, "peer_fails": TORCH}  # by the details that say so
 
@@ -67,7 +79,7 @@ def tried(case: Case, mode: str, backend: str) -> Trial:
     trial = Trial(case, mode, backend, {}, {})
     for side in SIDES if mode == "training" else (PLAIN, TORCH):
         try:
-            trial.memory[side] = peak_memory_mib(case, side.provider, backend, mode=mode, options=side.options)
+            trial.memory[side] = peak_memory_mib(case, side.provider, backend, mode=mode, options=side.options(case))
         except OutOfMemory as error:
             trial.fails[side] = f"out of memory, {error}"
     return trial
@@ -86,7 +98,7 @@ def trials(case: Case, task: Task) -> list[Trial]:
 
 
 def runner(side: Side, problem: Problem, backend: str) -> Runner:
-    return build(side.provider, problem, backend, side.options)
+    return build(side.provider, problem, backend, side.options(problem.case))
 
 
 def verdicts(every: Sequence[Trial]) -> dict[tuple[Side, str], Verdict]:
@@ -117,6 +129,9 @@ def row(trial: Trial, side: Side, verdict: Verdict, times: Mapping[Side, tuple[f
     ours, peer = times[side], times.get(TORCH)
     columns: dict[str, Any] = quantiles(ours) | backends(short(case), mode, trial.backend)
     details = {"step_us": f"{columns['p50_ms'] / case.steps * 1e3:.6g}"}
+    if options := side.options(case):
+        columns["backend"] = algorithm(OURS, short(case), mode, trial.backend, options)
+        details["segment"] = str(options["recompute"])
     if peer is not None:
         columns |= quantiles(peer, "peer_") | ratio_columns(Samples(ours, peer), SPEED)
         details["peer_step_us"] = f"{columns['peer_p50_ms'] / case.steps * 1e3:.6g}"
@@ -160,6 +175,7 @@ LONG = Experiment(
     details={
         "step_us": "microseconds of a call over T",
         "peer_step_us": "the same of torch",
+        "segment": "steps between the states that are kept; the gates of a segment are computed again in backward",
         "peer_fails": "why torch has no figures",
         "plain_fails": "why ours without recomputing has none",
     },

@@ -13,7 +13,6 @@ import pytest
 from bench import cli, memory, rows, session, tables
 from bench.cases import CASES, MODES, Case, select
 from bench.experiments import long
-from bench.experiments.long import PLAIN, TORCH, Side
 from bench.measure import Task
 from bench.memory import OutOfMemory
 from bench.providers import OURS, PEER
@@ -22,7 +21,6 @@ from bench.verify import Mismatch
 
 TINY = Case("tiny", "long", 5, 8, 3, 40)
 TASK = Task(Effort(2, 0.0), "reference")
-OTHER = Side(OURS, "other")
 pytestmark = pytest.mark.usefixtures("short_samples")
 
 
@@ -40,42 +38,37 @@ def peaks(monkeypatch):
 
     monkeypatch.setattr(long, "peak_memory_mib", peak)
     monkeypatch.setattr(long, "fma_peak", lambda dtype, threads: 100.0)
+    monkeypatch.setattr(long, "SHORTEST_SEGMENT", 8)
     answers["asked"] = asked
     return answers
-
-
-@pytest.fixture
-def variants(monkeypatch):
-    """Ours in two variants."""
-    monkeypatch.setattr(long, "VARIANTS", (PLAIN, OTHER))
-    monkeypatch.setattr(long, "SIDES", (PLAIN, OTHER, TORCH))
 
 
 def measured(case=TINY, task=TASK):
     return {(row.mode, row.variant): row for row in long.measure(case, task)}
 
 
-def test_rows(peaks, variants):
+def test_rows(peaks):
     peaks[PEER, "training"] = 20.0
     found = measured()
-    assert set(found) == {("training", ""), ("training", "other"), ("inference", "")}
+    assert set(found) == {("training", ""), ("training", "recompute"), ("inference", "")}
     for (mode, _), row in found.items():
         assert (row.experiment, row.backend, row.peer, row.pairs) == ("long", "reference", "torch", 2)
         assert row.pair_ratio > 0
         assert float(row.details["step_us"]) == pytest.approx(row.p50_ms * 1e3 / 40, rel=1e-5)
         assert float(row.details["peer_step_us"]) == pytest.approx(row.peer_p50_ms * 1e3 / 40, rel=1e-5)
         assert set(row.details) <= set(long.LONG.details)
+        assert row.details.get("segment") == ("8" if row.variant else None)
         assert row.reference == "float64"
         assert (row.memory_mib, row.peer_memory_mib) == ((10.0, 20.0) if mode == "training" else (None, None))
     # Who gets through training is not asked again.
     assert peaks["asked"] == [(OURS, "training"), (OURS, "training"), (PEER, "training")]
 
 
-def test_a_peer_without_the_memory_is_told_of(peaks, variants):
+def test_a_peer_without_the_memory_is_told_of(peaks):
     peaks[PEER, "training"] = "more than 19.2 GiB"
     found = measured()
-    assert set(found) == {("training", ""), ("training", "other"), ("inference", "")}
-    for variant in ("", "other"):
+    assert set(found) == {("training", ""), ("training", "recompute"), ("inference", "")}
+    for variant in ("", "recompute"):
         row = found["training", variant]
         assert (row.peer, row.peer_p50_ms, row.peer_memory_mib, row.pair_ratio) == ("torch", None, None, None)
         assert row.details["peer_fails"] == "out of memory, more than 19.2 GiB"
@@ -84,16 +77,16 @@ def test_a_peer_without_the_memory_is_told_of(peaks, variants):
     assert "peer_fails" not in found["inference", ""].details
 
 
-def test_ours_without_the_memory_leaves_the_others(peaks, variants, monkeypatch):
+def test_ours_without_the_memory_leaves_the_others(peaks, monkeypatch):
     def peak(case, provider, backend, *, mode, options):
-        if provider == OURS and options is PLAIN.options:
+        if provider == OURS and "recompute" not in options:
             raise OutOfMemory("ended by SIGKILL")
         return 5.0
 
     monkeypatch.setattr(long, "peak_memory_mib", peak)
     found = measured(task=replace(TASK, mode="training"))
-    assert set(found) == {("training", "other")}
-    row = found["training", "other"]
+    assert set(found) == {("training", "recompute")}
+    row = found["training", "recompute"]
     assert row.details["plain_fails"] == "out of memory, ended by SIGKILL"
     assert row.peer_p50_ms > 0
 
@@ -131,7 +124,7 @@ def test_a_run(peaks, registry, tmp_path, capsys):
     assert "out of memory" in told
     (path,) = tmp_path.glob("*.csv")
     saved = rows.read(path)
-    assert [(row.case, row.mode) for row in saved] == [("tiny", "training"), ("tiny", "inference")]
+    assert [(row.case, row.mode) for row in saved] == [("tiny", mode) for mode in ("training", "training", "inference")]
     assert saved[0].details["peer_fails"] == "out of memory, more than 19.2 GiB"
     tables.show_long(session.screen(), saved)
     assert "10 MiB" in capsys.readouterr().out
@@ -169,7 +162,8 @@ def test_a_process_stops_where_it_has_not_the_memory():
     """A limit of about a hundredth of the step's size; a step that fits, in another process, does."""
     case = max((each for each in select("long") if each.steps == 4096), key=lambda each: each.batch)
     program = (
-        f"import torch; from bench import memory; memory._available_kib = lambda: {64 << 10}\n"
+        f"import lstmcore.recompute; lstmcore.recompute.available = lambda device: {64 << 20}\n"
+        "from bench import memory\n"
         f"print(memory._answer({case.name!r}, 'torch', backend='auto', mode='training', options={{}}))".replace(
             "'torch'", "provider='torch'"
         )
