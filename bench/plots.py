@@ -29,7 +29,7 @@ from bench.tables import counted
 LABELS = {OURS: "lstmcore.LSTM", PEER: "torch.nn.LSTM"}
 COLOURS = {OURS: "#0b6e99", PEER: "#d1782a"}
 MARKERS = {OURS: "o", PEER: "s"}
-TICKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1 / 1.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)  # of the speed's colour bar
+TICKS = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 1 / 1.5, 1, 1.5, 2, 3, 4, 6, 8)  # of the speed's colour bar
 DENSE = {"dense": "I = H", "dense-i1": "I = 1"}
 GPU_DENSE = {"cuda-bfloat16": "bfloat16", "cuda-float16": "float16", "cuda-float32": "float32 (TF32)"}
 INK = "#111111"  # on what is coloured; black is for what stands on the page, where it may be dark
@@ -88,9 +88,10 @@ def heatmap(axes: Axes, chosen: list[Row], norm: colors.Normalize, title: str) -
 
 
 def speed_scale(rows: Sequence[Row]) -> colors.Normalize:
-    """The colours of ratios, in octaves: white is exactly 1.0, and both sides are equally long."""
+    """The colours of ratios, in octaves: white is exactly 1.0, and both sides are equally long, to 8 at most."""
     largest = max(abs(np.log2(row.speed)) for row in rows)
-    return colors.TwoSlopeNorm(0.0, -max(largest, 1.0), max(largest, 1.0))
+    end = min(max(largest, 1.0), 3.0)  # one that is far out would leave all others pale
+    return colors.TwoSlopeNorm(0.0, -end, end)
 
 
 def speed_bar(figure: Figure, image: ScalarMappable) -> None:
