@@ -34,12 +34,12 @@ DARK = (
 )
 HOW = """\
 Each figure is of `lstmcore.LSTM` beside `torch.nn.LSTM` on the same weights and inputs, whose outputs and gradients
-were checked before: against float64, or for the largest cases against torch in the same dtype. The two run by turns in
-one process; a figure is the median, speed is torch's time over ours. On a CPU a call is timed behind an operation of
-torch's, as in a model, and alone, after a pause. onnxruntime's LSTM is timed in calls of its own, since its threads
-spin. Peak memory is what one training step adds to a process of its own, which may take most of what the machine has to
-spare: where a side needs more, it has no figure, and a cross says so. The limit is what the machine's FMA units do at
-most, measured too."""
+were checked before: against float64, or for the largest cases against torch in the same dtype, and for the longest
+sequences on fewer steps. The two run by turns in one process; a figure is the median, speed is torch's time over ours.
+On a CPU a call is timed behind an operation of torch's, as in a model, and alone, after a pause. onnxruntime's LSTM is
+timed in calls of its own, since its threads spin. Peak memory is what one training step adds to a process of its own,
+which may take most of what the machine has to spare: where a side needs more, it has no figure, and a cross says so.
+The limit is what the machine's FMA units do at most, measured too."""
 MADE_BY = """\
 This page is made from the rows in `bench/results` by `make report`: no figure is typed. Where a machine has no rows of
 something, a sentence says so."""

@@ -73,7 +73,8 @@ def test_a_peer_without_the_memory_is_told_of(peaks):
         assert (row.peer, row.peer_p50_ms, row.peer_memory_mib, row.pair_ratio) == ("torch", None, None, None)
         assert row.details["peer_fails"] == "out of memory, more than 19.2 GiB"
         assert "peer fails: out of memory, more than 19.2 GiB" in tables.line(row)
-    assert found["inference", ""].peer_p50_ms > 0  # that was tried by itself
+    assert found["inference", ""].peer_p50_ms > 0  # that was tried by itself, and ours not again
+    assert [mode for provider, mode in peaks["asked"] if provider == OURS] == ["training", "training"]
     assert "peer_fails" not in found["inference", ""].details
 
 
