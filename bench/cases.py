@@ -118,7 +118,7 @@ SHORT = (  # T, B, I, H
 
 LONG = {  # by (H, B): T, the last of the first beyond what torch can train on in 24 GB
     (256, 16): (1024, 4096, 16_384, 131_072),
-    (64, 1): (1024, 4096, 16_384, 65_536, 262_144, 1_000_000),
+    (64, 1): (1024, 16_384, 65_536, 262_144, 1_000_000),
 }
 
 HIDDEN = (64, 128, 256, 512, 768, 1024, 2048)  # of the cases on a GPU, as the next two
