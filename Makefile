@@ -1,4 +1,4 @@
-# make bench · demo · test · lint · docs: each sets itself up in .venv; only Python >= 3.10 and make have to be there.
+# make bench · report · demo · test · lint · docs: each sets itself up in .venv; only Python >= 3.10 and make have to be there.
 # make gpu uses $(PYTHON) as it is: PyTorch with CUDA is there already, and a network may not be.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ TORCH := $(shell grep -o '^torch==[^ ;]*' constraints.txt)
 # what torch 2.11 ships; make kernels compiles with it and with the newest, which is in constraints.txt
 OLD_TRITON := 3.6.0
 
-.PHONY: bench bench-full compare demo test test-fast gpu kernels lint docs site check clean build/types
+.PHONY: bench bench-full report compare demo test test-fast gpu kernels lint docs site check clean build/types
 
 bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by both
 	$(BIN)/python -m bench --quick
@@ -20,6 +20,9 @@ bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by 
 
 bench-full: $(VENV)/.ready  ## every case of the benchmark
 	$(BIN)/python -m bench
+
+report: $(VENV)/.ready  ## every table, plot and page from the committed rows; build/report.html is one page of it all
+	$(BIN)/python -m bench report
 
 compare: $(VENV)/.ready  ## two commits side by side, A and B: fails where B is slower or takes more memory
 	$(BIN)/python -m bench compare $(A) $(B) $(ARGS)

@@ -116,6 +116,10 @@ SHORT = (  # T, B, I, H
     (100, 1, 64, 256),
 )
 
+LONG = {  # by (H, B): T, the last of the first beyond what torch can train on in 24 GB
+    (256, 16): (1024, 4096, 16_384, 131_072),
+    (64, 1): (1024, 16_384, 65_536, 262_144, 1_000_000),
+}
 
 HIDDEN = (64, 128, 256, 512, 768, 1024, 2048)  # of the cases on a GPU, as the next two
 BATCHES = (1, 16, 64, 128, 256)
@@ -144,6 +148,7 @@ TAGS: dict[str, tuple[str, ...]] = {
         "packed-h128-b32", "proj-h128-p64-b32", "float64-h128-b32", "bfloat16-h128-b32", "last-h128-b32",
         "short-h64-b32-t30", "short-h128-b16-t100", "call-h16-b1-t1",
         "reset-h64-b32", "reset-h16-b8", "lengths-h64-b32", "lengths-h16-b8", "cells-h16-b8", "rollout-h256-i64-b8",
+        "long-h256-b16-t1024", "long-h64-b1-t16384",
         *GPU_QUICK,
     ),
     "memory": (  # the full run also measures the peak memory of a training step; on a GPU, of every case
@@ -247,6 +252,9 @@ def _other_cases() -> Iterator[Case]:
     for features, batch in ((64, 128), (256, 128), (64, 32), (64, 8)):
         name = f"rollout-h256-i{features}-b{batch}-t128"
         yield Case(name, "rollout", features, 256, batch, 128, modes=("training",))
+    for (hidden, batch), lengths in LONG.items():
+        for steps in lengths:
+            yield Case(f"long-h{hidden}-b{batch}-t{steps}", "long", hidden, hidden, batch, steps)
     on_gpu: dict[str, Any] = {"dtype": "bfloat16", "device": "cuda"}
     for batch, hidden in product((16, 64, 1), HIDDEN):  # what matters most comes first: a time limit may cut the end
         yield Case(f"step-h{hidden}-b{batch}", "step", hidden, hidden, batch, 1024, **on_gpu)
@@ -305,6 +313,7 @@ GROUPS = {
     "lengths": Group("lengths, against dense calls of as many steps and against packing", experiment="control"),
     "cells": Group("cells that are returned, against none", experiment="control"),
     "rollout": Group("training on a rollout with resets, against torch.nn", experiment="control"),
+    "long": Group("from 1,024 steps to a million", experiment="long"),
     "step": Group("the time of one step, bfloat16", "cuda", "steps"),
     "design": Group("one step by each design of the tiling, bfloat16", "cuda", "designs"),
     "handoff": Group("what blocks of threads hand over in a step", "cuda", "handoff"),

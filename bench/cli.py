@@ -35,7 +35,10 @@ COMMANDS = {
     "environment": ("device, driver and versions", "bench.gpu.environment:run"),
     "kernels": ("compiles every GPU kernel, without a GPU, and reports on its code", "bench.gpu.kernels:run"),
     "scaling": ("what the model of the CPU kernels predicts of more threads", "bench.experiments.scaling:run"),
-    "report": ("rewrites README's table, docs/benchmarks.md and the plots from bench/results", "bench.report:run"),
+    "report": (
+        "rewrites README's table, docs/benchmarks.md, the plots and build/report.html from bench/results",
+        "bench.report:run",
+    ),
     "compare": ("times two commits side by side; fails where the second is slower or larger", "bench.compare:run"),
 }
 

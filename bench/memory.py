@@ -1,17 +1,22 @@
-"""Peak memory of one training step.
+"""Peak memory of one training step, or of one call in inference.
 
 Torch does not track its CPU allocations, so the operating system is asked, in a process of its own: the growth of the
 process's highest resident size over its size just before the step.  By then a first step on the beginning of the same
 problem has loaded the libraries, compiled the kernels and started the threads.  On a GPU torch's allocator counts, all
 that cuDNN and our kernels take included, so any process will do.
+
+The process may take most of what the machine has to spare and no more: a step that needs more raises, where otherwise
+the operating system would end whatever process it likes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,15 @@ from bench.providers import OURS, Runner, algorithm, build, draw
 WARM_UP_STEPS = 4
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+SHARE = 0.85  # of what is available; the process that waits for the answer, and others, need some
+# How torch, oneDNN and C++ say it; a MemoryError says it by its type.
+_NO_MEMORY = ("allocate memory", "not enough memory", "out of memory", "bad_alloc")
+# Memory that was granted and is not there when it is used; C++ that finds none and has nobody to tell.
+_ENDED = (signal.SIGKILL, signal.SIGABRT)
+
+
+class OutOfMemory(Exception):
+    """A call takes more memory than its process may; the message says how much that was, or what ended it."""
 
 
 def _status_kib(field: str) -> int:
@@ -52,12 +66,31 @@ def _forget() -> None:
         buffers.clear()
 
 
-def _measure(case: Case, provider: str, backend: str) -> float:
-    """MiB that one training step adds to this process."""
+def _limit() -> float | None:
+    """Lets this process take so much of the available memory and no more; GiB, None where nothing is limited."""
+    try:
+        from lstmcore.recompute import available
+    except ImportError:  # another commit may not ask how much there is
+        return None
+    if not _STATUS.exists():
+        return None
+    import resource
+
+    allowed = int(SHARE * available(torch.device("cpu")))
+    resource.setrlimit(resource.RLIMIT_AS, (_status_kib("VmSize") * 1024 + allowed,) * 2)
+    return allowed / 2**30
+
+
+def _no_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY)
+
+
+def _measure(case: Case, provider: str, backend: str, mode: str, options: Mapping[str, Any]) -> float:
+    """MiB that one call adds to this process; ``options`` are for the constructor of ours."""
     if provider == OURS:  # by name: what "auto" picks depends on the number of steps
-        backend = algorithm(provider, case, "training", backend)
-    build(provider, draw(case, steps=min(WARM_UP_STEPS, case.steps)), backend).training()
-    runner = build(provider, draw(case), backend)
+        backend = algorithm(provider, case, mode, backend, options)
+    getattr(build(provider, draw(case, steps=min(WARM_UP_STEPS, case.steps)), backend, options), mode)()
+    runner = build(provider, draw(case), backend, options)
     if provider == OURS:
         _forget()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -67,7 +100,7 @@ def _measure(case: Case, provider: str, backend: str) -> float:
         before = _status_kib("VmRSS")
     else:
         before = _peak_kib()
-    runner.training()
+    getattr(runner, mode)()
     return (_peak_kib() - before) / 1024
 
 
@@ -82,18 +115,49 @@ def gpu_peak_mib(runner: Runner) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def peak_memory_mib(case: Case, provider: str, backend: str = "auto", **where: Any) -> float:
-    """MiB that one training step of the case adds to a process, in a fresh one; ``where``: its folder and variables."""
+def peak_memory_mib(
+    case: Case,
+    provider: str,
+    backend: str = "auto",
+    *,
+    mode: str = "training",
+    options: Mapping[str, Any] | None = None,
+    **where: Any,
+) -> float:
+    """MiB that one call on the case adds to a process, in a fresh one.
+
+    ``options`` are for the constructor of ours; ``where`` is the process's folder and variables.  Raises OutOfMemory
+    where it has not enough.
+    """
+    threads = torch.get_num_threads()
+    question = {"case": case.name, "provider": provider, "backend": backend, "mode": mode, "options": options or {}}
     child = subprocess.run(
-        [sys.executable, "-m", "bench.memory", case.name, provider, backend, str(torch.get_num_threads())],
+        [sys.executable, "-m", "bench.memory", json.dumps(question), str(threads)],
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
+        check=False,
         **({"cwd": Path(__file__).parents[1]} | where),
     )
-    return float(json.loads(child.stdout)["mib"])
+    if -child.returncode in _ENDED:
+        raise OutOfMemory(f"ended by {signal.Signals(-child.returncode).name}")
+    child.check_returncode()
+    answer = json.loads(child.stdout)
+    if "mib" not in answer:
+        raise OutOfMemory(f"more than {answer['allowed_gib']:.3g} GiB")
+    return float(answer["mib"])
+
+
+def _answer(case: str, **question: Any) -> dict[str, float | None]:
+    """What the process found: the peak, or how much was not enough."""
+    allowed = _limit()
+    try:
+        return {"mib": _measure(CASES[case], **question)}
+    except (MemoryError, RuntimeError) as error:
+        if allowed is None or not _no_memory(error):
+            raise
+        return {"allowed_gib": allowed}
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[4]))
-    print(json.dumps({"mib": _measure(CASES[sys.argv[1]], *sys.argv[2:4])}))
+    torch.set_num_threads(int(sys.argv[2]))
+    print(json.dumps(_answer(**json.loads(sys.argv[1]))))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib import colors, patheffects
+from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
@@ -29,15 +29,18 @@ from bench.tables import counted
 LABELS = {OURS: "lstmcore.LSTM", PEER: "torch.nn.LSTM"}
 COLOURS = {OURS: "#0b6e99", PEER: "#d1782a"}
 MARKERS = {OURS: "o", PEER: "s"}
-TICKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1 / 1.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)  # of the speed's colour bar
+TICKS = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 1 / 1.5, 1, 1.5, 2, 3, 4, 6, 8)  # of the speed's colour bar
 DENSE = {"dense": "I = H", "dense-i1": "I = 1"}
 GPU_DENSE = {"cuda-bfloat16": "bfloat16", "cuda-float16": "float16", "cuda-float32": "float32 (TF32)"}
+INK = "#111111"  # on what is coloured; black is for what stands on the page, where it may be dark
+HEIGHT = 3.6  # of axes with lines, in inches
 LINES = ("-", "--", ":", "-.", (0, (1, 4)))  # one for each batch
 
 matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130})
 
 
-def _where(row: Row) -> str:
+def where(row: Row) -> str:
+    """On what a figure was measured."""
     on = f"{row.device}, cuDNN {row.cudnn}, I = H" if row.on_gpu else f"{row.device}, {counted(row)}, float32"
     return f"{on}, torch {row.torch}"
 
@@ -70,10 +73,12 @@ def heatmap(axes: Axes, chosen: list[Row], norm: colors.Normalize, title: str) -
         grid[i, j] = geometric_mean(same) or np.nan
     image = axes.imshow(np.log2(grid), norm=norm, cmap="RdBu", aspect="auto")
     for i, j in np.argwhere(~np.isnan(grid)):
-        text = axes.text(j, i, f"{grid[i, j]:.2f}×", ha="center", va="center", fontsize=10, color="black")
-        text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white", alpha=0.8)])
+        red, green, blue, _ = image.to_rgba(np.log2(grid[i, j]))
+        dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+        colour = "white" if dark else INK
+        axes.text(j, i, f"{grid[i, j]:.2f}×", ha="center", va="center", fontsize=10, color=colour)
         if grid[i, j] < 1:
-            axes.add_patch(Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, fill=False, edgecolor="black", linewidth=2))
+            axes.add_patch(Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, fill=False, edgecolor=INK, linewidth=2))
     axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
     axes.set_yticks(range(len(hidden)), [str(size) for size in hidden])
     axes.set(title=title, xlabel="batch B", ylabel="hidden size H")
@@ -83,44 +88,45 @@ def heatmap(axes: Axes, chosen: list[Row], norm: colors.Normalize, title: str) -
 
 
 def speed_scale(rows: Sequence[Row]) -> colors.Normalize:
-    """The colours of ratios, in octaves: white is exactly 1.0, and both sides are equally long."""
+    """The colours of ratios, in octaves: white is exactly 1.0, and both sides are equally long, to 8 at most."""
     largest = max(abs(np.log2(row.speed)) for row in rows)
-    return colors.TwoSlopeNorm(0.0, -max(largest, 1.0), max(largest, 1.0))
+    end = min(max(largest, 1.0), 3.0)  # one that is far out would leave all others pale
+    return colors.TwoSlopeNorm(0.0, -end, end)
 
 
 def speed_bar(figure: Figure, image: ScalarMappable) -> None:
     """The colour bar beside heatmaps of ratios."""
     bar = figure.colorbar(image, ax=figure.axes, shrink=0.7, format=FuncFormatter(lambda v, _: f"{2**v:.3g}×"))
     bar.set_ticks([np.log2(ratio) for ratio in TICKS if abs(np.log2(ratio)) <= image.norm.vmax])
-    bar.ax.axhline(0.0, color="black", linewidth=2)
+    bar.ax.axhline(0.0, color=INK, linewidth=2)
     bar.set_label("torch's time over ours  (line: 1.0, equally fast)")
 
 
-def _grid(panels: Sequence[object], width: float) -> tuple[Figure, Iterator[Axes]]:
-    """A figure with two columns of axes, of which those too many are hidden."""
-    columns = min(2, len(panels))
-    lines = (len(panels) + columns - 1) // columns
-    figure = Figure(figsize=(width * columns, 1.0 + 3.6 * lines), layout="constrained")
-    every = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes in every[len(panels) :]:
+def two_columns(heights: Sequence[float], width: float) -> tuple[Figure, Iterator[Axes]]:
+    """A figure with two columns of axes, of which those too many are hidden; ``heights`` of all in inches."""
+    columns = min(2, len(heights))
+    by_line = [max(heights[at : at + columns]) for at in range(0, len(heights), columns)]
+    figure = Figure(figsize=(width * columns, 1.0 + sum(by_line)), layout="constrained")
+    every = list(figure.subplots(len(by_line), columns, squeeze=False, height_ratios=by_line).flat)
+    for axes in every[len(heights) :]:
         axes.set_visible(False)
     return figure, iter(every)
 
 
-def speed_by_shape(rows: Sequence[Row]) -> Figure | None:
-    """Heatmaps of torch's time over ours, H by B."""
+def speed_by_shape(rows: Sequence[Row], setting: str = "") -> Figure | None:
+    """Heatmaps of torch's time over ours, H by B; ``setting`` is how the calls were timed, in words."""
     groups = GPU_DENSE if rows[0].on_gpu else DENSE
     if not (panels := _panels(rows, groups)):
         return None
     norm = speed_scale([row for *_, chosen in panels for row in chosen])
-    figure, every = _grid(panels, 5.25)
+    # A line of shapes is as high in all panels; title and labels take an inch.
+    figure, every = two_columns([1.0 + 0.42 * len({row.hidden_size for row in chosen}) for *_, chosen in panels], 5.25)
     for axes, (title, _, chosen) in zip(every, panels, strict=False):
         image = heatmap(axes, chosen, norm, title)
     speed_bar(figure, image)
     over = ", geometric mean over the lengths measured" if rows[0].on_gpu else ""
-    figure.suptitle(
-        f"Speed of lstmcore.LSTM against torch.nn.LSTM{over}; framed: slower\n{_where(rows[0])}", fontsize=11
-    )
+    what = f"Speed of lstmcore.LSTM against torch.nn.LSTM{setting}{over}; framed: slower"
+    figure.suptitle(f"{what}\n{where(rows[0])}", fontsize=11)
     return figure
 
 
@@ -150,7 +156,7 @@ def time_per_step(rows: Sequence[Row]) -> Figure | None:
         axes.legend(frameon=False)
     first = chosen[0]
     shape = f"I {first.input_size}, H {first.hidden_size}, B {first.batch}"
-    figure.suptitle(f"Time per step as the sequence grows ({shape}; band: p20 to p80)\n{_where(first)}", fontsize=11)
+    figure.suptitle(f"Time per step as the sequence grows ({shape}; band: p20 to p80)\n{where(first)}", fontsize=11)
     return figure
 
 
@@ -162,8 +168,8 @@ def peak_share(rows: Sequence[Row]) -> Figure | None:
     modes = [mode for mode in MODES if any(row.mode == mode for row in dense)]
     shapes = sorted({(row.hidden_size, row.batch) for row in dense})
     figure = Figure(figsize=(5.2 * len(modes), 1.8 + 0.27 * len(shapes)), layout="constrained")
-    grid = figure.subplots(1, len(modes), sharey=True, squeeze=False).flat
-    for axes, mode in zip(grid, modes, strict=True):
+    every = figure.subplots(1, len(modes), sharey=True, squeeze=False).flat
+    for axes, mode in zip(every, modes, strict=True):
         for row in dense:
             if row.mode != mode:
                 continue
@@ -188,7 +194,7 @@ def peak_share(rows: Sequence[Row]) -> Figure | None:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     peak = dense[0].peak_gflops
-    figure.suptitle(f"Share of the machine's FMA peak ({peak:.0f} GF/s), I = H\n{_where(dense[0])}", fontsize=11)
+    figure.suptitle(f"Share of the machine's FMA peak ({peak:.0f} GF/s), I = H\n{where(dense[0])}", fontsize=11)
     return figure
 
 
@@ -202,7 +208,7 @@ def time_by_width(rows: Sequence[Row]) -> Figure | None:
     dense = [row for row in dense if row.steps == steps]
     batches = sorted({row.batch for row in dense})
     panels = _panels(dense, GPU_DENSE)
-    figure, every = _grid(panels, 5.2)
+    figure, every = two_columns([HEIGHT] * len(panels), 5.2)
     for axes, (title, _, chosen) in zip(every, panels, strict=False):
         for style, batch in zip(cycle(LINES), batches, strict=False):
             line = sorted((row for row in chosen if row.batch == batch), key=lambda row: row.hidden_size)
@@ -229,7 +235,7 @@ def time_by_width(rows: Sequence[Row]) -> Figure | None:
         for style, batch in zip(cycle(LINES), batches, strict=False)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    text = f"Time per step by hidden size, T {steps:,}, input products included\n{_where(dense[0])}"
+    text = f"Time per step by hidden size, T {steps:,}, input products included\n{where(dense[0])}"
     figure.suptitle(text, fontsize=11)
     return figure
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ PROVIDERS = (OURS, PEER)
 warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 # Torch does not lay bfloat16 weights out for cuDNN, so it copies them in each call and says so in each.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+LONG_ENOUGH = 16_384  # steps: a backend that is chosen for so many is chosen for more
 OUTPUTS = ("output", "h_n", "c_n")
 
 
@@ -126,13 +127,13 @@ class Runner:
         return *outputs, *torch.autograd.grad(outputs, self.leaves, self.problem.grad_outputs)
 
 
-def build(provider: str, problem: Problem, backend: str = "auto") -> Runner:
-    """The module of a provider on this problem; ``backend`` is for ours."""
+def build(provider: str, problem: Problem, backend: str = "auto", options: Mapping[str, Any] | None = None) -> Runner:
+    """The module of a provider on this problem; ``backend`` and ``options`` are for the constructor of ours."""
     settings = arguments(problem.case) | {"device": problem.input.device, "dtype": problem.input.dtype}
     if provider == PEER:
         return Runner(nn.LSTM(**settings), problem)
     if provider == OURS:
-        return Runner(lstmcore.LSTM(**settings, backend=backend), problem)
+        return Runner(lstmcore.LSTM(**settings, **(options or {}), backend=backend), problem)
     raise ValueError(f"expected a provider out of {', '.join(PROVIDERS)}, got {provider!r}")
 
 
@@ -160,13 +161,16 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def algorithm(provider: str, case: Case, mode: str, backend: str = "auto") -> str:
+def algorithm(
+    provider: str, case: Case, mode: str, backend: str = "auto", options: Mapping[str, Any] | None = None
+) -> str:
     """What runs inside a provider: the backend of ours, or which of its own paths torch takes.
 
     Torch decides by dtype, sizes, mode and whether rows end at different steps, but not by the number of steps: two of
     them are enough to see it, except where the rows have to stay ragged.
     """
-    runner = build(provider, draw(case, steps=2 if provider == PEER and not case.ragged else None), backend)
+    enough = 2 if provider == PEER and not case.ragged else LONG_ENOUGH
+    runner = build(provider, draw(case, steps=min(case.steps, enough)), backend, options)
     if provider == OURS:
         with torch.set_grad_enabled(mode == "training"):
             choice = lstmcore.explain(runner.module, runner.feed())

@@ -69,7 +69,7 @@ class Row:
     peak_gflops: float | None = None  # what the machine's FMA units do at most in this dtype; not measured on a GPU
     max_error: float | None = None  # of ours: relative to the largest entry of a tensor, the worst of all tensors
     reference: str = ""  # against what max_error was measured
-    memory_mib: float | None = None  # training only, selected cases: what one step adds to a process at its peak
+    memory_mib: float | None = None  # selected cases: what one training step adds to a process at its peak
     peer_memory_mib: float | None = None
     details: Mapping[str, str] = field(default_factory=dict)
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import costs, machine, onnx_peer, rows, tables
 from bench.cases import Case
 from bench.measure import Experiment, Task, fma_peak, forget
+from bench.memory import OutOfMemory
 from bench.providers import precision
 from bench.rows import Row
 from bench.verify import Mismatch
@@ -135,7 +136,7 @@ class Session:
             self.wrong.append(str(mismatch))
             self.console.print(f"[red]wrong result, no figure:[/] {escape(str(mismatch))}")
         except Exception as error:  # whatever it is, the other cases have figures to give
-            if REFUSED in str(error):
+            if REFUSED in str(error) or isinstance(error, OutOfMemory):
                 self.left_out.append(f"{case.name}: {error}")
             else:
                 self.failed.append(f"{case.name}: {_reason(error)}")

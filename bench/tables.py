@@ -81,14 +81,22 @@ def duration(ms: float) -> str:
     return f"{ms:.4g} ms" if ms >= 0.1 else f"{ms * 1e3:.3g} µs"
 
 
+def mebibytes(mib: float) -> str:
+    """A size in words."""
+    return f"{mib / 1024:.3g} GiB" if mib >= 1024 else f"{mib:.3g} MiB"
+
+
 def line(row: Row) -> str:
     """A row in one line."""
     what = ", ".join(filter(None, (row.case, row.mode, row.variant, row.peer and f"against {row.peer}")))
     found = [duration(row.p50_ms), row.peer_p50_ms and duration(row.peer_p50_ms)]
-    found += [promised(row) if row.pair_ratio else row.peer and f"{row.speed:.2f}×"]
+    found += [promised(row) if row.pair_ratio else row.peer_p50_ms and f"{row.speed:.2f}×"]
     found += [
         f"{name[:-3]} {float(value):.4g} {name[-2:]}" for name, value in row.details.items() if name[-3:] in TIMES
     ]
+    found += [row.memory_mib and f"memory {mebibytes(row.memory_mib)}"]
+    found += [row.peer_memory_mib and f"peer_memory {mebibytes(row.peer_memory_mib)}"]
+    found += [f"{name[:-6]} fails: {why}" for name, why in row.details.items() if name.endswith("_fails")]
     found += ["" if row.peer or row.max_error is None else f"error {row.max_error:.1e}"]
     return f"{what}: {', '.join(filter(None, found))} ({' / '.join(filter(None, (row.backend, row.peer_backend)))})"
 
@@ -184,4 +192,30 @@ def show_promised(console: Console, rows: Sequence[Row]) -> None:
             row.case, row.variant, row.mode, row.peer,
             f"{row.p50_ms:.4g}", f"{row.peer_p50_ms:.4g}", promised(row), low, high,
         )  # fmt: skip
+    console.print(table)
+
+
+def show_long(console: Console, rows: Sequence[Row]) -> None:
+    """Time a step and peak memory of ours and of the peer, which may have failed."""
+    first = rows[0]
+    table = grid(
+        f"{first.device}, {counted(first)}, torch {first.torch}",
+        ("case", "mode", "variant"),
+        ("µs a step", "torch's", "speed", "memory", "torch's", "rounds", "error"),
+        "medians; speed: torch's time over ours; memory: what one training step adds to a process at its peak",
+        simple=True,
+    )
+    for row in rows:
+        fails = "" if row.peer_p50_ms else "out of memory"
+        us = (row.p50_ms, row.peer_p50_ms)
+        table.add_row(
+            row.case,
+            row.mode,
+            row.variant,
+            *(f"{ms * 1e3 / row.steps:.4g}" if ms else fails for ms in us),
+            speed(row.speed if row.peer_p50_ms else None),
+            *("" if mib is None else mebibytes(mib) for mib in (row.memory_mib, row.peer_memory_mib)),
+            str(row.pairs),
+            "" if row.max_error is None else f"{row.max_error:.1e}",
+        )
     console.print(table)

@@ -11,7 +11,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -135,6 +135,31 @@ def _wanted(done: int, at_least: int, started: float, budget_s: float) -> bool:
     return done < at_least or (done < MAX_PAIRS and time.perf_counter() - started < budget_s)
 
 
+def turns(
+    calls: Sequence[Callable[[], object]],
+    *,
+    min_rounds: int,
+    budget_s: float,
+    clock: Clock = CLOCKS["cpu"],
+    before: Callable[[], object] | None = None,
+    probed: bool = True,
+) -> tuple[tuple[float, ...], ...]:
+    """Seconds a call of each, which run by turns, at least ``min_rounds`` times, and on until ``budget_s`` is used up.
+
+    Who goes first is drawn.  All have to have run before: nothing here is a warm-up of compilers or caches.  Without
+    ``probed`` each sample is one call, and nothing is run to find out how many it should be.
+    """
+    draw = random.Random(0)
+    with _no_gc():
+        started = time.perf_counter()
+        repeats = max(1, math.ceil(SAMPLE_S / max(probe(call, clock) for call in calls))) if probed else 1
+        times: tuple[list[float], ...] = tuple([] for _ in calls)
+        while _wanted(len(times[0]), min_rounds, started, budget_s):
+            for call, record in draw.sample(list(zip(calls, times, strict=True)), len(calls)):
+                record.append(sample(call, repeats, clock, before))
+    return tuple(map(tuple, times))
+
+
 def interleave(
     ours: Callable[[], object],
     peer: Callable[[], object],
@@ -144,20 +169,8 @@ def interleave(
     clock: Clock = CLOCKS["cpu"],
     before: Callable[[], object] | None = None,
 ) -> Samples:
-    """Runs the two by turns, at least ``min_pairs`` times, and on until ``budget_s`` is used up.
-
-    Who goes first is drawn.  Both have to have run before: nothing here is a warm-up of compilers or caches.
-    """
-    draw = random.Random(0)
-    with _no_gc():
-        started = time.perf_counter()
-        slowest = max(probe(ours, clock), probe(peer, clock))
-        calls = max(1, math.ceil(SAMPLE_S / slowest))
-        times: tuple[list[float], list[float]] = ([], [])
-        while _wanted(len(times[0]), min_pairs, started, budget_s):
-            for call, record in draw.sample(((ours, times[0]), (peer, times[1])), 2):
-                record.append(sample(call, calls, clock, before))
-    return Samples(tuple(times[0]), tuple(times[1]))
+    """The two by turns, at least ``min_pairs`` times: see :func:`turns`."""
+    return Samples(*turns((ours, peer), min_rounds=min_pairs, budget_s=budget_s, clock=clock, before=before))
 
 
 def repeat(

@@ -1,12 +1,13 @@
 """A hook of MkDocs: pages that lie outside of docs/, so that nothing stands twice.
 
-README.md is the front page, CONTRIBUTING.md and CHANGELOG.md are pages.  Links are written as they work in the
-repository; here they are turned into those of the site.
+README.md is the front page, CONTRIBUTING.md and CHANGELOG.md are pages, and so is the benchmark's report, which is made
+from its rows.  Links are written as they work in the repository; here they are turned into those of the site.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ def on_files(files: Files, config: Any) -> Files:
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     files.append(File.generated(config, "LICENSE", abs_src_path=str(ROOT / "LICENSE")))
+    sys.path.insert(0, str(ROOT))  # the benchmark is not installed
+    from bench.report import web_page
+
+    files.append(File.generated(config, "report.html", content=web_page()))
     return files
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import pathlib
+import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,11 +282,12 @@ def test_threads(own_threads, capsys):
 def test_memory_is_measured_with_as_many_threads(own_threads, monkeypatch):
     asked: list[list[str]] = []
 
-    def start(command: list[str], **_: object) -> SimpleNamespace:
+    def start(command: list[str], **_: object) -> subprocess.CompletedProcess:
         asked.append(command)
-        return SimpleNamespace(stdout='{"mib": 1.0}')
+        return subprocess.CompletedProcess(command, 0, stdout='{"mib": 1.0}')
 
     monkeypatch.setattr(memory.subprocess, "run", start)
     torch.set_num_threads(1)
     memory.peak_memory_mib(TINY, OURS)
-    assert asked[0][-4:] == ["tiny", OURS, "auto", "1"]
+    assert '"case": "tiny", "provider": "lstmcore"' in asked[0][-2]
+    assert asked[0][-1] == "1"

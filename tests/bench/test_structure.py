@@ -15,8 +15,8 @@ BENCH = pathlib.Path(__file__).parents[2] / "bench"
 # Each imports only what is before it; an experiment no other one.
 LAYERS = (
     "cases", "machine", "timing", "rows", "cudnn", "providers", "verify", "costs", "memory", "onnx_peer", "summary",
-    "tables", "measure", "session", "plots", "report", "gpu.launches", "gpu.compile", "gpu.environment", "gpu.smoke",
-    "gpu.kernels", "experiments", "gpu.visit", "compare", "cli",
+    "tables", "findings", "measure", "session", "plots", "curves", "page", "report", "gpu.launches", "gpu.compile",
+    "gpu.environment", "gpu.smoke", "gpu.kernels", "experiments", "gpu.visit", "compare", "cli",
 )  # fmt: skip
 FREE = ("__main__", "conftest", "test_bench")  # nobody imports them
 
