@@ -191,7 +191,8 @@ def plan(
     _, members, unit_groups = best
     row_bytes = 4 * panels * block.lanes * size
     if backward:  # weight gradients are read and written once per chunk; more tokens if that traffic counts
-        chunk_tokens = 256 if 4 * panels * block.lanes * (depth + inputs) * size <= GRADIENTS else 512
+        small = 4 * panels * block.lanes * (depth + inputs) * size <= GRADIENTS
+        chunk_tokens = min(256, CHUNK_STEPS * batch) if small else 512
     else:
         chunk_tokens = min(max(MEMORY // row_bytes, 96), 4096)
     chunk = max(1, min(steps, chunk_tokens // batch))
@@ -202,6 +203,9 @@ def plan(
 
 # Bytes of weight gradients up to which a chunk has 256 tokens, and a batch two parts.
 GRADIENTS = 1.25e6
+# Steps that such a chunk has at most: as fast as 256 for one row or two (H 16 to 128), and a wavefront, which goes on
+# from chunk to chunk, rises sooner.
+CHUNK_STEPS = 64
 # Rows from which a batch has two parts, and rows per part if it has more; rows times units per part then; most parts.
 PART_ROWS, PART_STEP, MOST_PARTS = 8, 512, 8
 

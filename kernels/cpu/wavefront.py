@@ -32,9 +32,9 @@ from .prepared import LINE, Jobs, Prepared, Stage
 from .problem import Problem, kernels_of, threads_for
 from .tensors import BackwardTensors, ForwardTensors, Named
 
-RANGES = 16  # per layer, at most: so many that the wave rises and falls in little time
+RANGES = 8  # per layer, at most: so many that the wave rises and falls in little time
 SHORTEST = 16  # steps of a range in forward
-GAIN = 0.9  # of the time of one layer after the other: the most that a wavefront may take by the model
+GAIN = 0.85  # of the time of one layer after the other: the most that a wavefront may take by the model
 START = 200_000.0  # nanoseconds that a wavefront takes beside its steps: many launches, threads to wake
 
 
