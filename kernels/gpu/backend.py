@@ -79,7 +79,8 @@ def describe(layer: Layer) -> str:
     """The designs that such a layer would run, as text for users."""
     again = ""
     if layer.segment:
-        again = f"; {layer.segments} segments of {layer.segment} steps in each direction, computed again in backward"
+        steps = min(layer.segment, layer.steps)
+        again = f"; one direction after the other, by segments of {steps} steps that backward computes again"
         layer = segments.one_direction(layer)
     forward, backward = (launch.design_of(layer, backward) for backward in (False, True))
     return f"forward {forward}" + (f"; backward {backward}{again}" if layer.training else "")

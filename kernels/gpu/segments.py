@@ -2,20 +2,20 @@
 
 A segment of one direction is a pass of its own (``passes.py``), whose h_0 and c_0 are the states that enter it.  The
 directions run one after the other, since the segments of direction 1 begin at the last steps.  Forward runs by the same
-segments as backward, so what backward computes again is what forward computed.
+segments as backward, from the same states by the same operations, so what backward computes again is what forward
+computed.
 
-h enters a segment as h_0 enters a call: W_hh h is added to z, in the dtype of the layer.  Without segments the same
-product is one term of a sum in float32, so the results differ by a rounding where segments meet.  c, and its
-gradient on the way back, are float32 from end to end; the gradient of h is rounded to the dtype of the layer between
-segments.  Gradients of weights are summed in float32.
+h enters a segment as h_0 enters a call: W_hh h is added to z, which is in the dtype of the layer.  Without segments it
+is added in float32, so the results differ by a rounding where segments meet.  c, and its gradient on the way back, are
+float32 from end to end; the gradient of h is rounded to the dtype of the layer between segments.  Gradients of weights
+are products in that dtype for each segment, summed in float32.
 
-T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H without one), D directions, K segments,
-S steps of a segment, R sampled rows.
+T time, B batch, I input, H hidden, P projection (H without one), D directions, R sampled rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def forward(call: Call, cells: bool, word: Tensor) -> Forward:
     borders = tuple(new(shape, dtype=dtype) for shape, dtype in saves(layer))
     h_n, c_n = new(layer.h_shape), new(layer.c_shape)
     for d in range(layer.directions):
-        states = _initial(call, d)
+        states = _of_direction(call, (call.h_0, call.c_0), d)
         for segment in _Segment.each(call, d, word):
             for border, state in zip(borders, states, strict=True):
                 border[d, segment.number] = state[0]
@@ -104,14 +104,11 @@ def forward(call: Call, cells: bool, word: Tensor) -> Forward:
     return Forward(output, h_n, c_n, every, borders)
 
 
-def _initial(call: Call, direction: int) -> States:
-    """The states that enter the first segment."""
-    h, c = (None if state is None else state[direction : direction + 1] for state in (call.h_0, call.c_0))
-    _, *shape = call.layer.h_shape
-    if h is None:
-        h = call.input.new_zeros(1, *shape)
-    if c is None:
-        return h, h.new_zeros((1, *call.layer.c_shape[1:]), dtype=torch.float32)
+def _of_direction(call: Call, states: Sequence[Tensor | None], direction: int) -> States:
+    """One direction of (D, B, P) and (D, B, H), or of their gradients; zeros where there are none."""
+    given = zip(states, (call.layer.h_shape, call.layer.c_shape), strict=True)
+    zeros, d = call.input.new_zeros, direction
+    h, c = (zeros(1, *shape[1:]) if state is None else state[d : d + 1] for state, shape in given)
     return h, c.to(torch.float32)
 
 
@@ -165,24 +162,17 @@ class _WalkBack:
 
     def direction(self, d: int, word: Tensor) -> tuple[States, WeightGradients]:
         """The gradients of h_0 and c_0 of a direction, and those of its weights."""
-        states, weights = self._final(d), self._call.weights[d]
+        weights = self._call.weights[d] if self._wanted.weights else WeightGradients()
         sums = [None if w is None else torch.zeros_like(w, dtype=torch.float32) for w in weights]
+        h, c = _of_direction(self._call, self._grads[1:3], d)
+        states = _aligned(h), c
         for segment in _Segment.each(self._call, d, word, back=True):
             if segment.rows.total:
                 states, found = self._segment(segment, states)
                 for total, grad in zip(sums, found, strict=True):
                     if total is not None and grad is not None:
                         total += grad
-        if not self._wanted.weights:
-            return states, WeightGradients()
         return states, WeightGradients(*(None if each is None else each.to(self._output.dtype) for each in sums))
-
-    def _final(self, d: int) -> States:
-        """The gradients of h and c after the last step."""
-        given = zip(self._grads[1:3], (self._call.layer.h_shape, self._call.layer.c_shape), strict=True)
-        zeros = self._output.new_zeros
-        h, c = (zeros(1, *shape[1:]) if grad is None else grad[d : d + 1] for grad, shape in given)
-        return _aligned(h), c.to(torch.float32)
 
     def _segment(self, segment: _Segment, arrived: States) -> tuple[States, WeightGradients]:
         """The gradients of the states that enter a segment, from those of the states that leave it; of the weights."""

@@ -30,20 +30,19 @@ LENGTHS = replace(SMALL, name="lengths", T=4, lengths=(2, 0, 4, 1, 4), reset=0.4
 SHORT = replace(LENGTHS, name="short", lengths=(2, 0, 1, 1, 2), P=0, batch_first=True, strided=True)
 UNSORTED = replace(PACKED, T=4, lengths=(2, 4, 4, 1), reset=0.4)
 PLAIN = replace(DENSE, name="plain", T=4, B=3, D=2, reset=0.4)
-SETUPS = [LENGTHS, SHORT, UNSORTED, PLAIN, replace(DENSE, T=4, B=5, P=4, D=1, batch_first=False)]
 
 
 def two(setup: Setup) -> Setup:
     return replace(setup, segment=2)
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=str)
+@pytest.mark.parametrize("setup", [LENGTHS, UNSORTED, PLAIN], ids=str)
 def test_as_without(triton_kernels, monkeypatch, setup):
     gpu_designs.use(monkeypatch, "resident")
     checks.check_segments(triton_kernels, setup, ORDER_OF_SUMS_F32)
 
 
-@pytest.mark.parametrize("setup", [LENGTHS, UNSORTED, PLAIN], ids=str)
+@pytest.mark.parametrize("setup", [LENGTHS, SHORT, UNSORTED], ids=str)
 def test_against_oracle(triton_kernels, design, setup):
     """Every gradient, cells and norms."""
     checks.check_against_oracle(triton_kernels, two(setup), torch.float32)
@@ -93,7 +92,7 @@ def test_everything_else_that_is_promised(triton_kernels, monkeypatch, request):
     checks.check_garbage_in_fresh_memory(triton_kernels, setup, torch.float32, request)
 
 
-@pytest.mark.parametrize("off", [("input", "h_0"), ("c_0", "norms"), ("weights",)], ids=str)
+@pytest.mark.parametrize("off", [("input", "h_0"), ("c_0", "weights", "norms")], ids=str)
 def test_needs(triton_kernels, monkeypatch, off):
     gpu_designs.use(monkeypatch, "resident")
     checks.check_needs(triton_kernels, two(LENGTHS), off)
@@ -167,8 +166,7 @@ def test_through_the_module(triton_kernels, monkeypatch):
 
 def test_explained(triton_kernels):
     module = lstmcore.LSTM(3, 9, bidirectional=True, backend="triton", recompute=3)
-    text = str(lstmcore.explain(module, torch.randn(8, 2, 3)))
-    assert "3 segments of 3 steps in each direction, computed again in backward" in text
+    assert "by segments of 3 steps that backward computes again" in str(lstmcore.explain(module, torch.randn(8, 2, 3)))
     with torch.no_grad():
         assert "segments" not in str(lstmcore.explain(module, torch.randn(8, 2, 3)))
 
