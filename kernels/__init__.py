@@ -60,8 +60,9 @@ batch.  Both cost nothing if off.
 
 Segments.  ``layer.segment = S`` asks forward to save, in place of what backward needs of all steps, the states that
 enter each segment of S steps of a direction (in its order), and backward to compute the rest again, one segment at a
-time from the last to the first.  What it returns is the same, in the CPU kernels bit for bit.  A backend that ignores
-the wish is correct, and takes the memory.
+time from the last to the first.  What it returns is the same: in the CPU kernels bit for bit, in the Triton kernels up
+to a rounding to the dtype where two segments meet (never that of the cell state).  A backend that ignores the wish is
+correct, and takes the memory.
 
 Dtypes.  float32, float64, bfloat16, float16; all tensors of a call share one.  The cell state and every accumulation
 are float32 for the 16-bit types; ``state_dtype`` in ``contract`` says so.

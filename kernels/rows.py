@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -104,6 +104,28 @@ class Rows:
         if self.batch_first and not self.packed:
             return make((self.batch, self.steps, width), dtype=dtype).transpose(0, 1)
         return make((*self.shape, width), dtype=dtype)
+
+    def part(self, first: int, last: int) -> Rows:
+        """The rows of the steps from ``first`` up to ``last``: of each row, the steps that it has among these.
+
+        As many rows in the same order, also where some have none of these steps.
+        """
+        sizes, lengths = self.batch_sizes, self.lengths
+        if sizes is not None:
+            sizes = sizes[first:last]
+        elif lengths is not None:
+            lengths = (lengths.to(torch.int64) - first).clamp(0, last - first)
+        return replace(self, steps=last - first, batch_sizes=sizes, lengths=lengths)
+
+    def place(self, first: int, last: int) -> slice:
+        """Where the values of those steps lie in the first dimension of a tensor of these rows."""
+        return slice(*(self._starts[each] for each in (first, last))) if self.packed else slice(first, last)
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        """(T + 1,) of packed rows: the first token of each step, and the end."""
+        assert self.batch_sizes is not None
+        return [0, *self.batch_sizes.cumsum(0).tolist()]
 
     # Between the caller's layout and the flat one: (N, ·), step by step, the active rows of each step sorted
 

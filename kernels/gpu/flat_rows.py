@@ -14,6 +14,9 @@ The tail takes part in products, so their operands have to be zero there (zero t
 gathers zeros, and ``new`` and ``clear`` write them elsewhere.  A row without a step has a position in the tail where
 others have their first and last step.
 
+**Backwards.**  A segment of direction 1 is a pass of its own, of one direction.  Its steps lie in the opposite order,
+so that it walks them as direction 0 does; more and more rows have a step then.
+
 T time, B batch, B' rows with at least one step (B where lengths are on the device), N tokens: (step, row) pairs (T * B
 where lengths are on the device), P features, D directions.
 """
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Rows
+from ..gate_statistics import sampled_rows
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -32,28 +36,27 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class FlatRows:
-    """The kernels' order of a call's tokens: (t, row) is at ``t * step + row * stride``, or ``offsets[t] + row``."""
+    """The kernels' order of a call's tokens: (t, row) is at ``t * step + row * stride``, or ``offsets[t] + row``.
 
-    def __init__(self, rows: Rows, device: torch.device, reset: Tensor | None) -> None:
-        self._rows, self.device = rows, device
+    ``backwards``: t counts the caller's steps from the last to the first.  Lengths on the device have to be in range.
+    """
+
+    def __init__(self, rows: Rows, device: torch.device, reset: Tensor | None, backwards: bool = False) -> None:
+        self._rows, self.device, self._backwards = rows, device, backwards
         self.steps, self.batch, self.total = rows.steps, rows.batch, rows.room
         self.ragged = rows.ragged
         self.by_row = rows.batch_first and not self.ragged  # the steps of a row are adjacent
         self.step, self.stride = (1, self.steps) if self.by_row else (self.batch, 1)
         self.starting = self.batch  # B'
-        self.index: Tensor | None = None  # (N,) of padded ragged rows: their index in the caller's tensor
+        self.index: Tensor | None = None  # (N,) of ragged rows: their index in the caller's tensor, if it is another
         self.order: Tensor | None = None  # (B,) of padded ragged rows: the caller's row of each of ours
         self.offsets: Tensor | None = None  # (T + 1,) of ragged rows: the first token of each step
         self.tail: Tensor | None = None  # (N, 1) bool, if lengths are on the device: positions without a token
         self.empty: Tensor | None = None  # (B, 1) bool, likewise: rows without a step
-        self.wrong: Tensor | None = None  # (B, 1) bool, likewise: rows whose length is out of range
-        # of ragged rows: positions of the first step of each (None: the first B' positions), and of the last one
+        # of ragged rows: positions of the first step of each, and of the last one; None: the first B' positions
         self._ends: tuple[Tensor | None, Tensor | None] = None, None
         if rows.lengths is not None:
-            lengths = rows.lengths.to(torch.int64)
-            wrong = (lengths < 0) | (lengths > self.steps)
-            self._roomy(lengths.masked_fill(wrong, self.steps))  # NaN in all steps
-            self.wrong = wrong[self.order, None]
+            self._roomy(rows.lengths)
         elif self.ragged and rows.roomy and not rows.packed:  # no size may depend on the lengths
             self._roomy(upload(rows.row_lengths(), device))
         elif rows.batch_sizes is not None:
@@ -61,22 +64,28 @@ class FlatRows:
         # (N,); of 32 bits: Triton chooses the layout of a product's operands by the narrowest load that they depend on;
         # for bytes it is so wide that a small product reads past its end, with wrong gradients
         self.reset = None if reset is None else self.flat(reset.unsqueeze(-1)).squeeze(-1).to(torch.int32)
-        if self.reset is not None and self.wrong is not None:
-            self.reset.masked_fill_(self.wrong[self._row_of, 0], 0)  # a reset would remove the NaN that they begin with
 
     def _packed(self, rows: Rows, sizes: Tensor) -> None:
         """Prepares ragged rows from the number of rows (T,) of each step, on the CPU."""
         self.starting = int(sizes[0])
         lengths = self.steps - torch.searchsorted(sizes.flip(0), torch.arange(self.starting, device="cpu"), right=True)
+        if self._backwards:
+            sizes = sizes.flip(0)
         ends = torch.cumsum(sizes, 0)
-        last = (ends - sizes)[lengths - 1] + torch.arange(self.starting, device="cpu") if self.starting else lengths
+        # where each row's walk ends, or begins; at the other end all rows have a step
+        inner = self._walk(lengths - 1)
+        if self.starting:
+            inner = (ends - sizes)[inner] + torch.arange(self.starting, device="cpu")
         order = [] if rows.order is None else [rows.order]
         table = upload(
-            torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), ends, last, sizes, *order]), self.device
+            torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), ends, inner, sizes, *order]), self.device
         )
         parts = (self.steps + 1, self.starting, self.steps, self.batch * len(order))
-        self.offsets, last, sizes, user = table.split(parts)
-        self._ends = None, last
+        self.offsets, inner, sizes, user = table.split(parts)
+        if self._backwards:
+            self._ends = inner, torch.arange(self.total - self.starting, self.total, device=self.device)
+        else:
+            self._ends = None, inner
         # of each token: its step, and its row among the sorted ones
         self._step_of = torch.repeat_interleave(
             torch.arange(self.steps, device=self.device), sizes, output_size=self.total
@@ -85,12 +94,15 @@ class FlatRows:
         if not rows.packed:
             self.order = user
             self._index()
+        elif self._backwards:  # after a step in this order come those before it in the caller's
+            self.index = self.total - self.offsets[self._step_of + 1] + self._row_of
 
     def _roomy(self, lengths: Tensor) -> None:
         """Prepares ragged rows from lengths (B,) in the caller's order, on the device, from 0 to T."""
         lengths, self.order = torch.sort(lengths, descending=True, stable=True)
         entries = torch.arange(self.total, device=self.device)  # of a table (T, B)
-        active = (lengths > torch.arange(self.steps, device=self.device)[:, None]).flatten()
+        times = self._walk(torch.arange(self.steps, device=self.device))
+        active = (lengths > times[:, None]).flatten()
         count = active.cumsum(0)
         self.offsets = torch.nn.functional.pad(count[self.batch - 1 :: self.batch], (1, 0))
         total = count[-1:]
@@ -101,19 +113,25 @@ class FlatRows:
         self._row_of = entry_of - self._step_of * self.batch
         self.tail, self.empty = (entries >= total)[:, None], (lengths == 0)[:, None]
         table = place.view(self.steps, self.batch)
-        self._ends = table[0], table.gather(0, (lengths - 1).clamp_(min=0)[None])[0]
+        inner = table.gather(0, self._walk((lengths - 1).clamp_(min=0))[None])[0]
+        self._ends = (inner, table[-1]) if self._backwards else (table[0], inner)
         self._index()
+
+    def _walk(self, steps: Tensor) -> Tensor:
+        """The caller's steps in the kernels' order, and the other way round."""
+        return self.steps - 1 - steps if self._backwards else steps
 
     def _index(self) -> None:
         assert self.order is not None
-        user = self.order[self._row_of]
-        by_row = user * self.steps + self._step_of
-        self.index = by_row if self._rows.batch_first else self._step_of * self.batch + user
+        user, step = self.order[self._row_of], self._walk(self._step_of)
+        self.index = user * self.steps + step if self._rows.batch_first else step * self.batch + user
 
     def flat(self, tensor: Tensor) -> Tensor:
         """(N, ·), contiguous, in the kernels' order, from a tensor of the caller's rows; zero in the tail."""
         if self._rows.packed:
-            return tensor.contiguous()
+            return tensor.contiguous() if self.index is None else tensor.index_select(0, self.index)
+        if self.index is None:
+            tensor = self.in_time(tensor, 0)
         if self._rows.batch_first:
             tensor = tensor.transpose(0, 1)
         flat = tensor.reshape(self.steps * self.batch, tensor.shape[-1])
@@ -122,13 +140,18 @@ class FlatRows:
     def unflat(self, flat: Tensor) -> Tensor:
         """The inverse of :meth:`flat`, zero at padding; shares memory with ``flat`` if possible."""
         if self._rows.packed:
-            return flat
+            return flat if self.index is None else torch.empty_like(flat).index_copy_(0, self.index, flat)
         shape = (self.batch, self.steps) if self._rows.batch_first else (self.steps, self.batch)
         if self.index is not None:
             make = flat.new_zeros if self.tail is None else flat.new_empty  # a tail fills the rest
             flat = make(self.steps * self.batch, flat.shape[-1]).index_copy_(0, self.index, flat)
         result = flat.view(*shape, flat.shape[-1])
-        return result.transpose(0, 1) if self._rows.batch_first else result
+        result = result.transpose(0, 1) if self._rows.batch_first else result
+        return self.in_time(result, 0) if self.index is None else result
+
+    def in_time(self, each: Tensor, dim: int) -> Tensor:
+        """Values of the kernels' steps along ``dim`` in the order of the caller's, and the other way round."""
+        return each.flip(dim) if self._backwards else each
 
     def clear(self, flat: Tensor) -> Tensor:
         """Zeroes the tail of (N, ·) in place and returns it."""
@@ -251,9 +274,21 @@ class FlatRows:
         active = at < self.offsets[1:, None]
         return at.clamp(max=self.total - 1), active
 
-    def begun(self) -> int:
-        """How many rows have a step; the host waits for it if lengths are on the device."""
-        return self.starting if self.empty is None else self.batch - int(self.empty.sum())
+    def sample(self, wanted: int) -> Tensor:
+        """(R,): ``wanted`` of the rows with a step, or all of them; the host waits if lengths are on the device."""
+        begun = self.starting if self.empty is None else self.batch - int(self.empty.sum())
+        return torch.tensor(list(sampled_rows(begun, wanted)), dtype=torch.int64, device=self.device)
+
+    def users(self, rows: Tensor) -> Tensor:
+        """(R,): the caller's index of each of these rows."""
+        return rows if self.order is None else self.order[rows]
+
+    def ours(self, users: Tensor) -> Tensor:
+        """The inverse of :meth:`users`."""
+        if self.order is None:
+            return users
+        each = torch.arange(self.batch, device=self.device)
+        return torch.empty_like(self.order).index_copy_(0, self.order, each)[users]
 
     def by_step(self, values: Tensor, result: Tensor) -> None:
         """Writes (N,) values to (T, B), rows in the kernels' order."""

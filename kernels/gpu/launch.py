@@ -72,6 +72,7 @@ class Recurrence:
     reset: bool
     ragged: bool
     given: tuple[str, ...]  # which of the kernel's SAVE, HAS_... and NORMS are set
+    state: torch.dtype | None = None  # of the backward kernel's c_0, where it is not the dtype of the layer
 
     @property
     def module(self) -> ModuleType:
@@ -121,6 +122,8 @@ class Recurrence:
         dtypes |= {"offsets": torch.int64, "norms": torch.float64}
         if self.design.kind == "split":
             dtypes |= {"h": self.bits, "dz": self.bits}
+        if self.state is not None:
+            dtypes["c_0"] = self.state
         rest = {*self.module.SIZES, *self.constants}
         return {name: dtypes.get(name, self.dtype) for name in self.kernel.arg_names if name not in rest}
 
@@ -157,8 +160,10 @@ class Recurrence:
 _recurrence = functools.lru_cache(maxsize=1024)(Recurrence)  # so that its constants are computed once
 
 
-def recurrence_of(layer: Layer, rows: FlatRows, backward: bool, given: tuple[str, ...]) -> Recurrence:
+def recurrence_of(
+    layer: Layer, rows: FlatRows, backward: bool, given: tuple[str, ...], state: torch.dtype | None = None
+) -> Recurrence:
     """The recurrence of a layer over these rows."""
     design, precision = design_of(layer, backward), precision_of(layer.dtype)
     given_rows = rows.reset is not None, rows.ragged
-    return _recurrence(design, layer.dtype, layer.hidden_size, precision, backward, *given_rows, given)
+    return _recurrence(design, layer.dtype, layer.hidden_size, precision, backward, *given_rows, given, state)

@@ -203,7 +203,9 @@ def test_supports(triton_kernels):
 
 
 @pytest.mark.parametrize(
-    "setup", [SMALL, DENSE, replace(SMALL, P=0, dtype=torch.float16)], ids=["small", "dense", "16_bits"]
+    "setup",
+    [SMALL, DENSE, replace(SMALL, P=0, dtype=torch.float16), replace(SMALL, P=0, dtype=torch.float16, segment=2)],
+    ids=["small", "dense", "16_bits", "segments"],
 )
 def test_launches_have_the_dtypes_that_kernels_are_compiled_for(triton_kernels, design, monkeypatch, setup):
     """``make kernels`` compiles for ``Recurrence.pointers``: a call has to give these tensors, in these dtypes."""
@@ -222,4 +224,5 @@ def test_launches_have_the_dtypes_that_kernels_are_compiled_for(triton_kernels, 
 
     monkeypatch.setattr(recurrence, "launch", checked)
     solve(triton_kernels, pose(setup))
-    assert seen == [False, True]
+    # by segments, two of each direction: backward computes forward again
+    assert seen == ([False] * 4 + [False, True] * 4 if setup.segment else [False, True])

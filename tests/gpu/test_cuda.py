@@ -99,6 +99,15 @@ def test_contract_against_oracle(kind, setup, monkeypatch):
         checks.check_against_oracle(OnDevice(), setup, torch.float32)
 
 
+@pytest.mark.parametrize(("kind", "setup"), gpu_problems.SEGMENTED, ids=str)
+def test_segments_against_oracle(kind, setup, monkeypatch):
+    """Backward computes again what forward did not keep, with the same results."""
+    use(monkeypatch, kind)
+    with precision("fp32"):
+        checks.check_against_oracle(OnDevice(), setup, torch.float32)
+        checks.check_segments(OnDevice(), setup, ORDER_OF_SUMS_F32)
+
+
 @pytest.mark.parametrize(
     ("kind", "setup"), [(kind, s) for kind, s in gpu_problems.CONTRACT if s.name.startswith("lengths")], ids=str
 )
@@ -110,12 +119,13 @@ def test_lengths_on_the_device_against_oracle(kind, setup, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("recompute", [None, 16], ids=["whole", "segments"])
 @pytest.mark.parametrize(("H", "P"), [(128, 0), (512, 64)], ids=["resident", "split-proj"])
-def test_nothing_waits_for_lengths(H, P, where):
+def test_nothing_waits_for_lengths(H, P, recompute, where):
     """Wherever the lengths are, the host goes on: it would be told otherwise, and its results are the same."""
     torch.manual_seed(0)
     B, T, dtype = 16, 40, torch.bfloat16
-    options = {"proj_size": P, "bidirectional": True, "batch_first": True}
+    options = {"proj_size": P, "bidirectional": True, "batch_first": True, "recompute": recompute}
     module = lstmcore.LSTM(64, H, **options, device=DEVICE, dtype=dtype, backend="triton")
     x = torch.randn(B, T, 64, device=DEVICE, dtype=dtype, requires_grad=True)
     hx = tuple(torch.randn(2, B, width, device=DEVICE, dtype=dtype, requires_grad=True) for width in (P or H, H))
@@ -218,9 +228,9 @@ def test_races():
 class Repeat:
     """A training pass of ``p`` on the GPU, again and again."""
 
-    def __init__(self, p: Layers, data) -> None:
-        dtype = DTYPES[p.dtype]
-        self.module = lstmcore.LSTM(**p.arguments(), dtype=dtype, device=DEVICE, backend="triton")
+    def __init__(self, p: Layers, data, recompute: int | None = None) -> None:
+        options = {"dtype": DTYPES[p.dtype], "device": DEVICE, "backend": "triton", "recompute": recompute}
+        dtype, self.module = options["dtype"], lstmcore.LSTM(**p.arguments(), **options)
         self.module.load_state_dict(data.state_dict)
         self.x = data.input.to(DEVICE, dtype).requires_grad_()
         self.hx = tuple(s.to(DEVICE, dtype).requires_grad_() for s in data.hx)
@@ -241,11 +251,12 @@ def test_inference_gives_the_results_of_training(p):
         assert_library(value, trained[name], name, DTYPES[p.dtype])
 
 
+@pytest.mark.parametrize("recompute", [None, 16], ids=["whole", "segments"])
 @pytest.mark.parametrize("H", [128, 512], ids=["resident", "split"])
-def test_cuda_graph(H):
+def test_cuda_graph(H, recompute):
     """A captured training step gives what an eager one does, on new data too."""
     p = Layers(H, 16, 40, "bf16")
-    repeat = Repeat(p, draw(p))
+    repeat = Repeat(p, draw(p), recompute)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -333,24 +344,49 @@ def test_autocast(H):
         assert error(got.double(), expected.double()) <= 8 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
 
 
+def peak_of_a_training_step(p: Layers, module: nn.Module) -> float:
+    """MiB, beyond inputs and parameters."""
+    x = torch.randn(p.T, p.B, p.I, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    peak = 0
+    for _ in range(2):  # the first one fills what is kept for good: handles, workspaces
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        module(x)[0].sum().backward()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    return peak / 2**20
+
+
 def test_memory_of_a_training_step():
-    """No more than cuDNN's, beyond inputs and parameters."""
+    """No more than cuDNN's."""
     p = Layers(512, 64, 256, "bf16", I=512)
     peaks = []
     for make, options in ((lstmcore.LSTM, {"backend": "triton"}), (nn.LSTM, {})):
         module = make(**p.arguments(), device=DEVICE, dtype=torch.bfloat16, **options)
-        x = torch.randn(p.T, p.B, p.I, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(2):  # the first one fills what is kept for good: handles, workspaces
-            module.zero_grad(set_to_none=True)
-            x.grad = None
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            module(x)[0].sum().backward()
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() - before
-        peaks.append(peak / 2**20)
+        peaks.append(peak_of_a_training_step(p, module))
     assert peaks[0] <= peaks[1], f"{peaks[0]:.1f} MiB, cuDNN {peaks[1]:.1f} MiB"
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_memory_of_segments(bidirectional):
+    """Gates, their gradients and cells are ten hidden sizes a token, of which segments keep next to nothing."""
+    p = Layers(512, 64, 256, "bf16", bidirectional=bidirectional)
+    module = lstmcore.LSTM(**p.arguments(), device=DEVICE, dtype=torch.bfloat16, backend="triton")
+    whole = peak_of_a_training_step(p, module)
+    module.recompute = 16
+    peak = peak_of_a_training_step(p, module)
+    assert peak <= whole / 3, f"{peak:.1f} MiB, without segments {whole:.1f} MiB"
+
+
+@pytest.mark.parametrize("p", gpu_problems.RECOMPUTED, ids=str)
+def test_segments_against_float64_and_cudnn(p):
+    """In 16 bits, over many segments."""
+    data = draw(p)
+    expected, peer = run(p, data, None, torch.float64, "cpu"), run(p, data, None, DTYPES[p.dtype], DEVICE)
+    assert_within(p, ours(p, data, recompute=32), expected, peer)
 
 
 X = torch.zeros(5, 2, 3)

@@ -203,7 +203,8 @@ def test_order_of_rows(batch_first):
     assert torch.equal(there.index[: host.total], host.index)
     assert torch.equal(there.index.sort().values, torch.arange(6 * 7))
     assert there.tail.squeeze(1).tolist() == [False] * host.total + [True] * (6 * 7 - host.total)
-    assert (there.begun(), host.begun()) == (5, 5)
+    assert there.sample(3).tolist() == host.sample(3).tolist() == [0, 1, 2]  # of the five that have a step
+    assert there.users(there.sample(9)).tolist() == [2, 3, 0, 6, 4]
 
 
 @pytest.mark.parametrize("change", [on_device, roomy, lambda rows: rows], ids=["device", "roomy", "host"])
@@ -356,7 +357,7 @@ def moved(setup: Setup) -> contract.Problem:
 
 
 @pytest.mark.parametrize("hx", [True, False], ids=["hx", "no_hx"])
-@pytest.mark.parametrize("setup", [SMALL, PLAIN, FIRST, PROJ], ids=str)
+@pytest.mark.parametrize("setup", [SMALL, PLAIN, FIRST, PROJ, replace(SMALL, name="segments", segment=2)], ids=str)
 def test_nothing_waits(kernels, design, waiting, setup, hx):
     p = moved(setup)
     if not hx:

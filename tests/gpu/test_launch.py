@@ -64,17 +64,29 @@ for hidden, directions, dtype, batch in ((40, 1, torch.bfloat16, 5), (130, 2, to
         call = Call.of(x, None, None, weights, rows)
         f = backend.forward(call, save=True)
         backend.backward(call, GradOutputs(torch.zeros_like(f.output), None, None), f.output, f.saved, Needs())
-print(json.dumps(launches))
+whole, launches = launches, []
+for steps, batch in ((7, 3), (16, 8), (1, 1)):  # states at addresses of any alignment
+    x, rows, state = make(steps, batch, 3), Rows(steps, batch), make(2, batch, hidden)
+    call = Call.of(x, None, None, weights, rows, None, True, 3)
+    f = backend.forward(call, save=True)
+    backend.backward(call, GradOutputs(torch.zeros_like(f.output), state, None), f.output, f.saved, Needs())
+print(json.dumps({"whole": whole, "segments": launches}))
 """
 
 
 @pytest.fixture(scope="module")
-def launches() -> list[list]:
+def made() -> dict[str, list[list]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def launches(made) -> list[list]:
+    """(module, kernel, programs, whether they are launched together, variants compiled so far), of whole calls."""
+    return made["whole"]
 
 
 def test_each_call_is_one_launch_a_pass(launches):
@@ -93,3 +105,12 @@ def test_no_recompilation_when_steps_or_batch_change(launches):
     """Also not where one of them is 1 or a multiple of 16, which Triton would make special by itself."""
     for module, name, _, _, variants in launches:
         assert variants == 1, (module, name)
+
+
+def test_segments_compile_three_kernels(made):
+    """Of one direction: forward without gates, and with them; backward from a float32 state.  None at each border."""
+    segments = made["segments"]
+    assert len(segments) == 2 * (3 + 6 + 1) * 3
+    variants = {name: max(count for _, each, *_, count in segments if each == name) for _, name, *_ in segments}
+    assert variants == {"lstm_fwd_kernel": 1 + 2, "lstm_bwd_kernel": 1 + 1}
+    assert {(module, cooperative) for module, _, _, cooperative, _ in segments} == {("split", True)}

@@ -196,10 +196,12 @@ def test_16_bits_do_not_care(triton_kernels, setting):
 
 
 def test_products_restore_the_setting_after_an_error(triton_kernels, setting):
+    from lstmcore.kernels.gpu.products import products
+
     setting("tf32", "ieee")
 
     def fail() -> None:
-        with triton_kernels.products(torch.float32):
+        with products(torch.float32):
             assert torch.backends.cuda.matmul.fp32_precision == "tf32"
             raise ZeroDivisionError
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from lstmcore.kernels.contract import Call, Forward, GateStatistics, Gradients, GradOutputs, WeightGradients
+from lstmcore.kernels.contract import Call, Forward, GateStatistics, Gradients, GradOutputs, Layer, WeightGradients
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -155,11 +155,12 @@ def draw(p: Layers) -> Data:
 
 
 def run(
-    p: Layers, data: Data, backend: str | None, dtype: torch.dtype, device: str, *, grad: bool = True
+    p: Layers, data: Data, backend: str | None, dtype: torch.dtype, device: str, *, grad: bool = True, **more: Any
 ) -> dict[str, Tensor]:
     """Every result by name, in float64 on the CPU; of ``torch.nn.LSTM`` where ``backend`` is None."""
     make: Callable[..., nn.Module] = nn.LSTM if backend is None else lstmcore.LSTM
-    module = make(**p.arguments(), dtype=dtype, device=device, **({} if backend is None else {"backend": backend}))
+    more |= {} if backend is None else {"backend": backend}
+    module = make(**p.arguments(), dtype=dtype, device=device, **more)
     module.load_state_dict(data.state_dict)
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -193,12 +194,12 @@ def run(
     return {name: value.detach().cpu().double() for name, value in results.items()}
 
 
-def ours(p: Layers, data: Data, *, grad: bool = True) -> dict[str, Tensor]:
-    """The results of the kernels, by the design that ``p`` names."""
+def ours(p: Layers, data: Data, *, grad: bool = True, **more: Any) -> dict[str, Tensor]:
+    """The results of the kernels, by the design that ``p`` names; ``more``: for the module."""
     with pytest.MonkeyPatch.context() as patch:
         if p.kind:
             gpu_designs.use(patch, p.kind)
-        return run(p, data, "triton", DTYPES[p.dtype], DEVICE, grad=grad)
+        return run(p, data, "triton", DTYPES[p.dtype], DEVICE, grad=grad, **more)
 
 
 class OnDevice:
@@ -224,6 +225,9 @@ class OnDevice:
         assert result.output.device.type == torch.device(DEVICE).type
         return Forward(*(None if t is None else t.cpu() for t in result[:4]), result.saved)
 
+    def saves(self, layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return self.kernels.saves(layer, room)
+
     def backward(self, call: Call, grads, output, saved, needs) -> Gradients:
         grads = GradOutputs(*map(self.there, grads))
         result = self.kernels.backward(self.move(call), grads, self.there(output), saved, needs)
@@ -238,6 +242,11 @@ SETUP_NAMES = ["dense", "ones", "one_row", "strided_batch_first", "proj", "reset
 SETUP_NAMES += ["lengths", "lengths_reset", "lengths_b33", "packed_unsorted", "packed_reset", "packed_long"]
 SETUPS = [replace(s, dtype=torch.float32) for s in contract.SETUPS if s.name in SETUP_NAMES]
 CONTRACT = [(kind, setup) for kind in ("resident", "split") for setup in SETUPS]
+SEGMENTED = [
+    (kind, replace(s, segment=2))
+    for kind, s in CONTRACT
+    if s.name in ("strided_batch_first", "reset_proj", "lengths_reset", "packed_reset")
+]
 POISONED = [(kind, s) for kind, s in CONTRACT if s.name in ("dense", "lengths_reset", "packed_reset")]
 
 # How tensors lie, and stacks of layers: cases of the suite's grid.
@@ -247,6 +256,7 @@ CASES += ["transposed_batch_first", "packed_one_step", "no_bias"]
 RACES = [Layers(128, 16, 48, "bf16"), Layers(256, 17, 48, "bf16"), Layers(1024, 16, 24, "bf16")]
 JITTERS = (700, 2500)  # nanoseconds
 
+RECOMPUTED = [Layers(128, 17, 300, "bf16"), Layers(512, 16, 300, "fp16", bidirectional=True)]
 INFERENCE = [PROBLEMS[0], PROBLEMS[1], PROBLEMS[20]]
 
 
@@ -272,8 +282,9 @@ def case_on_device(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
 def everything() -> list[Callable[[], object]]:
     """All kernels that the tests will want, the slowest to compile first."""
     jobs: list[Callable[[], object]] = [lambda p=p: ours(p, draw(p)) for p in PROBLEMS]
+    jobs += [lambda p=p: ours(p, draw(p), recompute=32) for p in RECOMPUTED]
     jobs += [lambda p=p, j=j: race(p, draw(p), j) for p in RACES for j in (0, *JITTERS)]
-    jobs += [lambda k=k, s=s: solve_on_device(k, s) for k, s in CONTRACT]
+    jobs += [lambda k=k, s=s: solve_on_device(k, s) for k, s in (*CONTRACT, *SEGMENTED)]
     jobs += [lambda n=n: case_on_device(n, torch.float32) for n in CASES]
     jobs += [lambda p=p: ours(p, draw(p), grad=False) for p in INFERENCE]
     return jobs
