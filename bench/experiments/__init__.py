@@ -8,13 +8,14 @@ from bench.experiments.control import CONTROL
 from bench.experiments.designs import DESIGNS
 from bench.experiments.flow import FLOW
 from bench.experiments.handoff import HANDOFF
+from bench.experiments.layers import LAYERS
 from bench.experiments.long import LONG
 from bench.experiments.speed import SPEED
 from bench.experiments.steps import STEPS
 from bench.measure import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
-    each.name: each for each in (SPEED, AFTER_TORCH, CONTROL, FLOW, LONG, STEPS, HANDOFF, DESIGNS)
+    each.name: each for each in (SPEED, AFTER_TORCH, CONTROL, FLOW, LONG, LAYERS, STEPS, HANDOFF, DESIGNS)
 }
 # What is the main figure on a device, and second ones: plain ``python -m bench``.
 MAIN = {"cpu": (AFTER_TORCH, SPEED), "cuda": (SPEED,)}
