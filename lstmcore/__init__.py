@@ -19,11 +19,13 @@ from lstmcore.flow.recorder import record_gradient_flow
 from lstmcore.flow.rnn import RNN
 from lstmcore.functional import lstm
 from lstmcore.module import LSTM, LSTMCell
+from lstmcore.stream import Stream
 
 __all__ = [
     "LSTM",
     "RNN",
     "LSTMCell",
+    "Stream",
     "__version__",
     "cell_jacobian",
     "explain",

@@ -94,7 +94,7 @@ def _make_finish_hidden(variant: Variant) -> Any:
     return finish_hidden
 
 
-def _make_cell_block(variant: Variant) -> Any:
+def make_cell_block(variant: Variant) -> Any:
     """The recurrent product of some rows with one panel, and the cell."""
     ops, block, lanes, stored = variant.ops, variant.block, variant.block.lanes, variant.stored
     load, store, load_four, activate = ops.load, ops.store, ops.load_four, ops.gates
@@ -185,7 +185,7 @@ def _make_compute_panels(variant: Variant) -> Any:
     """A step of a member's rows and panels."""
     lanes, stored, most = variant.block.lanes, variant.stored, variant.block.rows
     vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
-    cell_block = _make_cell_block(variant)
+    cell_block = make_cell_block(variant)
 
     @inline
     def compute_panel(a, w, step, p, ahead):
