@@ -308,7 +308,7 @@ class _Slot:
     """What the calls of one shape have in common: shapes, dtypes and checks."""
 
     tensor_dtype: torch.dtype | None = None  # of tensors that are read in place
-    array_dtype: np.dtype | None = None  # of arrays that are copied at once
+    array_dtype: object = object()  # of arrays that are copied at once (None would be equal to float64)
 
     def __init__(self, sizes: _Sizes, steps: int | None, dtype: torch.dtype, device: torch.device) -> None:
         self.before = sizes.shape(steps)  # of the input, without its features
@@ -361,12 +361,12 @@ class _CompiledSlot(_Slot):
         super().__init__(sizes, steps, stepper.dtype, stepper.layers[0].device)
         self.form = form = Form(stepper, Shape(steps or 1, sizes.by_row and steps is not None))
         self.tensor_dtype, self.itemsize = stepper.dtype, stepper.dtype.itemsize
-        self.x, self.mask, y = form.x.view(self.shape), form.reset.view(self.before), form.y
+        self.x, self.mask = form.x.view(self.shape), form.reset.view(self.before)
         self.bytes = self.x.numel() * self.itemsize
-        with torch.inference_mode():
-            self.y = y.view(*self.before, sizes.width)[...]
+        with torch.inference_mode():  # autograd refuses to save it
+            self.y = form.y().view(*self.before, sizes.width)
         if stepper.dtype != torch.bfloat16:
-            self.x_array, self.y_array = self.x.numpy(), y.view(*self.before, sizes.width).numpy()
+            self.x_array, self.y_array = self.x.numpy(), form.y().view(self.y.shape).numpy()
             self.array_dtype = self.x_array.dtype
         self.x_address, self.arguments = form.x_address, form.address
         self.run = form.run_alone if form.threads == 1 else form.run

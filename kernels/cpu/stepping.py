@@ -78,8 +78,8 @@ class Shape(NamedTuple):
 class Form:
     """What a stream's calls of one shape have in common: the prepared launch, and buffers.
 
-    ``x``, ``y`` and ``reset`` are the buffers as tensors.  The kernel reads its input where it is told to; ``x`` is for
-    inputs that cannot be read in place.
+    ``x`` and ``reset`` are the buffers as tensors.  The kernel reads its input where it is told to; ``x`` is for inputs
+    that cannot be read in place.
     """
 
     def __init__(self, stepper: Stepper, shape: Shape) -> None:
@@ -90,7 +90,7 @@ class Form:
             arguments=8 * len(StreamArgs._fields),
         )  # fmt: skip
         self.x = memory.tensor("x", stepper.dtype, *sizes, layer.input_size)
-        self.y = memory.tensor("y", stepper.dtype, *sizes, layer.width)
+        self._y = stepper.dtype, *sizes, layer.width
         self.reset = memory.tensor("reset", torch.bool, *sizes)
         self.x_address, self.reset_address, self.address = (memory.at[name] for name in ("x", "reset", "arguments"))
         self._fields = {"steps": shape.steps, "y": memory.at["y"]}
@@ -103,6 +103,10 @@ class Form:
         # (address, x, reset): the steps of the input at address ``x``, ``reset`` 0 for none, on the calling thread
         self.run_alone = stepper.entry
         self._idle: dict[int, list[_Shared]] = {}
+
+    def y(self) -> Tensor:
+        """The buffer of the output as a new tensor: an inference tensor if made in inference mode."""
+        return self._memory.tensor("y", *self._y)
 
     def run(self, address: int, x: int, reset: int) -> None:
         """As ``run_alone``, on the threads that are available."""
