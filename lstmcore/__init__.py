@@ -20,6 +20,7 @@ from lstmcore.flow.rnn import RNN
 from lstmcore.functional import lstm
 from lstmcore.module import LSTM, LSTMCell
 from lstmcore.stream import Stream
+from lstmcore.truncation import truncated
 
 __all__ = [
     "LSTM",
@@ -33,4 +34,5 @@ __all__ = [
     "lstm",
     "record_gradient_flow",
     "rnn_jacobian",
+    "truncated",
 ]

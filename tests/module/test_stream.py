@@ -7,10 +7,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from lstmcore.kernels.cpu import threads
 from torch import nn
 
 import lstmcore
-from lstmcore.kernels.cpu import threads
 
 from ..support.modules import close
 from ..support.processes import in_process
