@@ -247,6 +247,15 @@ def _other_cases() -> Iterator[Case]:
     for features, batch in ((64, 128), (256, 128), (64, 32), (64, 8)):
         name = f"rollout-h256-i{features}-b{batch}-t128"
         yield Case(name, "rollout", features, 256, batch, 128, modes=("training",))
+    for features, hidden, batch, layers in (
+        (64, 128, 1, 1),
+        (16, 16, 1, 1),
+        (256, 256, 16, 1),
+        (512, 512, 1, 1),
+        (64, 128, 1, 2),
+    ):
+        name = f"stream-h{hidden}-i{features}-b{batch}" + f"-layers{layers}" * (layers > 1)
+        yield Case(name, "stream", features, hidden, batch, 10_000, num_layers=layers, modes=("inference",))
     on_gpu: dict[str, Any] = {"dtype": "bfloat16", "device": "cuda"}
     for batch, hidden in product((16, 64, 1), HIDDEN):  # what matters most comes first: a time limit may cut the end
         yield Case(f"step-h{hidden}-b{batch}", "step", hidden, hidden, batch, 1024, **on_gpu)
@@ -305,6 +314,7 @@ GROUPS = {
     "lengths": Group("lengths, against dense calls of as many steps and against packing", experiment="control"),
     "cells": Group("cells that are returned, against none", experiment="control"),
     "rollout": Group("training on a rollout with resets, against torch.nn", experiment="control"),
+    "stream": Group("single steps, each after the one before", experiment="stream"),
     "step": Group("the time of one step, bfloat16", "cuda", "steps"),
     "design": Group("one step by each design of the tiling, bfloat16", "cuda", "designs"),
     "handoff": Group("what blocks of threads hand over in a step", "cuda", "handoff"),

@@ -10,10 +10,11 @@ from bench.experiments.flow import FLOW
 from bench.experiments.handoff import HANDOFF
 from bench.experiments.speed import SPEED
 from bench.experiments.steps import STEPS
+from bench.experiments.stream import STREAM
 from bench.measure import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
-    each.name: each for each in (SPEED, AFTER_TORCH, CONTROL, FLOW, STEPS, HANDOFF, DESIGNS)
+    each.name: each for each in (SPEED, AFTER_TORCH, CONTROL, FLOW, STREAM, STEPS, HANDOFF, DESIGNS)
 }
 # What is the main figure on a device, and second ones: plain ``python -m bench``.
 MAIN = {"cpu": (AFTER_TORCH, SPEED), "cuda": (SPEED,)}
