@@ -99,7 +99,8 @@ class Form:
             self._fields |= {f"{name}_step": step, f"{name}_rows": stepper.rows(row)}
         memory.array("arguments", "int64", -1)[:] = stepper.arguments(self._fields, 1)[0]
         work = sum(each.gates * (each.input_size + each.width) for each in stepper.layers)
-        self.threads = min(stepper.most_members, tiling.threads_worth(tokens * work))
+        worth = min(stepper.most_members, tiling.threads_worth(tokens * work))
+        self.threads = 1 if worth == 1 else len(stepper.arguments(self._fields, worth))
         # (address, x, reset): the steps of the input at address ``x``, ``reset`` 0 for none, on the calling thread
         self.run_alone = stepper.entry
         self._idle: dict[int, list[_Shared]] = {}
@@ -118,23 +119,25 @@ class Form:
         try:
             shared = idle.pop()  # each has a barrier of its own: several threads of the user's may be here at once
         except IndexError:
-            shared = _Shared(self._stepper.arguments(self._fields, members))
-        shared.structs[:, X], shared.structs[:, RESET] = x, reset
-        shared.run(shared_stream_kernel(self._stepper.variant))
+            kernel = shared_stream_kernel(self._stepper.variant)
+            shared = _Shared(kernel, self._stepper.arguments(self._fields, members))
+        shared.run(x, reset)
         idle.append(shared)
 
 
 class _Shared:
     """A launch on several threads, which one call at a time may use."""
 
-    def __init__(self, structs: np.ndarray) -> None:
-        self.structs, self._counters = structs, np.zeros(3 * LINE, np.int64)
-        structs[:, -1] = buffers.address_of(self._counters) + 8 * LINE
-        self._launch = threads.Launch(buffers.address_of(structs), len(structs), 8 * structs.shape[1])
+    def __init__(self, kernel: Any, structs: np.ndarray) -> None:
+        self._structs, counters = structs, np.zeros(3 * LINE, np.int64)
+        self._counter = counters[LINE : LINE + 1]
+        structs[:, -1] = buffers.address_of(self._counter)
+        launch = threads.Launch(buffers.address_of(structs), len(structs), 8 * structs.shape[1])
+        self._several = threads.Repeated(kernel, launch, self._counter)
 
-    def run(self, kernel: Any) -> None:
-        self._counters[LINE] = 0
-        threads.run(kernel, self._launch, self._counters[LINE : LINE + 1])
+    def run(self, x: int, reset: int) -> None:
+        self._structs[:, X], self._structs[:, RESET], self._counter[0] = x, reset, 0
+        self._several.run()
 
 
 class Stepper:

@@ -28,6 +28,11 @@ from .steps import block_size
 from .sync import meet
 from .variant import Variant
 
+# As NEAR of microkernel.py.  One row at H = I = 512, whose weights come from the third-level cache: 96 microseconds at
+# 256 and 512 bytes, 121 to 126 at 768 and 1024, 113 to 120 beyond; from the second-level cache all are equal.  (An AMD
+# EPYC with AVX-512, one thread.)
+NEAR = 512
+
 
 class StreamLayer(NamedTuple):
     """A layer of a stream (see ``arguments.py``)."""
@@ -117,7 +122,7 @@ def _make_compute_panels(variant: Variant) -> Any:
     """A step of one layer, of a member's rows and panels."""
     lanes, stored, most = variant.block.lanes, variant.stored, variant.block.rows
     vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
-    cell_block = make_cell_block(variant)
+    cell_block = make_cell_block(variant, NEAR)
 
     @inline
     def compute_panel(a, w, layer, at, p, ahead):

@@ -361,8 +361,8 @@ def test_threads_do_not_change_bits(batch, hidden, monkeypatch):
     monkeypatch.setattr(threads, "_cores", lambda: 2)
     module, x = lstmcore.LSTM(256, hidden, 2, proj_size=130, backend="numba"), torch.randn(6, batch, 256)
     mask = torch.rand(6, batch) < 0.3
-    before, launched, run = torch.get_num_threads(), [], threads.run
-    monkeypatch.setattr(threads, "run", lambda *given: launched.append(given[1].members) or run(*given))
+    before, launched, run = torch.get_num_threads(), [], threads.Repeated.run
+    monkeypatch.setattr(threads.Repeated, "run", lambda self: launched.append(self._launch.members) or run(self))
     try:
         torch.set_num_threads(2)
         stream = lstmcore.Stream(module, batch)
