@@ -56,8 +56,8 @@ class Stream:
 
     Examples:
         >>> stream = lstmcore.Stream(lstmcore.LSTM(64, 128), batch=1)
-        >>> stream.step(numpy.zeros((1, 64), "float32")).shape
-        (1, 128)
+        >>> stream.step(torch.zeros(1, 64)).shape
+        torch.Size([1, 128])
     """
 
     def __init__(self, module: nn.Module, batch: int | None = None, *, backend: str | None = None) -> None:
@@ -195,6 +195,15 @@ class Stream:
 
     def __repr__(self) -> str:
         return f"Stream({self.module!r}, batch={self.batch}, backend={self.backend!r})"
+
+
+def prewarm(dtype: torch.dtype, device: torch.device) -> None:
+    """Compiles, or loads from the disk cache, what streams of a dtype need; RuntimeError where nothing is compiled."""
+    layer = Layer(device, dtype, 1, 1, 1, 1)
+    backends.chosen(COMPILED, layer, 1, Situation.now(extended=False))
+    from lstmcore.kernels.cpu import stepping
+
+    stepping.prewarm(dtype)
 
 
 STALE = "the weights changed since the stream packed them: call update(), which packs them again"
@@ -453,6 +462,7 @@ class _Plain:
     def __init__(self, sizes: _Sizes, layers: list[Layer], wanted: str) -> None:
         self.sizes, self.layers, self._backend = sizes, layers, wanted
         self.dtype, self.device = layers[0].dtype, layers[0].device
+        self._states: tuple[Tensor, Tensor]
         self.reset(None)
 
     def slot(self, steps: int | None) -> _PlainSlot:
@@ -468,7 +478,7 @@ class _Plain:
             output, *states = functional.lstm(
                 x, self._states, self._params, self.sizes.bias, self.sizes.num_layers, reset=mask, backend=self._backend
             )
-        self._states = tuple(states)
+        self._states = states[0], states[1]
         return output
 
     def state(self) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,8 @@ class Truncated(Iterator["Chunk"]):
 
     def __init__(self, module: Callable[..., Any], sequence: _Padded | _Packed, steps: int, hx: State | None) -> None:
         self._module, self._sequence, self._steps, self._begin = module, sequence, steps, 0
-        self._state, self._chunk = hx, None
+        self._state = hx
+        self._chunk: Chunk | None = None
 
     def __len__(self) -> int:
         return -(-self._sequence.steps // self._steps)
@@ -100,8 +101,9 @@ class Truncated(Iterator["Chunk"]):
             raise StopIteration
         if begin and self._state is not None:
             self._state = self._state[0].detach(), self._state[1].detach()
-        self._begin, self._chunk = end, Chunk(self, slice(begin, end))
-        return self._chunk
+        chunk = self._chunk = Chunk(self, slice(begin, end))
+        self._begin = end
+        return chunk
 
     @property
     def state(self) -> State | None:
@@ -138,6 +140,7 @@ class Chunk:
 
     def __init__(self, whole: Truncated, steps: slice) -> None:
         self._whole, self.steps, self.done = whole, steps, False
+        self.input: Tensor | PackedSequence
         self.input, self.options = whole._sequence.part(steps)
         self._start = whole._state
         self.hx = None if self._start is None else whole._sequence.states_in(self._start, steps)

@@ -192,7 +192,7 @@ class Stepper:
         rows = tuple(tiling.balanced_rows(None, self.batch, plan.row_groups))
         ranges, _ = partition(plan, rows, ceil_div(first.width, block.panel), self._panels, False)
         shared = {
-            "layers": at["layers"], "count": len(self.layers), "x": 0, "reset": 0, "between": at["between"],
+            "layers": at["layers"], "layer_count": len(self.layers), "x": 0, "reset": 0, "between": at["between"],
             "between_half": self._between, "between_step": self._between // BAND,
             "between_rows": self.rows(first.width * first.dtype.itemsize), "m": at["m"],
             "m_rows": self.rows(block.padded(first.hidden_size) * size),
@@ -216,8 +216,8 @@ class Stepper:
         jobs, kept, at, block = list[Job](), list[Any](), self._memory.at, self._block
         with torch.no_grad():
             for index, (layer, own) in enumerate(zip(self.layers, weights, strict=True)):
-                w_ih, w_hh, *biases, w_hr = (None if w is None else w.to(self.compute).contiguous() for w in own)
-                w = torch.cat([w_ih, w_hh], 1)
+                *biases, w_hr = (None if w is None else w.to(self.compute).contiguous() for w in own[2:])
+                w = torch.cat([own.weight_ih, own.weight_hh], 1).to(self.compute)
                 b_ih, b_hh = (0 if bias is None else bias.data_ptr() for bias in biases)
                 hidden, depth = layer.hidden_size, layer.input_size + layer.width
                 jobs.append(Job(PACK_GATES, self._panels, at[f"w{index}"], w.data_ptr(), depth, hidden))

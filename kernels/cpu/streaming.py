@@ -49,7 +49,7 @@ class StreamArgs(NamedTuple):
     """Arguments of one member (see ``arguments.py``)."""
 
     layers: int  # StreamLayer of each
-    count: int  # L
+    layer_count: int
     turns: int  # int64, this member's: odd if its next step takes the panels in reverse
     # tensors of the call
     x: int
@@ -234,7 +234,7 @@ def _make_run(variant: Variant) -> Any:
         room = a.between + t % a.band * a.between_step
         if index > 0:
             x, x_rows = room + (index - 1) % 2 * a.between_half, a.between_rows
-        if index < a.count - 1:
+        if index < a.layer_count - 1:
             y, y_rows = room + index % 2 * a.between_half, a.between_rows
         half = t & 1
         return Stage(x, x_rows, y, y_rows, layer.h + half * a.h_half, layer.h + (1 - half) * a.h_half, back)
@@ -266,10 +266,10 @@ def _make_run(variant: Variant) -> Any:
     def run(a, tensors):
         w, passed, turn = widths_of(a), 0, load_int(a.turns)
         for begin in range(0, a.steps, a.band):
-            for index in range(a.count):
+            for index in range(a.layer_count):
                 passed = run_layer(a, w, tensors, index, begin, turn, passed)
         if a.steps & 1:
-            for index in range(a.count):
+            for index in range(a.layer_count):
                 keep_state(a, w, read_layer(a.layers + index * layer_bytes))
             store_int(a.turns, turn + 1)
 
