@@ -119,15 +119,7 @@ class Stream:
         if kind is np.ndarray and x.shape == slot.shape and x.dtype == slot.array_dtype:
             slot.x_array[...] = x
             address, result = slot.x_address, slot.y_array
-        elif (
-            kind is Tensor
-            and x.dtype is slot.tensor_dtype
-            and x.shape == slot.shape
-            and x.is_cpu
-            and x.is_contiguous()
-            and not x.is_neg()
-            and x.untyped_storage().nbytes() >= x.storage_offset() * slot.itemsize + slot.bytes
-        ):
+        elif kind is Tensor and x.dtype is slot.tensor_dtype and x.shape == slot.shape and slot.in_place(x):
             address, result = x.data_ptr(), slot.y
         else:
             return slot.slow(x, reset)
@@ -192,6 +184,9 @@ class Stream:
         guards.in_memory(params)
         self._engine.pack(params)
         self._marks, self._ids = before, ids
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Stream cannot be copied or pickled: make one of the copied module, and set its state")
 
     def __repr__(self) -> str:
         return f"Stream({self.module!r}, batch={self.batch}, backend={self.backend!r})"
@@ -335,6 +330,11 @@ class _Slot:
             x = x if x.dtype != self.dtype else x.to(self.device)
         if not isinstance(x, Tensor):
             raise TypeError(f"Expected a tensor or an array of NumPy, got {type(x).__name__}")
+        if x.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise TypeError(
+                f"a stream takes plain dense tensors, got one of layout {x.layout}, or of a transform of torch.func: "
+                "convert it with to_dense(), or call the module"
+            )
         if x.dim() != len(self.shape):
             raise ValueError(f"LSTM: Expected input to be {len(self.shape)}D, got {x.dim()}D instead")
         if x.dtype != self.dtype:
@@ -378,7 +378,21 @@ class _CompiledSlot(_Slot):
             self.x_array, self.y_array = self.x.numpy(), form.y().view(self.y.shape).numpy()
             self.array_dtype = self.x_array.dtype
         self.x_address, self.arguments = form.x_address, form.address
+        self.y_begin = self.y.data_ptr()
+        self.y_end = self.y_begin + self.y.nbytes
         self.run = form.run_alone if form.threads == 1 else form.run
+
+    def in_place(self, x: Tensor) -> bool:
+        """Whether the kernel can read ``x`` where it is."""
+        if not x.is_cpu or x.layout is not torch.strided or not x.is_contiguous() or x.is_neg():
+            return False
+        try:
+            stored, address = x.untyped_storage().nbytes(), x.data_ptr()
+        except NotImplementedError:  # a wrapper, such as those of torch.func
+            return False
+        if stored < x.storage_offset() * self.itemsize + self.bytes or not address:  # freed, or a symbolic zero
+            return False
+        return not self.y_begin <= address < self.y_end  # fed back: it would be overwritten while it is read
 
     def flags(self, reset: Any) -> int:
         """The address of the mask."""

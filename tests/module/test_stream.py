@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import numpy as np
@@ -198,6 +200,33 @@ def test_results_are_buffers_that_autograd_refuses():
         first.resize_(1000, 1000)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["tensor", "array"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_outputs_fed_back(kind, layers, backend):
+    """As a model that generates does; also a part of an output, and a chunk."""
+    module = lstmcore.LSTM(70, 70, layers, backend="numba")
+    x = torch.randn(1, 70) if kind == "tensor" else np.random.default_rng(0).normal(size=(1, 70)).astype(np.float32)
+    fed, copied = (lstmcore.Stream(module, 1, backend=backend) for _ in range(2))
+    mine, theirs = fed.step(x), copied.step(x)
+    for _ in range(5):
+        mine, theirs = fed.step(mine), copied.step(torch.as_tensor(theirs).clone())
+        same(torch.as_tensor(mine), theirs)
+    mine, theirs = fed.chunk(x[None].repeat(4, 0)) if kind == "array" else fed.chunk(x.expand(4, 1, 70)), None
+    before = torch.as_tensor(mine).clone()
+    copied.chunk(torch.as_tensor(x).expand(4, 1, 70))
+    same(torch.as_tensor(fed.chunk(mine)), copied.chunk(before))
+
+
+def test_a_part_of_an_output_fed_back():
+    module = lstmcore.LSTM(33, 70)
+    fed, copied = (lstmcore.Stream(module, 1) for _ in range(2))
+    mine, theirs = fed.step(torch.ones(1, 33)), copied.step(torch.ones(1, 33))
+    for _ in range(3):
+        mine, theirs = fed.step(mine[:, 37:]), copied.step(theirs[:, 37:].clone())
+        same(mine, theirs)
+
+
 CHANGES = {
     "optimizer": lambda m: torch.optim.SGD(m.parameters(), 0.1).step(),
     "in place": lambda m: m.weight_hh_l0.detach().mul_(0.5),
@@ -295,6 +324,7 @@ INPUTS = {
     "dtype": (lambda x: x.double(), ValueError, "does not match weight dtype"),
     "integers": (lambda x: x.long(), ValueError, "does not match weight dtype"),
     "device": (lambda x: x.to("meta"), RuntimeError, "not at the same device"),
+    "sparse": (lambda x: x.to_sparse(), TypeError, "plain dense tensors, got one of layout torch.sparse_coo"),
     "list": (lambda x: x.tolist(), TypeError, "Expected a tensor or an array of NumPy, got list"),
     "array's dtype": (lambda x: x.double().numpy(), ValueError, "does not match weight dtype"),
     "array's bytes": (lambda x: x.numpy().astype(">f4"), ValueError, "does not match weight dtype"),
@@ -312,6 +342,28 @@ def test_wrong_inputs(case, backend):
     with pytest.raises(error, match=words):
         stream.step(spoil(x[0]))
     same(stream.step(x[0]).clone(), lstmcore.Stream(module, 9, backend=backend).step(x[0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms_are_for_modules(backend):
+    stream = lstmcore.Stream(problem("odd")[0], 9, backend=backend)
+    with pytest.raises(TypeError, match="call the module"):
+        torch.vmap(stream.step)(torch.randn(2, 9, 17))
+
+
+def test_tensors_without_memory():
+    """Symbolic zeros, which forward-mode differentiation makes."""
+    module, _ = problem("odd")
+    expected = lstmcore.Stream(module, 9).step(torch.zeros(9, 17))
+    same(lstmcore.Stream(module, 9).step(torch._efficientzerotensor((9, 17))), expected)
+
+
+def test_streams_are_not_copied():
+    stream = lstmcore.Stream(problem("odd")[0], 9)
+    for copies in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match="set its state"):
+            copies(stream)
+    assert "batch=9, backend='numba')" in repr(stream)
 
 
 def test_freed_input():
