@@ -54,7 +54,8 @@ def truncated(
         batch_first: whether padded input has B before T; None: as the module says.
 
     Returns:
-        An iterator over its :class:`Chunk` s, with the state that has been reached.
+        An iterator over chunks, with the state that has been reached: a :class:`lstmcore.truncation.Truncated` of
+        :class:`lstmcore.truncation.Chunk`.
 
     Raises:
         TypeError: ``steps`` that are not an integer; ``lengths`` or ``reset`` of a wrong dtype, or for torch's LSTM.
