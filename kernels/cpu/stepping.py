@@ -216,7 +216,8 @@ class Stepper:
         jobs, kept, at, block = list[Job](), list[Any](), self._memory.at, self._block
         with torch.no_grad():
             for index, (layer, own) in enumerate(zip(self.layers, weights, strict=True)):
-                *biases, w_hr = (None if w is None else w.to(self.compute).contiguous() for w in own[2:])
+                others = (own.bias_ih, own.bias_hh, own.weight_hr)
+                *biases, w_hr = (None if w is None else w.to(self.compute).contiguous() for w in others)
                 w = torch.cat([own.weight_ih, own.weight_hh], 1).to(self.compute)
                 b_ih, b_hh = (0 if bias is None else bias.data_ptr() for bias in biases)
                 hidden, depth = layer.hidden_size, layer.input_size + layer.width

@@ -519,3 +519,48 @@ def test_in_a_forked_child():
         child(goes_on)
         assert (stream.chunk(x[1:]).numpy() == expected[1:]).all()
     """)
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+@pytest.mark.parametrize("threads_of", ["team", "pool", "caller"])
+def test_interrupted_at_any_line(threads_of):
+    """As by Ctrl-C: a step has happened or it has not, and the next one is right."""
+    in_process(f"""
+        launched = shared_out("{threads_of}") if "{threads_of}" != "caller" else torch.set_num_threads(1)
+        module = lstmcore.LSTM(256, 600, proj_size=200)
+        stream, x = lstmcore.Stream(module, 1), torch.randn(2, 1, 256)
+        stream.step(x[0])
+        before = stream.state
+        right = stream.step(x[1]).clone()
+        after = stream.state
+        assert launched in (None, {{"{threads_of}"}}), launched
+
+        class Struck(BaseException):
+            pass
+
+        def tracer(frame, event, argument):
+            global left
+            if "lstmcore" in frame.f_code.co_filename or "kernels" in frame.f_code.co_filename:
+                left -= event == "line"
+                if left == 0 and event == "line":
+                    raise Struck
+            return tracer
+
+        at, struck = 0, True
+        while struck:
+            at, struck = at + 1, False
+            stream.state, left = before, at
+            sys.settrace(tracer)
+            try:
+                stream.step(x[1])
+            except Struck:
+                struck = True
+            finally:
+                sys.settrace(None)
+            found = stream.state
+            assert any(all(map(torch.equal, found, each)) for each in (before, after)), f"half a step, line {{at}}"
+            stream.state = before
+            assert torch.equal(stream.step(x[1]), right), at
+        assert at > 10, at
+    """)
