@@ -257,6 +257,15 @@ def _other_cases() -> Iterator[Case]:
             yield Case(f"long-h{hidden}-b{batch}-t{steps}", "long", hidden, hidden, batch, steps)
     for hidden, batch in ((64, 1), (128, 1), (16, 6), (64, 4), (128, 6), (64, 8)):
         yield Case(f"stack-h{hidden}-b{batch}", "stack", hidden, hidden, batch, 1000, num_layers=4)
+    for features, hidden, batch, layers in (
+        (64, 128, 1, 1),
+        (16, 16, 1, 1),
+        (256, 256, 16, 1),
+        (512, 512, 1, 1),
+        (64, 128, 1, 2),
+    ):
+        name = f"stream-h{hidden}-i{features}-b{batch}" + f"-layers{layers}" * (layers > 1)
+        yield Case(name, "stream", features, hidden, batch, 10_000, num_layers=layers, modes=("inference",))
     on_gpu: dict[str, Any] = {"dtype": "bfloat16", "device": "cuda"}
     for batch, hidden in product((16, 64, 1), HIDDEN):  # what matters most comes first: a time limit may cut the end
         yield Case(f"step-h{hidden}-b{batch}", "step", hidden, hidden, batch, 1024, **on_gpu)
@@ -317,6 +326,7 @@ GROUPS = {
     "rollout": Group("training on a rollout with resets, against torch.nn", experiment="control"),
     "long": Group("from 1,024 steps to a million", experiment="long"),
     "stack": Group("4 layers of a few rows, against one layer", experiment="layers"),
+    "stream": Group("single steps, each after the one before", experiment="stream"),
     "step": Group("the time of one step, bfloat16", "cuda", "steps"),
     "design": Group("one step by each design of the tiling, bfloat16", "cuda", "designs"),
     "handoff": Group("what blocks of threads hand over in a step", "cuda", "handoff"),

@@ -108,6 +108,31 @@ def model_of(module: nn.LSTM) -> Any:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
+def step_model_of(module: nn.LSTM) -> Any:
+    """One step of the module as an ``onnx.ModelProto`` of LSTM nodes alone: input (1, B, I), and h and c of each layer,
+    to those after the step, (1, B, H); the last layer's h is the output.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    def declare(name: str, width: int) -> Any:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, "B", width))
+
+    nodes, constants, states, rows = [], {}, [], "input"
+    for layer in range(module.num_layers):
+        weights = {f"{name}_{layer}": tensor for name, tensor in _weights(module, layer)}
+        constants |= weights
+        w, r, *b = weights
+        before, after = ([f"{name}_{layer}" for name in pair] for pair in (("h_0", "c_0"), ("h_n", "c_n")))
+        given = [rows, w, r, *(b or [""]), "", *before]
+        nodes.append(helper.make_node("LSTM", given, ["", *after], hidden_size=module.hidden_size))
+        states.append((before, after))
+        rows = after[0]
+    ends = [[declare(name, module.hidden_size) for pair in states for name in pair[end]] for end in (0, 1)]
+    initial = [numpy_helper.from_array(tensor.contiguous().numpy(), name) for name, tensor in constants.items()]
+    graph = helper.make_graph(nodes, "step", [declare("input", module.input_size), *ends[0]], ends[1], initial)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+
+
 class Session:
     """The module in onnxruntime, on one problem.  Its threads live as long as this does."""
 

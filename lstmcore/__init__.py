@@ -19,11 +19,14 @@ from lstmcore.flow.recorder import record_gradient_flow
 from lstmcore.flow.rnn import RNN
 from lstmcore.functional import lstm
 from lstmcore.module import LSTM, LSTMCell
+from lstmcore.stream import Stream
+from lstmcore.truncation import truncated
 
 __all__ = [
     "LSTM",
     "RNN",
     "LSTMCell",
+    "Stream",
     "__version__",
     "cell_jacobian",
     "explain",
@@ -31,4 +34,5 @@ __all__ = [
     "lstm",
     "record_gradient_flow",
     "rnn_jacobian",
+    "truncated",
 ]

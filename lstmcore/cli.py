@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import lstmcore
-from lstmcore import backends
+from lstmcore import backends, stream
 from lstmcore.kernels.contract import Layer
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -164,6 +164,10 @@ def prewarm(arguments: argparse.Namespace) -> int:
             for layer in layers:
                 backends.load(backend).prewarm(layer, training=training)
             lines.append((name, "training" if training else "inference", f"{time.perf_counter() - start:.2f} s"))
+        if arguments.stream:
+            start = time.perf_counter()
+            stream.prewarm(DTYPES[name], device)
+            lines.append((name, "stream", f"{time.perf_counter() - start:.2f} s"))
     print(table(("dtype", "mode", "took"), lines))
     return 0
 
@@ -330,6 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--steps", type=_size, default=1000, metavar="T", help="steps of a sequence (default: 1000)")
     warm.add_argument("--packed", action="store_true", help="rows of different lengths")
     warm.add_argument("--inference", action="store_true", help="leave out what only training needs")
+    warm.add_argument("--stream", action="store_true", help="also what lstmcore.Stream needs (on the CPU)")
     warm.add_argument("--dtype", action="append", choices=DTYPES, help="repeat it for several (default: float32)")
 
     warm.add_argument("--device", type=device, default="cpu", help="where the module will run (default: cpu)")

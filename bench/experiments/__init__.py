@@ -12,10 +12,11 @@ from bench.experiments.layers import LAYERS
 from bench.experiments.long import LONG
 from bench.experiments.speed import SPEED
 from bench.experiments.steps import STEPS
+from bench.experiments.stream import STREAM
 from bench.measure import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
-    each.name: each for each in (SPEED, AFTER_TORCH, CONTROL, FLOW, LONG, LAYERS, STEPS, HANDOFF, DESIGNS)
+    each.name: each for each in (SPEED, AFTER_TORCH, CONTROL, FLOW, LONG, LAYERS, STREAM, STEPS, HANDOFF, DESIGNS)
 }
 # What is the main figure on a device, and second ones: plain ``python -m bench``.
 MAIN = {"cpu": (AFTER_TORCH, SPEED), "cuda": (SPEED,)}

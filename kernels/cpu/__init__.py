@@ -10,10 +10,10 @@ The modules, each importing only from those above it::
     member, team, threads                                  the threads that run a launch
     sync, steps, copying                                   barriers; the order of steps; clearing and copying rows
     microkernel, matmul                                    products: of register blocks, and of any size
-    forward, backward, jobs, statistics, peak              the kernels
+    forward, backward, jobs, statistics, peak, streaming   the kernels
     problem, prepared, segments, prepare                   a kind of call, for the host
     tensors, wavefront  what calls allocate; layers at once
-    backend                                                the contract's functions
+    backend             the contract's functions           stepping      a stream, for the host
 
 What decided this form, and what was tried, is in ``docs/notes/cpu-tuning.md``.
 

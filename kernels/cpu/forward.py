@@ -11,7 +11,7 @@ from .copying import row_functions
 from .jit import inline, kernel
 from .matmul import Left, Right, make_matrix_product
 from .memory import load_int, make_read, store_int
-from .microkernel import make_block
+from .microkernel import NEAR, make_block
 from .mode import flush_denormals, set_mode
 from .simd import simd
 from .steps import active_rows, block_size, resets, row_start, user_index, walk
@@ -94,8 +94,8 @@ def _make_finish_hidden(variant: Variant) -> Any:
     return finish_hidden
 
 
-def _make_cell_block(variant: Variant) -> Any:
-    """The recurrent product of some rows with one panel, and the cell."""
+def make_cell_block(variant: Variant, near: int = NEAR) -> Any:
+    """The recurrent product of some rows with one panel, and the cell; ``near``: see ``microkernel.NEAR``."""
     ops, block, lanes, stored = variant.ops, variant.block, variant.block.lanes, variant.stored
     load, store, load_four, activate = ops.load, ops.store, ops.load_four, ops.gates
     store_storage, cell_state = ops.make_store(variant.storage), inline(cell.cell_state)
@@ -119,8 +119,8 @@ def _make_cell_block(variant: Variant) -> Any:
             store(e.cells + row * e.c_row, c)
 
     return make_block(
-        ops, block.row_choices(4), 4, start_cell, finish_cell, key=variant.key, registers=block.registers, rolled=True,
-        finish_rows=_make_finish_hidden(variant),
+        ops, block.row_choices(4), 4, start_cell, finish_cell, key=f"{variant.key}_near{near}",
+        registers=block.registers, rolled=True, finish_rows=_make_finish_hidden(variant), near=near,
     )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def _make_compute_panels(variant: Variant) -> Any:
     """A step of a member's rows and panels."""
     lanes, stored, most = variant.block.lanes, variant.stored, variant.block.rows
     vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
-    cell_block = _make_cell_block(variant)
+    cell_block = make_cell_block(variant)
 
     @inline
     def compute_panel(a, w, step, p, ahead):

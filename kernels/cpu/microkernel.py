@@ -37,8 +37,8 @@ from numba.core.typing import signature
 from .vector import I32, I64, PTR, fma, llvm_call, splat
 
 SEGMENT = 7  # values of a segment
-# Bytes of W that are prefetched into the first-level cache.  Without it 6 rows reach 0.7 of the peak, not 1, when W
-# comes from the second-level cache.
+# Bytes ahead of the product at which W is prefetched into the first-level cache.  Without it 6 rows reach 0.7 of the
+# peak, not 1, when W comes from the second-level cache.
 NEAR = 1024
 
 
@@ -54,6 +54,7 @@ def make_block(
     by_strip: bool = False,
     rolled: bool = False,
     finish_rows: Callable | None = None,
+    near: int = NEAR,
 ):
     """An intrinsic ``block(count, segments, extra)``: ``count`` (one of ``rows``) rows of ``vectors`` vectors.
 
@@ -65,9 +66,9 @@ def make_block(
     tuple of vectors`` and ``finish(row, accumulators, extra)``.
     ``rolled``: finish is a loop over rows, which reads the sums back from the stack; for a long ``finish``, whose
     constants and temporaries would otherwise spill the sums of the other rows one at a time.
-    ``finish_rows(rows, extra)``: called after that, once.
+    ``finish_rows(rows, extra)``: called after that, once.  ``near``: see ``NEAR``.
     """
-    block_of = _Block(simd, vectors, start, finish, finish_rows, registers, by_strip, rolled)
+    block_of = _Block(simd, vectors, start, finish, finish_rows, registers, by_strip, rolled, near)
     name = f"lstmcore_{finish.__name__}_{key}_{vectors}"
 
     @intrinsic
@@ -105,6 +106,7 @@ class _Block(NamedTuple):
     registers: int
     by_strip: bool
     rolled: bool
+    near: int
 
     def emit(self, context, module, symbol, n, sums, extra_type):
         """The function for ``n`` rows, of ``sums`` segments and the values of an ``extra_type``."""
@@ -122,7 +124,7 @@ class _Block(NamedTuple):
             extra = builder.insert_value(extra, value, i)
 
         accumulators = self._started(context, builder, n, extra, extra_type)
-        step = (_by_strip if self.by_strip else _by_rows)(builder, self.simd, n, self.vectors)
+        step = (_by_strip if self.by_strip else _by_rows)(builder, self.simd, n, self.vectors, self.near)
         for part in vectors_together(n, self.vectors, self.registers):
             for i in range(sums):
                 step(*segments[SEGMENT * i : SEGMENT * (i + 1)], accumulators, part)
@@ -223,7 +225,7 @@ def vectors_together(rows, vectors, registers):
     return [range(first, first + together) for first in range(0, vectors, together)]
 
 
-def _multiply(builder, simd, n, a_addresses, w_address, accumulators, part):
+def _multiply(builder, simd, near, a_addresses, w_address, accumulators, part):
     """One k: acc[r, v] += A[r] W[v] for v in ``part``."""
     vector = simd.vector.llvm
     bytes_wide = simd.lanes * simd.size
@@ -232,16 +234,16 @@ def _multiply(builder, simd, n, a_addresses, w_address, accumulators, part):
         for v in part
     ]
     for line in range(part[0] * bytes_wide, (part[-1] + 1) * bytes_wide, 64):
-        _fetch(builder, builder.add(w_address, I64(NEAR + line)), near=True)
-    for r in range(n):
-        value = builder.load(builder.inttoptr(a_addresses[r], PTR), typ=vector.element, align=simd.size)
+        _fetch(builder, builder.add(w_address, I64(near + line)), near=True)
+    for r, a_address in enumerate(a_addresses):
+        value = builder.load(builder.inttoptr(a_address, PTR), typ=vector.element, align=simd.size)
         a = splat(builder, value, simd.lanes)
         for v, of_vector in zip(part, w, strict=True):
             accumulator = accumulators[r][v]
             builder.store(fma(builder, a, of_vector, builder.load(accumulator, typ=vector)), accumulator)
 
 
-def _by_rows(builder, simd, n, vectors):
+def _by_rows(builder, simd, n, vectors, near):
     def step(a, offsets, panels, stride, depth, w, ahead, accumulators, part):
         width = vectors * simd.lanes  # of W, in values
         rows = [
@@ -259,12 +261,12 @@ def _by_rows(builder, simd, n, vectors):
                     _fetch(builder, builder.add(ahead_panel, builder.mul(k, I64(64 // simd.size))), near=False)
                 addresses = [builder.add(row, k) for row in here]
                 w_k = builder.add(w_panel, builder.mul(k, I64(width)))
-                _multiply(builder, simd, n, addresses, w_k, accumulators, part)
+                _multiply(builder, simd, near, addresses, w_k, accumulators, part)
 
     return step
 
 
-def _by_strip(builder, simd, n, vectors):
+def _by_strip(builder, simd, n, vectors, near):
     def step(a, offsets, panels, stride, depth, w, ahead, accumulators, part):
         width = vectors * simd.lanes * simd.size
         with _Loop(builder, depth, 1, "k") as k:
@@ -272,6 +274,6 @@ def _by_strip(builder, simd, n, vectors):
                 _fetch(builder, builder.add(ahead, builder.mul(k, I64(64))), near=False)
             row = builder.add(a, builder.mul(k, I64(n * simd.size)))
             addresses = [builder.add(row, I64(r * simd.size)) for r in range(n)]
-            _multiply(builder, simd, n, addresses, builder.add(w, builder.mul(k, I64(width))), accumulators, part)
+            _multiply(builder, simd, near, addresses, builder.add(w, builder.mul(k, I64(width))), accumulators, part)
 
     return step

@@ -271,10 +271,10 @@ class Problem:
         include the gaps before its row group, so it indexes rows as if there were none.
         """
         backward = isinstance(arguments, BackwardArgs)
-        partition, groups = _partition(plan, tuple(borders), self.columns, self.panels, backward)
-        structs = np.empty((len(partition), len(arguments)), np.int64)
+        ranges, groups = partition(plan, tuple(borders), self.columns, self.panels, backward)
+        structs = np.empty((len(ranges), len(arguments)), np.int64)
         structs[:] = arguments
-        structs[:, -len(PARTITION) - len(LATE) : -len(LATE)] = partition
+        structs[:, -len(PARTITION) - len(LATE) : -len(LATE)] = ranges
         if groups_before or plan.row_groups > 1:
             for name in ("dh", "dc", "dm") if backward else ("h", "c", "m"):
                 address = getattr(arguments, name)
@@ -284,7 +284,7 @@ class Problem:
 
 
 @functools.lru_cache(maxsize=1024)
-def _partition(
+def partition(
     plan: tiling.Plan, rows: tuple[int, ...], columns: int, panels: int, by_columns: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ranges of each member (members, PARTITION) and its row group (members,); ``rows``: borders of row groups."""

@@ -116,8 +116,8 @@ class Launch:
         assert isinstance(entry, Entry)
         head = Head(function, arguments, stride, members, entry.thread_num, entry.num_threads, 0)
         self._head, self._members = np.array(head, np.int64), members
-        self._asked = process.torch_threads()
-        self.run = partial(entry.parallel, _member(), address_of(self._head), self._asked, 0)
+        self.asked = process.torch_threads()
+        self.run = partial(entry.parallel, _member(), address_of(self._head), self.asked, 0)
 
     def done(self) -> bool:
         """Whether the members have run; otherwise the team was too small and is not used again."""
@@ -125,5 +125,5 @@ class Launch:
         size = int(self._head[-1])
         if size >= self._members:
             return True
-        _too_small = f"its team had {size} threads where {self._asked} were asked for"
+        _too_small = f"its team had {size} threads where {self.asked} were asked for"
         return False

@@ -187,15 +187,29 @@ def run(kernel: Any, launch: Launch, counters: np.ndarray | None = None) -> None
     """
     if launch.members == 1:
         kernel(launch.address)
-        return
-    if _no_team() is None:
-        on_team = team.Launch(kernel.address, *launch)
-        _in_one(on_team.run, abandon=_nothing)
-        if on_team.done():
-            return
-    if _start_workers(launch.members) < launch.members:
-        raise RuntimeError("the system refuses the threads of a launch: torch.set_num_threads(1) does without")
-    _run_on_pool(kernel, launch.addresses(), counters)
+    else:
+        Repeated(kernel, launch, counters).run()
+
+
+class Repeated:
+    """A launch on several threads that may run many times (see :func:`run`): prepared for torch's team once."""
+
+    def __init__(self, kernel: Any, launch: Launch, counters: np.ndarray | None) -> None:
+        self._kernel, self._launch, self._counters = kernel, launch, counters
+        self._on_team: team.Launch | None = None
+
+    def run(self) -> None:
+        """Runs all members at once, once."""
+        if _no_team() is None:
+            if self._on_team is None or self._on_team.asked != process.torch_threads():
+                self._on_team = team.Launch(self._kernel.address, *self._launch)
+            _in_one(self._on_team.run, abandon=_nothing)
+            if self._on_team.done():
+                return
+        members = self._launch.members
+        if _start_workers(members) < members:
+            raise RuntimeError("the system refuses the threads of a launch: torch.set_num_threads(1) does without")
+        _run_on_pool(self._kernel, self._launch.addresses(), self._counters)
 
 
 def _run_on_pool(function: Callable, addresses: Sequence[int], counters: np.ndarray | None) -> None:
@@ -218,7 +232,8 @@ def _nothing() -> None:
 
 def _in_one(*calls: Callable, abandon: Callable[[], object]) -> None:
     """Runs ``calls``, which are C code, under the lock and without interruption; ``abandon`` if one of them fails."""
-    lock, begun = _lock, list[bool]()
+    lock = _lock
+    begun: list[bool] = []
     try:
         deque(map(_call, (lock.acquire, partial(begun.append, True), *calls, begun.clear, lock.release)), maxlen=0)
     except BaseException:

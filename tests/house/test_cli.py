@@ -49,7 +49,7 @@ def test_check_fails_where_something_is_wrong(monkeypatch, capsys):
     "options",
     [
         (),
-        ("--inference", "--dtype", "float64"),
+        ("--inference", "--dtype", "float64", "--stream"),
         ("--num-layers", "2", "--bidirectional", "--proj-size", "3", "--packed", "--no-bias", "--batch", "1"),
     ],
     ids=str,
@@ -60,6 +60,7 @@ def test_prewarm(options, capsys):
     assert ("float64" if "float64" in options else "float32") in output
     assert "inference" in output
     assert ("training" in output) == ("--inference" not in options)
+    assert ("stream" in output) == ("--stream" in options)
 
 
 @pytest.mark.parametrize("name", ["", "info", "prewarm", "check"])
