@@ -101,7 +101,7 @@ class Stream:
             h of the last layer at each step, like ``x`` with P features: **a buffer that the next chunk overwrites.**
 
         Raises:
-            The same errors as :meth:`step`; RuntimeError for T = 0.
+            RuntimeError: T = 0; and all errors of :meth:`step`.
         """
         slot = self._chunk
         if slot is None or slot.shape != getattr(x, "shape", None):
