@@ -304,6 +304,19 @@ def test_garbage_in_fresh_memory(kind, setup, request, monkeypatch):
         checks.check_garbage_in_fresh_memory(OnDevice(), setup, torch.float32, request)
 
 
+def test_more_steps_than_16_bits_count():
+    """Through two calls as through one: the second starts where the first ended."""
+    T, half = 70_001, 40_000
+    module = lstmcore.LSTM(8, 64, backend="triton", device=DEVICE)
+    x = torch.randn(T, 1, 8, device=DEVICE)
+    with torch.no_grad():
+        whole, (h_n, c_n) = module(x)
+        first, states = module(x[:half])
+        second, (h, c) = module(x[half:], states)
+    for got, expected in ((torch.cat([first, second]), whole), (h, h_n), (c, c_n)):
+        assert error(got, expected) <= 1e-3  # of TF32, whose errors a state forgets within some steps
+
+
 @pytest.mark.parametrize("name", gpu_problems.CASES)
 def test_layouts_and_stacks(name):
     """Cases of the suite's grid: transposed, sliced and expanded tensors, several layers, what has no batch."""
