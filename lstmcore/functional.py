@@ -129,7 +129,7 @@ def _lstm(given: Given, backend: str, module: torch.nn.Module | None) -> tuple[A
         if route.way is Way.EAGER and not given.extended:
             direct.remember(given, backend, route.layer)
     elif _at_once_by_kernels(call, route, module):
-        output, h_n, c_n = _stack(call, route)
+        output, h_n, c_n = _stack(call, route, module)
         cells = []
     else:
         output, h_n, c_n, cells = _layer_by_layer(call, route, module)
@@ -224,7 +224,7 @@ def _at_once_by_kernels(call: Checked, route: Route, module: torch.nn.Module | N
     return stack.at_once(route.backend, route.layer, options.num_layers, route.rows)
 
 
-def _stack(call: Checked, route: Route) -> tuple[Tensor, Tensor, Tensor]:
+def _stack(call: Checked, route: Route, module: torch.nn.Module | None) -> tuple[Tensor, Tensor, Tensor]:
     """output, h_n, c_n of all layers, at once."""
     assert route.rows is not None
     layer, last, calls = route.layer, call.options.num_layers - 1, []
@@ -234,7 +234,7 @@ def _stack(call: Checked, route: Route) -> tuple[Tensor, Tensor, Tensor]:
         weights = Weights.by_direction(call.of_layer(call.params, index), layer.directions) if index else call.first
         calls.append(Call(layer, rows, call.data, *call.states(index), weights, call.reset))
         layer = layer if index else layer.after()
-    return stack.layers(route.backend, calls)
+    return stack.layers(route.backend, calls, [recording.source(module, index) for index in range(last + 1)])
 
 
 def _layer_by_layer(

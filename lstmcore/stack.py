@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lstmcore import autograd, backends, guards, transforms
+from lstmcore import autograd, backends, guards, recording, transforms
 from lstmcore.backends import REGISTRY, reference
 from lstmcore.guards import Kept
 from lstmcore.kernels.contract import Call, Forward, Gradients, GradOutputs, Layer, Needs, Rows, Weights
@@ -35,6 +35,7 @@ class _Run(NamedTuple):
     layers: tuple[Layer, ...]
     rows: tuple[Rows, ...]  # the same, but for the layout of the last output
     backend: str
+    sources: tuple[recording.Source | None, ...]
 
     def calls(self, tensors: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> list[Call]:
         """The calls of all layers from reset, input and the tensors of each; ``outputs``: of all but the last."""
@@ -50,9 +51,9 @@ class _Run(NamedTuple):
         return backends.load(self.backend).forward_stack(calls, save=save)
 
 
-def layers(backend: str, calls: Sequence[Call]) -> Results:
+def layers(backend: str, calls: Sequence[Call], sources: Sequence[recording.Source | None]) -> Results:
     """A stack with a graph if autograd needs one; ``input`` of all calls but the first is not read."""
-    run = _Run(tuple(call.layer for call in calls), tuple(call.rows for call in calls), backend)
+    run = _Run(tuple(call.layer for call in calls), tuple(call.rows for call in calls), backend, tuple(sources))
     first = calls[0]
     given = [first.reset, first.input]
     for call in calls:
@@ -99,23 +100,58 @@ class _Stack(Function):
 def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     run: _Run = ctx.run
     kept = guards.plain(ctx.saved_tensors)  # a saved-tensors hook may return a view with a pending negation
-    tensors, kept = kept[: ctx.inputs], kept[ctx.inputs :]
-    count = len(run.layers)
+    tensors, count = kept[: ctx.inputs], len(run.layers)
     needs = _needs(ctx.needs_input_grad[2:], count)
     if torch._C._are_functorch_transforms_active():  # vmap over a backward
         return None, None, *_transformed(run, tensors, grads, needs)
-    batched = not all(grad is None or torch._C._has_storage(grad) for grad in grads)
-    if batched or torch.is_grad_enabled():
+    plain = torch.is_grad_enabled() or not all(grad is None or torch._C._has_storage(grad) for grad in grads)
+    watching = [recording.watchers(source) for source in run.sources]
+    found: list[Gradients] = []
+    if any(watching) or not plain:
+        back = _Back.of(ctx, kept, grads if plain else guards.plain(grads), needs)
+        if any(watching):
+            found = back.observed(run, watching, plain)
+        else:
+            found = backends.load(run.backend).backward_stack(*back)
+    if plain:
         return None, None, *_by_reference(run, tensors, grads)
-    outputs, kept = kept[:count], iter(kept[count:])
-    calls = run.calls(tensors, outputs[:-1])
-    of_layers, results = _of_layers(guards.plain(grads), count), []
-    for call, output, sizes, grad in zip(calls, outputs, ctx.sizes, of_layers, strict=True):
-        saved = tuple(next(kept) for _ in sizes)
-        guards.layer(call, Kept(output, grad, saved, sizes))
-        results.append(Forward(output, None, None, None, saved))  # type: ignore[arg-type]
-    found = backends.load(run.backend).backward_stack(calls, of_layers, results, needs)
     return None, None, found[0].input if needs[0].input else None, *_flat(found)
+
+
+class _Back(NamedTuple):
+    """The arguments of a backend's ``backward_stack``."""
+
+    calls: list[Call]
+    grads: list[GradOutputs]
+    results: list[Forward]
+    needs: list[Needs]
+
+    @staticmethod
+    def of(ctx: Any, kept: Sequence[Tensor], grads: tuple[Tensor | None, ...], needs: list[Needs]) -> _Back:
+        """From what forward saved; RuntimeError where it is no longer what it was."""
+        run, count = ctx.run, len(needs)
+        tensors, kept = kept[: ctx.inputs], kept[ctx.inputs :]
+        outputs, rest = kept[:count], iter(kept[count:])
+        back = _Back(run.calls(tensors, outputs[:-1]), _of_layers(grads, count), [], needs)
+        for call, output, sizes, grad in zip(back.calls, outputs, ctx.sizes, back.grads, strict=True):
+            saved = tuple(next(rest) for _ in sizes)
+            guards.layer(call, Kept(output, grad, saved, sizes))
+            back.results.append(Forward(output, None, None, None, saved))  # type: ignore[arg-type]
+        return back
+
+    @torch.no_grad()
+    def observed(self, run: _Run, watching: Sequence[Sequence[recording.Watcher]], plain: bool) -> list[Gradients]:
+        """Layer by layer, which shows each to those who record it: the graph may be older than the recording."""
+        kernels = reference if plain else backends.load(run.backend)
+        found: list[Gradients] = []
+        for call, grad, result, needs, source, own in reversed(list(zip(*self, run.sources, watching, strict=True))):
+            grad = grad._replace(output=found[0].input) if found else grad
+            if own:
+                needs = needs._replace(norms=True, gate_rows=max(watcher.gate_rows for watcher in own))
+            found.insert(0, kernels.backward(call, grad, result.output, result.saved, needs))
+            if own and found[0].norms is not None:
+                recording.show(own, source, call.rows, found[0].norms, found[0].gates, grad[:3])
+        return found
 
 
 def _needs(wanted: Sequence[bool], count: int) -> list[Needs]:

@@ -175,6 +175,27 @@ def test_in_a_recording_every_layer_is_seen(waves):
     assert not waves
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_recording_of_an_older_graph(again, waves):
+    """Every layer is seen, as where the layers run one after the other, and the gradients are the same."""
+    module = lstmcore.LSTM(I, H, L, backend="numba")
+    x, seen, found = torch.randn(T, B, I), [], []
+    for run in (module, Slowly(module)):
+        loss = run(x)[0].square().sum()
+        with lstmcore.record_gradient_flow(module) as flow:
+            found.append(torch.autograd.grad(loss, list(module.parameters()), create_graph=again))
+        assert len(flow.records) == L
+        seen.append(flow.records)
+    assert len(waves) == 1
+    for one, other in zip(*found, strict=True):
+        assert error(one.detach(), other.detach()) <= (1e-5 if again else 0) * other.detach().abs().max()
+    for one, other in zip(*seen, strict=True):
+        assert one.layer == other.layer
+        for name, value in vars(one).items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value, getattr(other, name))
+
+
 def test_what_was_kept_must_stay(waves):
     module = lstmcore.LSTM(I, H, L, backend="numba")
     output = module(torch.randn(T, B, I))[0]
