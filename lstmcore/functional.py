@@ -221,6 +221,10 @@ def _at_once_by_kernels(call: Checked, route: Route, module: torch.nn.Module | N
         return False
     if (options.dropout and options.train) or call.cells or recording.watched(module):
         return False
+    if route.layer.training:  # layers below the first that needs a gradient keep nothing, one by one
+        first = (call.data, *call.states(0), *call.of_layer(call.params, 0))
+        if not any(each is not None and each.requires_grad for each in first):
+            return False
     return stack.at_once(route.backend, route.layer, options.num_layers, route.rows)
 
 

@@ -188,6 +188,14 @@ def test_memory_that_is_available(tmp_path, monkeypatch):
     assert recomputing.available(torch.device("cpu")) == 4995
 
 
+@pytest.mark.parametrize("segment", [1 << 31, (1 << 52) + 5, (1 << 63) - 1, 10**30])
+def test_a_segment_longer_than_any_sequence(segment):
+    module, x = lstmcore.LSTM(I, H, backend="numba", recompute=T), torch.randn(T, B, I)
+    expected = results(module, x)
+    module.recompute = segment
+    assert_the_same(results(module, x), expected)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
@@ -282,6 +290,21 @@ def test_differentiated_again(backend):
     x = torch.randn(5, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: module(x)[0], x)
     assert torch.autograd.gradgradcheck(lambda x: module(x)[0], x)
+    y = module(x)[0]
+    basis = torch.randn(4, *y.shape, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(y, x, basis, is_grads_batched=True, retain_graph=True)
+    for row, seed in zip(batched, basis, strict=True):
+        assert error(row, torch.autograd.grad(y, x, seed, retain_graph=True)[0]) <= ORDER_OF_SUMS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [(0, None), (2, [0, 0])], ids=["no rows", "no steps"])
+def test_compiled_without_a_token(given):
+    rows, lengths = given
+    module = torch.compile(lstmcore.LSTM(I, H, backend="numba", recompute=5), backend="aot_eager", fullgraph=True)
+    x = torch.randn(T, rows, I)
+    more = {} if lengths is None else {"lengths": torch.tensor(lengths)}
+    assert not any(grad.any() for grad in results(module, x, **more))
 
 
 @pytest.mark.slow
