@@ -84,8 +84,8 @@ def lstm(
             for bit on the CPU) for one forward more; in memory, T / S states and S steps instead of T steps.
             ``"auto"`` does so where they would exceed ``memory_budget``, with the S that needs least (in a compiled
             graph, which serves any T and B, always, with 256 steps).
-        memory_budget: with ``recompute="auto"``, bytes that a call may keep for backward beside its input and output;
-            None: a quarter of the memory that is available.
+        memory_budget: with ``recompute="auto"``, bytes of gates and states that a call may keep for backward, beside
+            the inputs and outputs of its layers; None: a quarter of the memory that is available.
         backend: ``"auto"``, ``"triton"``, ``"numba"``, ``"torch"`` or ``"reference"``.
         module: the module that makes this call, for :func:`lstmcore.record_gradient_flow`; None: not recorded.
 

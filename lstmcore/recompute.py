@@ -136,6 +136,15 @@ def _of_system() -> int:
 def _of_cgroup() -> int:
     """What is left of a container's limit; a lot if there is none."""
     with suppress(OSError, ValueError):
-        limit, used = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        return max(0, int(limit) - int(used))
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        return max(0, limit - used + min(used, _of_files()))
     return sys.maxsize
+
+
+def _of_files() -> int:
+    """Bytes that count as used by a container, but hold files that the system drops before it refuses memory."""
+    with suppress(OSError, ValueError):
+        for line in (_CGROUP / "memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):
+                return int(line.split()[1])
+    return 0
