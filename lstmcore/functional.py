@@ -84,8 +84,8 @@ def lstm(
             for bit on the CPU) for one forward more; in memory, T / S states and S steps instead of T steps.
             ``"auto"`` does so where they would exceed ``memory_budget``, with the S that needs least (in a compiled
             graph, which serves any T and B, always, with 256 steps).
-        memory_budget: with ``recompute="auto"``, bytes that a call may keep for backward beside its input and output;
-            None: a quarter of the memory that is available.
+        memory_budget: with ``recompute="auto"``, bytes of gates and states that a call may keep for backward, beside
+            the inputs and outputs of its layers; None: a quarter of the memory that is available.
         backend: ``"auto"``, ``"triton"``, ``"numba"``, ``"torch"`` or ``"reference"``.
         module: the module that makes this call, for :func:`lstmcore.record_gradient_flow`; None: not recorded.
 
@@ -221,6 +221,10 @@ def _at_once_by_kernels(call: Checked, route: Route, module: torch.nn.Module | N
         return False
     if (options.dropout and options.train) or call.cells or recording.watched(module):
         return False
+    if route.layer.training:  # layers below the first that needs a gradient keep nothing, one by one
+        first = (call.data, *call.states(0), *call.of_layer(call.params, 0))
+        if not any(each is not None and each.requires_grad for each in first):
+            return False
     return stack.at_once(route.backend, route.layer, options.num_layers, route.rows)
 
 

@@ -43,8 +43,8 @@ class LSTM(nn.RNNBase):
         recompute: None keeps gates and cells of all steps for backward; a number of steps S keeps the states between
             segments of S steps and computes the rest again in backward, with the same results; ``"auto"`` does so where
             they would exceed ``memory_budget``.  See :func:`lstmcore.lstm`.
-        memory_budget: with ``recompute="auto"``, bytes that a call may keep for backward; None: a quarter of the memory
-            that is available.
+        memory_budget: with ``recompute="auto"``, bytes of gates and states that a call may keep for backward; None: a
+            quarter of the memory that is available.
         chrono: the longest lag in steps that the memory has to span; the biases of the forget and input gates start
             with time constants spread up to it (Tallec & Ollivier 2018); see :func:`lstmcore.init.chrono_`.
 

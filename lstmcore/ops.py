@@ -178,10 +178,12 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     checks.some_steps(rows.steps)
     call = given.call(rows)
     guards.layer(call)
-    result = _kernels(given, call).forward(call, save=given.save, cells=given.cells)
+    kernels = _kernels(given, call)
+    result = kernels.forward(call, save=given.save, cells=given.cells)
     kept = [] if result.cells is None else [_with_layout(result.cells, rows)]
-    if given.save:
-        kept += result.saved or _unsaved(given, call.layer, rows.room)
+    if given.save:  # the reference saves what it likes where it stands in for another backend
+        own = kernels is _backend(given, call.layer) and result.saved
+        kept += own or _unsaved(given, call.layer, rows.room)
     return _with_layout(result.output, rows), result.h_n.contiguous(), result.c_n.contiguous(), kept
 
 
@@ -207,6 +209,8 @@ def _backward(*args: Any) -> list[Tensor]:
         sizes = saves(call.layer, rows.total if exact else rows.room)
     guards.layer(call, Kept(output, grads, saved, sizes))
     kernels = _kernels(given, call)
+    if kernels is not _backend(given, call.layer):
+        kept, saved = (), []  # in place of what it would have saved: see _forward
     if not kept and kernels.saves(call.layer, 0):
         done = kernels.forward(call, save=True, cells=False)
         output, saved = done.output, done.saved

@@ -20,6 +20,7 @@ import torch
 from lstmcore.kernels.contract import Layer, state_dtype
 
 AUTO = "auto"
+LONGEST = 1 << 40  # steps of a segment, where more are asked for: no sequence has as many
 IN_GRAPH = 256  # steps of a segment for "auto" in a compiled graph, which always recomputes
 WORTH_A_SEGMENT = 4_000_000  # multiply-adds of a segment, so that starting it costs little
 SHARE = 0.25  # of the memory that is available: what "auto" lets a call keep
@@ -52,7 +53,7 @@ def asked(recompute: Any, memory_budget: Any) -> Recompute:
             raise ValueError(f"{name} should be {what}, at least 1, got: {value!r}")
     if memory_budget is not None and recompute != AUTO:
         raise ValueError(f"memory_budget goes with recompute='auto', got recompute={recompute!r}")
-    return Recompute(recompute, memory_budget)
+    return Recompute(recompute if recompute == AUTO else min(recompute, LONGEST), memory_budget)
 
 
 def segment(asked: Recompute, layer: Layer, num_layers: int) -> int:
@@ -135,6 +136,15 @@ def _of_system() -> int:
 def _of_cgroup() -> int:
     """What is left of a container's limit; a lot if there is none."""
     with suppress(OSError, ValueError):
-        limit, used = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        return max(0, int(limit) - int(used))
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        return max(0, limit - used + min(used, _of_files()))
     return sys.maxsize
+
+
+def _of_files() -> int:
+    """Bytes that count as used by a container, but hold files that the system drops before it refuses memory."""
+    with suppress(OSError, ValueError):
+        for line in (_CGROUP / "memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):
+                return int(line.split()[1])
+    return 0

@@ -165,10 +165,11 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture
 def fresh_plans():
     """What the CPU kernels are told is laid out anew: for tests that change how, or what machine it is."""
-    from lstmcore.kernels.cpu import prepare, problem, tiling
+    from lstmcore.kernels.cpu import prepare, problem, tiling, wavefront
 
     forget_each = (
         prepare.forget,
+        *(each.cache_clear for each in (wavefront._wavefront, wavefront._worth, wavefront._range)),
         problem.kernels_of.cache_clear,
         tiling.plan.cache_clear,
         tiling.this_core.cache_clear,

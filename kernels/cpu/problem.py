@@ -86,9 +86,14 @@ def kernels_of(dtype: torch.dtype) -> Kernels:
     return Kernels(dtype)
 
 
+def threads_worth_of(layer: Layer, total: int) -> int:
+    """How many threads a call of ``total`` tokens is worth, however many there are."""
+    return tiling.threads_worth(total * layer.gates * (layer.input_size + layer.width) * layer.directions)
+
+
 def threads_for(layer: Layer, total: int) -> int:
-    """How many threads a call of ``total`` tokens is worth."""
-    worth = tiling.threads_worth(total * layer.gates * (layer.input_size + layer.width) * layer.directions)
+    """How many threads a call of ``total`` tokens is worth, and has."""
+    worth = threads_worth_of(layer, total)
     return worth if worth == 1 else min(threads.count(), worth)
 
 

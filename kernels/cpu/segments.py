@@ -41,11 +41,6 @@ class Segments:
         self.gates, self.cells, end = (np.stack(each) for each in zip(*tokens, strict=True))
         self.room = int((end - self.cells).max())  # tokens of the largest
 
-    def steps(self, number: int, direction: int, total: int) -> tuple[int, int]:
-        """The steps of a segment in the order of time."""
-        first, last = int(self.first[number]), int(self.last[number])
-        return (first, last) if direction == 0 else (total - last, total - first)
-
 
 class _Patched:
     """A stage's structs in a call's array of arguments, set to one segment after another."""

@@ -29,12 +29,13 @@ from .prepare import (
     prepared_for,
 )
 from .prepared import LINE, Jobs, Prepared, Stage
-from .problem import Problem, kernels_of, threads_for
+from .problem import Problem, kernels_of, threads_for, threads_worth_of
 from .tensors import BackwardTensors, ForwardTensors, Named
 
 RANGES = 8  # per layer, at most: so many that the wave rises and falls in little time
 SHORTEST = 16  # steps of a range in forward
 GAIN = 0.85  # of the time of one layer after the other: the most that a wavefront may take by the model
+MOST_LAYERS = 32  # of a wavefront: its arguments grow with their square, and an address names one of some 2000 buffers
 START = 200_000.0  # nanoseconds that a wavefront takes beside its steps: many launches, threads to wake
 
 
@@ -60,7 +61,7 @@ def _plan(layer: Layer, available: int, backward: bool) -> tiling.Plan:
 def _worth(layer: Layer, num_layers: int, available: int, backward: bool) -> bool:
     """Whether a wavefront takes less time than one layer after the other, by the model of a step."""
     workers = min(num_layers, available)
-    if workers < 2 or layer.ragged or layer.directions > 1 or layer.segment:
+    if workers < 2 or num_layers > MOST_LAYERS or layer.ragged or layer.directions > 1 or layer.segment:
         return False
     kernels, core = kernels_of(layer.dtype), tiling.this_core()
     sizes = layer.hidden_size, layer.width, layer.input_size, kernels.block, kernels.size
@@ -80,10 +81,16 @@ def _worth(layer: Layer, num_layers: int, available: int, backward: bool) -> boo
 
 
 def stacks(layer: Layer, num_layers: int) -> bool:
-    """See the contract; ``layer``: the second of the stack, which the later ones are like."""
-    available = threads_for(layer, layer.steps * layer.batch)
-    passes = (False, True) if layer.training else (False,)
-    return any(_worth(layer, num_layers, available, each) for each in passes)
+    """See the contract; ``layer``: the second of the stack, which the later ones are like.
+
+    In training it depends on the sizes alone, and each pass decides by the threads that there are: a checkpoint, which
+    may compute forward again on another number of threads, has to find the same tensors saved.
+    """
+    total = layer.steps * layer.batch
+    if not layer.training:
+        return _worth(layer, num_layers, threads_for(layer, total), False)
+    most = min(num_layers, threads_worth_of(layer, total))
+    return any(_worth(layer, num_layers, each, back) for each in range(2, most + 1) for back in (False, True))
 
 
 @process.one_torch_thread

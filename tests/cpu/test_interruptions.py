@@ -46,6 +46,8 @@ PATHS = {{
     "lockstep": Path({{"hidden_size": 256}}, 20, 1, 16, False, True),
     "packed": Path({{}}, 60, 8, 16, True, True),
     "projection": Path({{"proj_size": 24, "num_layers": 2}}, 40, 8, 16, False, True),
+    "segments": Path({{"recompute": 17}}, 60, 8, 16, False, True),
+    "waves": Path({{"num_layers": 4}}, 400, 1, 16, False, True),
 }}
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lstmcore
 from lstmcore import backends
@@ -130,7 +131,7 @@ def test_dropout_that_is_off(waves):
 def test_some_gradients(waves):
     """Whatever is frozen: the others are as they were."""
     module = lstmcore.LSTM(I, H, L, backend="numba")
-    x = torch.randn(T, B, I)
+    x = torch.randn(T, B, I, requires_grad=True)
     module(x)[0].sum().backward()
     expected = {name: p.grad for name, p in module.named_parameters()}
     for name, parameter in module.named_parameters():
@@ -141,6 +142,42 @@ def test_some_gradients(waves):
     for name, parameter in module.named_parameters():
         assert parameter.grad is None if "l1" not in name else torch.equal(parameter.grad, expected[name])
     assert len(waves) == 4
+
+
+def test_frozen_layers_below_keep_nothing(waves):
+    """As layer by layer: no gates of layers that need no gradient, and no backward through them."""
+    module = lstmcore.LSTM(I, H, L, backend="numba")
+    x = torch.randn(T, B, I)
+    (expected,) = torch.autograd.grad(module(x)[0].sum(), [module.weight_hh_l2])
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("l2" in name)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        output = module(x)[0]
+    assert sum(size > T * B * H for size in sizes) == 2  # gates and padded cells of one layer
+    assert torch.equal(torch.autograd.grad(output.sum(), [module.weight_hh_l2])[0], expected)
+
+
+def test_checkpoints_with_another_number_of_threads(waves, threads):
+    """What is kept depends on the sizes of a call only: a checkpoint computes the same tensors again."""
+    module = lstmcore.LSTM(I, H, L, backend="numba")
+    x = torch.randn(T, B, I)
+    expected = torch.autograd.grad(module(x)[0].sum(), list(module.parameters()))
+    for before, after in ((2, 1), (1, 2)):
+        threads(before)
+        output = checkpoint(lambda x: module(x)[0], x, use_reentrant=False)
+        threads(after)
+        for one, other in zip(torch.autograd.grad(output.sum(), list(module.parameters())), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_stacks_of_many_layers(waves):
+    """More layers than a wavefront has room for run one after the other."""
+    module = lstmcore.LSTM(1, 1, 400, backend="numba")
+    x = torch.randn(3, 1, 1)
+    for one, other in zip(results(module, x), results(Slowly(module), x), strict=True):
+        assert torch.equal(one, other)
+    assert not waves
 
 
 def test_only_the_states_of_a_layer(waves):
