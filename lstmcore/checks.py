@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import routing
+from lstmcore import guards, routing
 from lstmcore.kernels.contract import Layer, Weights
 from lstmcore.recompute import Recompute
 
@@ -348,6 +348,24 @@ def check_reset(reset: Tensor, shape: tuple[int, ...], device: torch.device) -> 
         raise RuntimeError(f"Expected reset on {device}, as input is, got it on {reset.device}")
     if reset.shape != shape:
         raise RuntimeError(f"Expected reset size {shape} (input's, without features), got {list(reset.shape)}")
+
+
+def row_indices(rows: Any, batch: int) -> Tensor:
+    """``rows``, indices or a mask (B,), as indices; raises IndexError or TypeError."""
+    if isinstance(rows, np.ndarray):
+        rows = np.ascontiguousarray(rows)  # torch has no negative strides
+    elif isinstance(rows, Tensor):
+        guards.in_memory((rows,))
+    found = torch.as_tensor(rows, device="cpu").reshape(-1)
+    if found.dtype == torch.bool:
+        if len(found) != batch:
+            raise IndexError(f"Expected a mask of ({batch},) rows, got {len(found)}")
+        return found.nonzero()[:, 0]
+    if len(found) and (found.is_floating_point() or found.is_complex()):
+        raise TypeError(f"rows should be indices or bools, got: {found.dtype}")
+    if len(found) and not -batch <= int(found.min()) <= int(found.max()) < batch:
+        raise IndexError(f"Expected rows from {-batch} to {batch - 1}, got {found.tolist()}")
+    return found.long() % batch
 
 
 def cell(input: Tensor, hx: Any, hidden_size: int) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lstmcore import backends, checks, functional, guards
+from lstmcore import backends, checks, functional, guards, watching
 from lstmcore.backends import AUTO, Situation
 from lstmcore.kernels.contract import Layer, Weights
 from lstmcore.kernels.cpu import process
 from lstmcore.module import LSTM, LSTMCell
+from lstmcore.watching import Watch
 
 COMPILED = "numba"  # the backend whose arithmetic the compiled steps are
 Array = TypeVar("Array", Tensor, np.ndarray)
@@ -36,7 +37,8 @@ class Stream:
 
     Args:
         module: an :class:`lstmcore.LSTM` or :class:`lstmcore.LSTMCell`, or one of ``torch.nn``.  Dropout is off,
-            whatever the module's mode, and its hooks do not run.
+            whatever the module's mode, and its hooks do not run, but for those of torch that compute weights (pruning,
+            ``weight_norm``, ``spectral_norm``).
         batch: B, the number of rows that all calls have; None: unbatched, without that dimension.
         backend: None for the module's own choice; as for :func:`lstmcore.lstm`.
 
@@ -65,7 +67,7 @@ class Stream:
         self.module, self.batch = module, batch
         wanted = getattr(module, "backend", AUTO) if backend is None else backend
         backends.check_name(wanted)
-        params = _parameters(module)
+        params = watching.weights(module)
         layers = self._sizes.layers(params)
         checks.check_params(params, checks.known_shapes(layers[0], len(layers)), params[0].dtype, params[0].device)
         self.backend = _backend(wanted, layers, params)
@@ -109,10 +111,11 @@ class Stream:
         return self._run(slot, x, reset)
 
     def _run(self, slot: Any, x: Any, reset: Any) -> Any:
-        for param, version, address in self._marks:
-            if param._version != version or param.data_ptr() != address:
+        watch = self._watch
+        for tensor, version, address in watch.marks:
+            if tensor._version != version or tensor.data_ptr() != address:
                 raise RuntimeError(STALE)
-        if [*map(id, self._owned)] != self._ids:
+        if [*map(id, watch.owned)] != watch.ids:
             raise RuntimeError(STALE)
         # What can be read in place, or copied by NumPy at once; the rest is checked in full, and copied.
         kind = type(x)
@@ -135,25 +138,35 @@ class Stream:
 
         Raises:
             RuntimeError: a wrong number, shape, dtype or device of states.
+            TypeError: states that are neither tensors nor arrays.
         """
         h, c = self._engine.state()
         return self._sizes.of_state(h), self._sizes.of_state(c)
 
     @state.setter
     def state(self, value: tuple[Any, Any]) -> None:
-        if isinstance(value, (Tensor, np.ndarray)) or len(value) != 2:
-            raise RuntimeError(f"a stream has two states: expected (h, c), got {type(value).__name__}")
-        given = [torch.from_numpy(each) if isinstance(each, np.ndarray) else each for each in value]
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            got = len(value) if isinstance(value, (tuple, list)) else type(value).__name__
+            raise RuntimeError(f"a stream has two states: expected (h, c), got {got}")
+        h, c = self._given_state("h", value[0], self._sizes.width), self._given_state("c", value[1], self._sizes.hidden)
+        self._engine.set_state(h, c)
+
+    def _given_state(self, name: str, given: Any, width: int) -> Tensor:
+        """A state that the caller sets, as (L, B, width)."""
         sizes, like = self._sizes, self._engine
-        for name, each, width in (("h", given[0], sizes.width), ("c", given[1], sizes.hidden)):
-            expected = sizes.state_shape(width)
-            if each.shape != expected or each.dtype != like.dtype or each.device != like.device:
-                raise RuntimeError(
-                    f"Expected {name} of shape {expected}, {like.dtype} and on {like.device}, got "
-                    f"{tuple(each.shape)}, {each.dtype} and on {each.device}"
-                )
-        whole = (each.detach().view(sizes.num_layers, sizes.rows, -1) for each in map(Tensor.contiguous, given))
-        self._engine.set_state(*whole)
+        if not isinstance(given, (Tensor, np.ndarray)):
+            raise TypeError(f"Expected {name} to be a tensor or an array of NumPy, got {type(given).__name__}")
+        state = given
+        if isinstance(given, np.ndarray) and (state := _from_numpy(given)) is not None:
+            state = state.to(like.device)
+        expected = sizes.state_shape(width)
+        if given.shape != expected or state is None or state.dtype != like.dtype or state.device != like.device:
+            raise RuntimeError(
+                f"Expected {name} of shape {expected}, {like.dtype} and on {like.device}, got "
+                f"{tuple(given.shape)}, {given.dtype} and on {given.device if isinstance(given, Tensor) else 'cpu'}"
+            )
+        _check_plain(state)
+        return state.detach().contiguous().view(sizes.num_layers, sizes.rows, -1)
 
     def reset(self, rows: Any = None) -> None:
         """Zeroes the state of all rows, or of ``rows``: indices, or a bool mask (B,).
@@ -162,28 +175,26 @@ class Stream:
             IndexError: an index out of range, or a mask of another size.
             TypeError: neither indices nor bools.
         """
-        self._engine.reset(None if rows is None else _row_indices(rows, self._sizes.rows))
+        self._engine.reset(None if rows is None else checks.row_indices(rows, self._sizes.rows))
 
     def update(self) -> None:
         """Packs the weights again, after they changed; the state stays.
 
-        What a stream can notice by itself are changes that torch counts (an optimizer's step, ``load_state_dict``) and
-        parameters that were replaced or moved.  Writes past torch's counters (``weight.data.copy_()``, through NumPy)
-        it does not see; call this after them.
+        What a stream can notice by itself are changes that torch counts (an optimizer's step, ``load_state_dict``), the
+        steps of optimizers that torch does not count (``fused=True``), and parameters, masks and parametrizations
+        that were replaced or moved.  Writes past torch's counters (``weight.data.copy_()``, through NumPy) it does
+        not see; call this after them.
 
         Raises:
             RuntimeError: the parameters' shapes, dtype or device are others than when the stream was made.
         """
-        marks = [each for each in self.module.parameters() if not each.is_inference()]  # no counters on those
-        before = [(each, each._version, each.data_ptr()) for each in marks]
-        self._owned = self.module._parameters.values()
-        ids = [*map(id, self._owned)]
-        params = _parameters(self.module)
+        watch = Watch(self.module)
         first, count = self._engine.layers[0], self._sizes.num_layers
-        checks.check_params(params, checks.known_shapes(first, count), first.dtype, first.device)
-        guards.in_memory(params)
-        self._engine.pack(params)
-        self._marks, self._ids = before, ids
+        checks.check_params(watch.weights, checks.known_shapes(first, count), first.dtype, first.device)
+        guards.in_memory(watch.weights)
+        self._engine.pack(watch.weights)
+        watch.weights = []
+        self._watch = watch
 
     def __reduce__(self) -> Any:
         raise TypeError("a Stream cannot be copied or pickled: make one of the copied module, and set its state")
@@ -204,15 +215,6 @@ def prewarm(dtype: torch.dtype, device: torch.device) -> None:
 STALE = "the weights changed since the stream packed them: call update(), which packs them again"
 
 
-def _parameters(module: Any) -> list[Tensor]:
-    """The flat list of the module's parameters, in the order of :func:`lstmcore.lstm`."""
-    if isinstance(module, (nn.LSTMCell, LSTMCell)):
-        names = ["weight_ih", "weight_hh", *["bias_ih", "bias_hh"] * module.bias]
-    else:
-        names = module._flat_weights_names
-    return list(guards.plain(tuple(getattr(module, name).detach() for name in names)))
-
-
 def _backend(wanted: str, layers: Sequence[Layer], params: Iterable[Tensor]) -> str:
     """The name of the backend that runs a step; RuntimeError if a named one cannot."""
     opaque = any(type(each) not in _KERNEL_TYPES for each in params)
@@ -226,20 +228,6 @@ def _backend(wanted: str, layers: Sequence[Layer], params: Iterable[Tensor]) -> 
             if wanted == COMPILED:
                 raise
     return backends.chosen(wanted, layers[0], len(layers), situation).name
-
-
-def _row_indices(rows: Any, batch: int) -> Tensor:
-    """``rows``, indices or a mask, as indices."""
-    found = torch.as_tensor(rows, device="cpu").reshape(-1)
-    if found.dtype == torch.bool:
-        if len(found) != batch:
-            raise IndexError(f"Expected a mask of ({batch},) rows, got {len(found)}")
-        return found.nonzero()[:, 0]
-    if len(found) and (found.is_floating_point() or found.is_complex()):
-        raise TypeError(f"rows should be indices or bools, got: {found.dtype}")
-    if len(found) and not -batch <= int(found.min()) <= int(found.max()) < batch:
-        raise IndexError(f"Expected rows from {-batch} to {batch - 1}, got {found.tolist()}")
-    return found.long() % batch
 
 
 class _Sizes(NamedTuple):
@@ -308,6 +296,28 @@ class _Sizes(NamedTuple):
         return state.view(self.state_shape(state.shape[-1]))
 
 
+def _from_numpy(array: np.ndarray) -> Tensor | None:
+    """An array of any strides as a tensor that nobody writes to; None if torch has no such dtype."""
+    if not array.dtype.isnative or array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+        return None
+    whole = np.ascontiguousarray(array)
+    return torch.from_numpy(whole if whole.flags.writeable else whole.copy()).view(array.shape)
+
+
+def _check_dense(tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise TypeError(
+            f"a stream takes plain dense tensors, got one of layout {tensor.layout}, or of a transform of torch.func: "
+            "convert it with to_dense(), or call the module"
+        )
+
+
+def _check_plain(tensor: Tensor) -> None:
+    """Raises TypeError or RuntimeError unless the values of ``tensor`` are in memory."""
+    _check_dense(tensor)
+    guards.in_memory((tensor,))
+
+
 class _Slot:
     """What the calls of one shape have in common: shapes, dtypes and checks."""
 
@@ -324,17 +334,13 @@ class _Slot:
         if isinstance(x, np.ndarray):
             if self.dtype == torch.bfloat16:
                 raise TypeError("NumPy has no bfloat16: pass a tensor")
-            if not x.dtype.isnative or x.dtype.kind not in "fiub":
-                raise ValueError(f"RNN input dtype ({x.dtype}) does not match weight dtype ({self.dtype})")
-            x = torch.from_numpy(np.ascontiguousarray(x))
+            given, x = x, _from_numpy(x)
+            if x is None:
+                raise ValueError(f"RNN input dtype ({given.dtype}) does not match weight dtype ({self.dtype})")
             x = x if x.dtype != self.dtype else x.to(self.device)
         if not isinstance(x, Tensor):
             raise TypeError(f"Expected a tensor or an array of NumPy, got {type(x).__name__}")
-        if x.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(x):
-            raise TypeError(
-                f"a stream takes plain dense tensors, got one of layout {x.layout}, or of a transform of torch.func: "
-                "convert it with to_dense(), or call the module"
-            )
+        _check_dense(x)
         if x.dim() != len(self.shape):
             raise ValueError(f"LSTM: Expected input to be {len(self.shape)}D, got {x.dim()}D instead")
         if x.dtype != self.dtype:
@@ -358,6 +364,7 @@ class _Slot:
         if isinstance(reset, (bool, np.bool_, np.ndarray)):
             reset = torch.from_numpy(np.array(reset)).to(self.device)
         checks.check_reset(reset, self.before, self.device)
+        _check_plain(reset)
         return reset
 
 

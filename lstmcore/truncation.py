@@ -58,7 +58,8 @@ def truncated(
         :class:`lstmcore.truncation.Chunk`.
 
     Raises:
-        TypeError: ``steps`` that are not an integer; ``lengths`` or ``reset`` of a wrong dtype, or for torch's LSTM.
+        TypeError: ``steps`` that are not an integer; input that is not a tensor; ``lengths`` or ``reset`` of a wrong
+            dtype, or for torch's LSTM.
         ValueError: ``steps`` below 1; a bidirectional module (its second direction starts at the end); input of a
             wrong rank; ``lengths`` out of range, or with packed input.
         RuntimeError: T = 0; sizes that do not fit.
@@ -67,9 +68,14 @@ def truncated(
         raise TypeError(f"steps should be an integer, got: {steps!r}")
     if steps < 1:
         raise ValueError(f"steps should be at least 1, got {steps}")
+    if not callable(module):
+        raise TypeError(f"module should be an LSTM or a model that is called like one, got: {type(module).__name__}")
+    if not isinstance(input, (Tensor, PackedSequence)):
+        raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
     if getattr(module, "bidirectional", False):
         raise ValueError("a bidirectional module cannot run in chunks: its second direction starts at the end")
-    if isinstance(module, torch.nn.LSTM) and not isinstance(module, LSTM) and (lengths, reset) != (None, None):
+    extended = lengths is not None or reset is not None
+    if extended and isinstance(module, torch.nn.LSTM) and not isinstance(module, LSTM):
         raise TypeError("torch.nn.LSTM has neither lengths nor reset: use lstmcore.LSTM, which loads its state_dict")
     if isinstance(input, PackedSequence):
         if lengths is not None:
@@ -101,7 +107,8 @@ class Truncated(Iterator["Chunk"]):
         if begin >= end:
             raise StopIteration
         if begin and self._state is not None:
-            self._state = self._state[0].detach(), self._state[1].detach()
+            h, c = checks.states(self._state, True, True)
+            self._state = h.detach(), c.detach()
         chunk = self._chunk = Chunk(self, slice(begin, end))
         self._begin = end
         return chunk
@@ -118,13 +125,19 @@ class Truncated(Iterator["Chunk"]):
         self._state = state
 
     def reset(self, rows: Any = None) -> None:
-        """The next chunk starts from zeros in all rows, or in ``rows``: indices, or a bool mask (B,)."""
+        """The next chunk starts from zeros in all rows, or in ``rows``: indices, or a bool mask (B,).
+
+        Raises:
+            IndexError: an index out of range, or a mask of another size.
+            TypeError: neither indices nor bools.
+        """
         if self._state is None or rows is None:
             self._state = None
             return
         kept = [each.detach().clone() for each in self._state]
         for each in kept:
-            each[:, torch.as_tensor(rows, device=each.device)] = 0
+            rows_of = each if each.dim() == 3 else each[:, None]  # (L, B, ·)
+            rows_of[:, checks.row_indices(rows, rows_of.shape[1]).to(each.device)] = 0
         self._state = kept[0], kept[1]
 
 
@@ -161,8 +174,22 @@ class Chunk:
     def of(self, tensor: Any) -> Any:
         """The chunk's part of a tensor laid out as the whole input is, such as a target: (T, B, ...), (B, T, ...) when
         batch_first, (T, ...) unbatched; packed: (N, ...), or a ``PackedSequence``.
+
+        Raises:
+            RuntimeError: of other sizes than the input's.
+            TypeError: not a tensor.
         """
         return self._whole._sequence.of(tensor, self.steps)
+
+
+def _laid_out(tensor: Any, first: tuple[int, ...]) -> None:
+    """Raises RuntimeError unless the first dimensions of ``tensor`` are ``first``, TypeError for what is no tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"Expected a tensor, got {type(tensor).__name__}")
+    if tensor.shape[: len(first)] != first:
+        raise RuntimeError(
+            f"Expected a tensor laid out like the input, with sizes {first} before others, got {tuple(tensor.shape)}"
+        )
 
 
 class _Padded:
@@ -192,6 +219,7 @@ class _Padded:
         return self.of(self._input, steps), options
 
     def of(self, tensor: Tensor, steps: slice) -> Tensor:
+        _laid_out(tensor, tuple(self._input.shape[:-1]))
         return tensor.narrow(self._time, steps.start, steps.stop - steps.start)
 
     def states_in(self, states: State, steps: slice) -> State:
@@ -218,12 +246,19 @@ class _Packed:
 
     def of(self, tensor: Any, steps: slice) -> Any:
         if isinstance(tensor, PackedSequence):
+            if not torch.equal(tensor.batch_sizes, self._sizes):
+                raise RuntimeError("Expected a PackedSequence laid out like the input, got one of other batch_sizes")
             return PackedSequence(self.of(tensor.data, steps), self._sizes[steps].clone())
+        _laid_out(tensor, (self._starts[-1],))
         return tensor[self._starts[steps.start] : self._starts[steps.stop]]
 
     def states_in(self, states: State, steps: slice) -> State:
         """The states of the rows that have the first of ``steps``, sorted."""
-        rows = int(self._sizes[steps.start])
+        rows, batch = int(self._sizes[steps.start]), int(self._sizes[0])
+        states = checks.states(states, True, True)
+        for which, each in enumerate(states):
+            if each.dim() != 3 or each.shape[1] != batch:
+                raise RuntimeError(f"Expected hidden[{which}] of {batch} rows, got {tuple(each.shape)}")
         if self._sorted is not None:
             states = states[0].index_select(1, self._sorted), states[1].index_select(1, self._sorted)
         return states[0][:, :rows], states[1][:, :rows]

@@ -35,7 +35,7 @@ def prewarm(dtype: torch.dtype) -> None:
 
 
 class Memory:
-    """Aligned pieces of one allocation, uninitialised."""
+    """Aligned pieces of one allocation, uninitialised.  An array or tensor of a piece keeps all of it in use."""
 
     def __init__(self, **sizes: int) -> None:
         self._places, total = {}, 0
@@ -53,12 +53,14 @@ class Memory:
     def array(self, name: str, dtype: str, *shape: int) -> np.ndarray:
         """A piece as an array."""
         place, size = self._places[name]
-        return self._all[place : place + size].view(dtype).reshape(shape)
+        # An array's slice refers to what the array itself is a slice of; a memoryview's to the array, which is what was
+        # lent: without a reference to it, it would be lent again.
+        whole: Any = self._all
+        return np.asarray(memoryview(whole)[place : place + size]).view(dtype).reshape(shape)
 
     def tensor(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """A piece as a tensor."""
-        place, size = self._places[name]
-        return torch.from_numpy(self._all[place : place + size]).view(dtype).view(shape)
+        return torch.from_numpy(self.array(name, "uint8", -1)).view(dtype).view(shape)
 
 
 class Shape(NamedTuple):
@@ -93,10 +95,11 @@ class Form:
         self._y = stepper.dtype, *sizes, layer.width
         self.reset = memory.tensor("reset", torch.bool, *sizes)
         self.x_address, self.reset_address, self.address = (memory.at[name] for name in ("x", "reset", "arguments"))
-        self._fields = {"steps": shape.steps, "y": memory.at["y"]}
+        self._fields, self._tables = {"steps": shape.steps, "y": memory.at["y"]}, list[Table]()
         for name, width, each in (("x", layer.input_size, size), ("y", layer.width, size), ("reset", 1, 1)):
             step, row = (stride * each for stride in shape.strides(batch, width))
-            self._fields |= {f"{name}_step": step, f"{name}_rows": stepper.rows(row)}
+            self._tables.append(multiples(batch, row))
+            self._fields |= {f"{name}_step": step, f"{name}_rows": self._tables[-1].address}
         memory.array("arguments", "int64", -1)[:] = stepper.arguments(self._fields, 1)[0]
         work = sum(each.gates * (each.input_size + each.width) for each in stepper.layers)
         worth = min(stepper.most_members, tiling.threads_worth(tokens * work))
@@ -148,13 +151,18 @@ class Stepper:
         self.dtype, self.compute, self.variant, self.batch = first.dtype, kernels.compute, kernels.variant, first.batch
         self.entry = _entry_point(stream_kernel(kernels.variant))
         self.most_members = threads.count()
-        self._block, self._size, self._tables = kernels.block, kernels.size, list[Table]()
+        self._block, self._size = kernels.block, kernels.size
         padded, padded_width = self._block.padded(first.hidden_size), self._block.padded(first.width)
         self._panels, count, gates = padded // self._block.lanes, len(layers), GATES * padded * self._size
         columns = column_panels_size(first.hidden_size, first.width, self._block.lanes) * self._size * first.projected
         self._between = BAND * self.batch * first.width * first.dtype.itemsize
         self._stage = self.batch * max(layer.input_size for layer in layers) * self._size * kernels.staged
         self._half = self.batch * padded_width * self._size
+        strides = {
+            "between_rows": first.width * first.dtype.itemsize, "m_rows": padded * self._size,
+            "stage_rows": self._stage // self.batch, "h_rows": padded_width * self._size,
+        }  # fmt: skip
+        self._tables = {name: multiples(self.batch, stride) for name, stride in strides.items()}
         pieces = {
             f"{name}{index}": size
             for index, layer in enumerate(layers)
@@ -179,11 +187,6 @@ class Stepper:
             for index, layer in enumerate(layers)
         ]  # fmt: skip
 
-    def rows(self, stride: int) -> int:
-        """The address of the offsets of the batch's rows, which are ``stride`` bytes apart."""
-        self._tables.append(multiples(self.batch, stride))
-        return self._tables[-1].address
-
     def arguments(self, fields: dict[str, int], members: int) -> np.ndarray:
         """The arguments of a launch on up to ``members`` threads, a struct each."""
         first, at, block, size = self.layers[0], self._memory.at, self._block, self._size
@@ -194,11 +197,9 @@ class Stepper:
         shared = {
             "layers": at["layers"], "layer_count": len(self.layers), "x": 0, "reset": 0, "between": at["between"],
             "between_half": self._between, "between_step": self._between // BAND,
-            "between_rows": self.rows(first.width * first.dtype.itemsize), "m": at["m"],
-            "m_rows": self.rows(block.padded(first.hidden_size) * size),
-            "stage_rows": self.rows(self._stage // self.batch), "band": BAND if len(self.layers) > 1 else 1 << 40,
-            "hidden": first.hidden_size, "width": first.width, "h_half": self._half,
-            "h_rows": self.rows(block.padded(first.width) * size),
+            "m": at["m"], "band": BAND if len(self.layers) > 1 else 1 << 40, "hidden": first.hidden_size,
+            "width": first.width, "h_half": self._half,
+            **{name: table.address for name, table in self._tables.items()},
         }  # fmt: skip
         structs = [
             StreamArgs(

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from lstmcore.kernels.cpu import threads
+from lstmcore.kernels.cpu import buffers, threads
+from lstmcore.kernels.cpu.problem import multiples
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import lstmcore
 
@@ -564,3 +568,194 @@ def test_interrupted_at_any_line(threads_of):
             assert torch.equal(stream.step(x[1]), right), at
         assert at > 10, at
     """)
+
+
+@pytest.mark.parametrize("kind", [lstmcore.LSTM, nn.LSTM])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_fused_optimizers(kind, optimizer):
+    """Torch does not count what they write."""
+    module, other = kind(8, 17), kind(8, 17)
+    stream, x = lstmcore.Stream(module, 1), torch.randn(1, 8)
+    for each in (other, module):
+        each(x[None])[0].sum().backward()
+        optimizer(each.parameters(), 0.1, fused=True).step()
+        if each is other:
+            stream.step(x)
+    with pytest.raises(RuntimeError, match="changed"):
+        stream.step(x)
+    stream.update()
+    stream.reset()
+    close(stream.step(x), long_run(module, x[None])[0][0])
+    stream.step(x)
+
+
+def test_weights_that_come_back_to_an_address():
+    """As those of ``module.half().float()`` may."""
+    for _ in range(10):
+        module = lstmcore.LSTM(8, 8)
+        stream = lstmcore.Stream(module, 1)
+        for _ in range(2):
+            module.bias_ih_l0.data = module.bias_ih_l0.detach() + 1
+        with pytest.raises(RuntimeError, match="changed"):
+            stream.step(torch.zeros(1, 8))
+
+
+def weight_norm(module: nn.Module, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(module, name)
+
+
+COMPUTED = {  # how a weight is computed before each call of the module, and changes of what it is computed from
+    "pruned": (
+        lambda m, name: prune.l1_unstructured(m, name, 0.3),
+        {
+            "original": lambda m: m.weight_ih_l0_orig.mul_(3),
+            "again": lambda m: prune.l1_unstructured(m, "weight_ih_l0", 0.5),
+            "mask": lambda m: m.weight_ih_l0_mask[4:].zero_(),
+            "removed": lambda m: prune.remove(m, "weight_ih_l0"),
+        },
+    ),
+    "weight norm": (
+        weight_norm,
+        {"g": lambda m: m.weight_ih_l0_g.mul_(3), "v": lambda m: m.weight_ih_l0_v[3:].mul_(3)},
+    ),
+    "spectral norm": (nn.utils.spectral_norm, {"weight": lambda m: m.weight_ih_l0_orig[3:].mul_(3)}),
+    "parametrized": (
+        lambda m, name: parametrize.register_parametrization(m, name, nn.Tanh()),
+        {
+            "again": lambda m: parametrize.register_parametrization(m, "weight_ih_l0", nn.Sigmoid()),
+            "replaced": lambda m: setattr(
+                m.parametrizations.weight_ih_l0, "original", nn.Parameter(torch.randn(68, 5).double())
+            ),
+        },
+    ),
+    "no parameter": (
+        lambda m, name: (w := m.weight_ih_l0.detach(), delattr(m, name), setattr(m, name, w)),
+        {
+            "in place": lambda m: m.weight_ih_l0.mul_(3),
+            "replaced": lambda m: setattr(m, "weight_ih_l0", torch.ones(68, 5).double()),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [lstmcore.LSTM, nn.LSTM])
+@pytest.mark.parametrize(("way", "change"), [(way, change) for way in COMPUTED for change in COMPUTED[way][1]])
+def test_computed_weights(way, change, kind):
+    module, x = kind(5, 17, dtype=torch.float64).eval(), torch.randn(1, 5, dtype=torch.float64)
+    compute, changes = COMPUTED[way]
+    compute(module, "weight_ih_l0")
+    stream = lstmcore.Stream(module, 1)
+    with torch.no_grad():
+        close(stream.step(x), module(x[None])[0][0])
+        stream.step(x)  # the call of the module has changed nothing
+        changes[change](module)
+    with pytest.raises(RuntimeError, match="changed"):
+        stream.step(x)
+    stream.update()
+    stream.reset()
+    close(stream.step(x), long_run(module, x[None])[0][0])
+
+
+def test_other_parameters_of_a_module_may_change():
+    class Model(lstmcore.LSTM):
+        def __init__(self) -> None:
+            super().__init__(5, 17)
+            self.head = nn.Linear(17, 1)
+
+    module = Model()
+    stream = lstmcore.Stream(module, 1)
+    nn.init.zeros_(module.head.weight)
+    stream.step(torch.zeros(1, 5))
+
+
+def test_an_output_outlives_its_stream():
+    """Its memory is not lent to anyone as long as it lives."""
+    module, x = lstmcore.LSTM(64, 512, backend="numba"), torch.randn(64, 64)
+    outputs = [lstmcore.Stream(module, 64).step(x), lstmcore.Stream(module, 64).step(x.numpy())]
+    stream = lstmcore.Stream(module, 64)
+    outputs.append(stream.chunk(x[None])[0])
+    stream.chunk(torch.zeros(2, 64, 64))
+    others = [lstmcore.Stream(module, 64).step(torch.zeros(64, 64)) for _ in range(4)]
+    assert all(other.any() for other in others)
+    expected = long_run(module, x[None])[0][0]
+    for output in outputs:
+        same(torch.as_tensor(output), expected)
+
+
+def test_chunks_of_many_lengths_need_no_more_memory():
+    module = lstmcore.LSTM(3, 5, batch_first=True, backend="numba")
+    stream, used = lstmcore.Stream(module, 300), []
+    tracemalloc.start()
+    try:
+        for lengths in ([50], [*range(1, 51)]):
+            for steps in lengths:
+                stream.chunk(torch.zeros(300, steps, 3))
+            multiples.cache_clear()
+            buffers.clear()
+            used.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert used[1] - used[0] < 20_000, used
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "use",
+    [
+        "stream.step(x, reset=freed(torch.zeros(4096, dtype=torch.bool)))",
+        "stream.reset(freed(torch.zeros(4096, dtype=torch.bool)))",
+        "stream.state = freed(torch.zeros(1, 4096, 8)), torch.zeros(1, 4096, 8)",
+    ],
+)
+def test_freed_masks_and_states(use):
+    in_process(f"""
+        def freed(tensor):
+            tensor.untyped_storage().resize_(0)
+            return tensor
+
+        for backend in ("numba", "reference"):
+            stream, x = lstmcore.Stream(lstmcore.LSTM(8, 8), 4096, backend=backend), torch.zeros(4096, 8)
+            try:
+                {use}
+            except RuntimeError as error:
+                assert "is gone" in str(error), error
+            else:
+                raise AssertionError("used")
+    """)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_that_are_unlike_states(backend):
+    stream = lstmcore.Stream(lstmcore.LSTM(3, 5), 2, backend=backend)
+    h, c = (each.numpy() for each in stream.state)
+    for value, error, words in (
+        (None, RuntimeError, r"expected \(h, c\), got NoneType"),
+        ((h, c, c), RuntimeError, r"expected \(h, c\), got 3"),
+        ((h.tolist(), c), TypeError, "Expected h to be a tensor or an array of NumPy, got list"),
+        ((h, c.astype(">f4")), RuntimeError, "Expected c of shape .* got .* >f4"),
+        ((h.astype(object), c), RuntimeError, "Expected h of shape .* got .* object"),
+        ((torch.zeros(1, 2, 5).to_sparse(), c), TypeError, "plain dense tensors"),
+    ):
+        with pytest.raises(error, match=words):
+            stream.state = value
+    stream.state = np.ones_like(h)[..., ::-1], np.broadcast_to(np.float32(2), c.shape)  # of any strides, read-only
+    assert (stream.state[0] == 1).all()
+    assert (stream.state[1] == 2).all()
+    stream.reset(np.array([0, 1])[::-1])
+    assert not stream.state[0].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arrays_that_cannot_be_written(backend):
+    module, x = problem("odd")
+    stream, array = lstmcore.Stream(module, 9, backend=backend), x[0].numpy().copy()
+    array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(torch.as_tensor(stream.step(array)), long_run(module, x[:1])[0][0])
+    with pytest.raises(ValueError, match="does not match weight dtype"):
+        stream.step(array.astype(np.longdouble))
+    with pytest.raises(TypeError, match="plain dense tensors"):
+        stream.step(x[0], reset=torch.ones(9, dtype=torch.bool).to_sparse())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -217,6 +218,11 @@ MISTAKES = {
         lambda m, x: {"input": pack_padded_sequence(x, torch.tensor([11] * 5)), "lengths": LENGTHS},
         ValueError, "carries its own",
     ),
+    "torch's lengths as an array": (
+        lambda m, x: {"module": nn.LSTM(I, H), "lengths": np.array(LENGTHS)}, TypeError, "use lstmcore.LSTM",
+    ),
+    "array": (lambda m, x: {"input": x.numpy()}, TypeError, "a PackedSequence, got: ndarray"),
+    "no module": (lambda m, x: {"module": None}, TypeError, "model that is called like one"),
     "packed sizes": (
         lambda m, x: {"input": PackedSequence(x[0], torch.tensor([3, 4]))}, RuntimeError, "should never rise",
     ),
@@ -242,3 +248,68 @@ def test_every_length_of_a_chunk():
             output = torch.cat([chunk.run()[0] for chunk in chunks])
             expected, states = module(x, hx, lengths=lengths)
         same([output, *chunks.state], [expected, *states])
+
+
+def packed_problem() -> tuple[lstmcore.LSTM, PackedSequence]:
+    module, x, _ = problem({})
+    return module, pack_padded_sequence(x, torch.tensor([11, 4, 2, 7, 1]), enforce_sorted=False)
+
+
+@pytest.mark.parametrize(
+    ("hx", "words"),
+    [
+        (torch.zeros(2, B, H), r"hx must be a tuple \(h_0, c_0\), got a tensor"),
+        ((torch.zeros(1, B, H),), r"hx must be a tuple \(h_0, c_0\), got 1"),
+        ((torch.zeros(1, B + 1, H),) * 2, r"Expected hidden\[0\] of 5 rows, got \(1, 6, 17\)"),
+        ((torch.zeros(1, B, H), torch.zeros(H)), r"Expected hidden\[1\] of 5 rows, got \(17,\)"),
+    ],
+)
+def test_states_that_packed_rows_cannot_start_from(hx, words):
+    module, packed = packed_problem()
+    with pytest.raises((RuntimeError, IndexError), match=words):
+        next(lstmcore.truncated(module, packed, steps=2, hx=hx))
+    chunks = lstmcore.truncated(module, packed, steps=2)
+    next(chunks).run()
+    chunks.state = hx
+    with pytest.raises((RuntimeError, IndexError), match=words):
+        next(chunks)
+
+
+def test_targets_that_are_not_laid_out_like_the_input():
+    """They would be cut at other steps."""
+    module, packed = packed_problem()
+    chunk = next(lstmcore.truncated(module, packed, steps=2))
+    for wrong in (torch.zeros(26, 2), torch.zeros(24), packed._replace(batch_sizes=torch.tensor([5] * 5))):
+        with pytest.raises(RuntimeError, match="laid out like the input"):
+            chunk.of(wrong)
+    for options, wrong in (
+        ({}, torch.zeros(T + 1, B)),
+        ({"batch_first": True}, torch.zeros(T, B)),
+        ({}, torch.zeros(B, T)),
+    ):
+        module, x, _ = problem(options)
+        chunk = next(lstmcore.truncated(module, x, steps=2))
+        with pytest.raises(RuntimeError, match="laid out like the input"):
+            chunk.of(wrong)
+    with pytest.raises(TypeError, match="Expected a tensor, got ndarray"):
+        chunk.of(np.zeros((T, B)))
+
+
+def test_rows_that_start_again_are_rows():
+    """Whatever names them; also the only one of an unbatched sequence."""
+    module, x, _ = problem({"num_layers": 2})
+    for rows, zero in (([], []), (np.array([3, 1])[::-1], [1, 3]), ([-1], [4]), (torch.arange(B) == 2, [2])):
+        chunks = lstmcore.truncated(module, x, steps=4)
+        next(chunks).run()
+        chunks.reset(rows)
+        for state in chunks.state:
+            assert (state == 0).all(2).all(0).nonzero()[:, 0].tolist() == zero
+    for rows, error in (([B], IndexError), (torch.ones(B + 1, dtype=torch.bool), IndexError), ([0.5], TypeError)):
+        with pytest.raises(error, match="rows"):
+            chunks.reset(rows)
+    chunks = lstmcore.truncated(module, x[:, 0], steps=4)
+    next(chunks).run()
+    with pytest.raises(IndexError, match="Expected rows from -1 to 0"):
+        chunks.reset([3])
+    chunks.reset([0])
+    assert not any(state.any() for state in chunks.state)
