@@ -5,6 +5,7 @@ P parameters of the module, W weights: P but where a weight is computed (paramet
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from itertools import chain
@@ -67,6 +68,7 @@ class Watch:
             made_of = [each for each in self.owned if isinstance(each, Tensor)]
         self.ids = [*map(id, self.owned)]
         self._kept: list[Any] = [*self.owned]  # so that nothing new has the id, or the address, of what was replaced
+        _listen()
         _watches.add(weakref.ref(self, _watches.discard))
         self.marks = _marks(made_of)
         self._kept += [tensor.detach() for tensor, _, _ in self.marks]
@@ -108,4 +110,7 @@ def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             watch.ids.clear()
 
 
-register_optimizer_step_post_hook(_stepped)
+@functools.cache
+def _listen() -> None:
+    """Once there is something to watch: programs without streams have no hook on their optimizers."""
+    register_optimizer_step_post_hook(_stepped)
