@@ -23,7 +23,8 @@ sixth, ``describe(layer: Layer) -> str``, which says how such a layer would run,
 
 It may also run a stack of layers at once, where one layer cannot occupy the machine, with three more functions:
 
-* ``stacks(layer: Layer, num_layers: int) -> bool``: whether that is worth it; ``layer``: the second of the stack.
+* ``stacks(layer: Layer, num_layers: int) -> bool``: whether that is worth it; ``layer``: the second of the stack.  In
+  training it has the same answer on any number of threads (see ``torch.utils.checkpoint``).
 * ``forward_stack(calls: Sequence[Call], *, save) -> list[Forward]``: the layers of a stack of one direction, dense and
   without segments.  ``input`` of the first call is the input; those of the others are not read.
 * ``backward_stack(calls, grads, results, needs) -> list[Gradients]``: from the same calls (each with its input), the
