@@ -17,11 +17,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from lstmcore.kernels.contract import Layer, state_dtype
+from lstmcore.kernels.contract import GATES, Layer, state_dtype
 
 AUTO = "auto"
 LONGEST = 1 << 40  # steps of a segment, where more are asked for: no sequence has as many
 IN_GRAPH = 256  # steps of a segment for "auto" in a compiled graph, which always recomputes
+WHOLE = 16  # units of a vector at most: kernels keep whole ones
 WORTH_A_SEGMENT = 4_000_000  # multiply-adds of a segment, so that starting it costs little
 SHARE = 0.25  # of the memory that is available: what "auto" lets a call keep
 UNASKED = 64 << 20  # bytes that it lets a call keep without asking how much memory there is
@@ -85,7 +86,7 @@ def segment(asked: Recompute, layer: Layer, num_layers: int) -> int:
 
 
 class _Sizes(NamedTuple):
-    """Bytes of a stack, padding of vectors not counted."""
+    """Bytes of a stack, at most."""
 
     steps: int  # T
     layers: int  # L
@@ -97,9 +98,10 @@ class _Sizes(NamedTuple):
     def of(layer: Layer, num_layers: int) -> _Sizes:
         state, rows = state_dtype(layer.dtype).itemsize, layer.batch * layer.directions
         products = rows * layer.gates * (layer.input_size + layer.width)
+        hidden, width = (-(-units // WHOLE) * WHOLE for units in (layer.hidden_size, layer.width))
         return _Sizes(
-            layer.steps, num_layers, rows * (layer.gates * layer.dtype.itemsize + layer.hidden_size * state),
-            rows * (layer.width + layer.hidden_size) * state, -(-WORTH_A_SEGMENT // max(1, products)),
+            layer.steps, num_layers, rows * hidden * (GATES * layer.dtype.itemsize + state),
+            rows * (width + hidden) * state, -(-WORTH_A_SEGMENT // max(1, products)),
         )  # fmt: skip
 
     def kept(self, segment: int) -> int:

@@ -98,7 +98,7 @@ class GradientFlow:
             raise RuntimeError(
                 f"nothing was recorded: no backward pass came through {names} inside the context. Call loss.backward() "
                 f"inside it, on a loss that depends on the module's output; and run the forward pass inside it too, "
-                f"since outside it ATen's LSTM may run, or all layers at once, which keeps nothing to record"
+                f"since outside it ATen's LSTM may run, which keeps nothing to record"
             )
         if not self._error_if_nonfinite and self._suspicious():
             bad = next((record for record in self.records if not _finite(record)), None)
