@@ -14,7 +14,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.cases import MODES
-from bench.onnx_peer import NAME as ONNXRUNTIME
 from bench.plots import COLOURS, GPU_DENSE, HEIGHT, LABELS, MARKERS, two_columns, where
 from bench.providers import OURS, PEER
 from bench.rows import Row
@@ -22,11 +21,12 @@ from bench.tables import duration, mebibytes
 
 RECOMPUTED = "#3b8b4d"
 VARIANT_COLOURS = (RECOMPUTED, "#7a5aa6", "#8a6d00")
-# Of single steps: who, by the name in the rows.
+# Of single steps: colour and marker, by the name in the rows.
 STEPPERS = {
-    PEER: ("torch.nn.LSTM", COLOURS[PEER], "s"),
-    "torch cell": ("torch.nn.LSTMCell", "#9c4a12", "D"),
-    ONNXRUNTIME: ("onnxruntime", "#7a5aa6", "^"),
+    "torch.nn.LSTM": (COLOURS[PEER], "s"),
+    "torch.nn.LSTMCell": ("#9c4a12", "D"),
+    "onnxruntime, 1 thread": ("#b9a3d3", "v"),
+    "onnxruntime": ("#7a5aa6", "^"),
 }
 
 
@@ -201,7 +201,7 @@ def latency(rows: Sequence[Row]) -> Figure | None:
         Line2D([], [], color=line.colour, marker=line.marker, linestyle="", label=label)
         for label, line in shown.items()
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3), frameon=False)
     figure.suptitle(f"Latency of a single step in inference\n{where(by_case[names[0]][0])}", fontsize=11)
     return figure
 
@@ -209,15 +209,16 @@ def latency(rows: Sequence[Row]) -> Figure | None:
 def _step_name(row: Row) -> str:
     """What tells the cases of "stream" from each other."""
     parts = [f"H {row.hidden_size}, B {row.batch}"]
-    parts += [f"{row.num_layers} layers"] * (row.num_layers > 1) + [f"T {row.steps}"] * (row.steps > 1)
+    parts += [f"{row.num_layers} layers"] * (row.num_layers > 1)
     return ", ".join([*parts, *([row.dtype] * (row.dtype != "float32")), *([row.variant] * bool(row.variant))])
 
 
 def _sides(rows: Sequence[Row]) -> list[tuple[Line, float, float | None]]:
-    """Who was timed on a case: ours, as it ran beside torch where it did; then each peer."""
-    own = next((row for row in rows if row.peer == PEER), rows[0])
-    found = [(Line(LABELS[OURS], COLOURS[OURS], MARKERS[OURS], {}), own.p50_ms, _detail_ms(own, "p99_us"))]
+    """Who was timed on a case: ours, then each peer."""
+    own = rows[0]
+    found = [(Line("lstmcore.Stream", COLOURS[OURS], MARKERS[OURS], {}), own.p50_ms, _detail_ms(own, "p99_us"))]
     for row in rows:
-        if row.peer in STEPPERS and row.peer_p50_ms is not None:
-            found.append((Line(*STEPPERS[row.peer], {}), row.peer_p50_ms, _detail_ms(row, "peer_p99_us")))
+        if row.peer_p50_ms is not None:
+            line = Line(row.peer, *STEPPERS[row.peer], {})
+            found.append((line, row.peer_p50_ms, _detail_ms(row, "peer_p99_us")))
     return found

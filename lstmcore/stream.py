@@ -156,8 +156,8 @@ class Stream:
         sizes, like = self._sizes, self._engine
         if not isinstance(given, (Tensor, np.ndarray)):
             raise TypeError(f"Expected {name} to be a tensor or an array of NumPy, got {type(given).__name__}")
-        state = given
-        if isinstance(given, np.ndarray) and (state := _from_numpy(given)) is not None:
+        state = _from_numpy(given) if isinstance(given, np.ndarray) else given
+        if state is not None and state is not given:
             state = state.to(like.device)
         expected = sizes.state_shape(width)
         if given.shape != expected or state is None or state.dtype != like.dtype or state.device != like.device:

@@ -14,6 +14,7 @@ import pytest
 
 from bench import curves, findings, page, report, rows
 from bench.cases import CASES, GPU_QUICK, MODES
+from bench.experiments import stream
 from bench.rows import COST, RESULTS, Row
 
 CPU = {"device": "Made Up <1>", "threads": 2, "torch": "2.0", "numba": "0.5", "commit": "abcdef1", "date": "2020-01-02"}
@@ -52,7 +53,10 @@ def cpu_rows() -> list[Row]:
     fails = dict.fromkeys(("peer_fails", "plain_fails"), "out of memory, more than 1 GiB")
     nothing = dict.fromkeys(("peer_p20_ms", "peer_p50_ms", "peer_p80_ms"))
     found.append(row("long-h256-b16-t131072", "long", variant="recompute", memory_mib=9e4, details=fails, **nothing))
-    return [*found, *(step(peer, ms) for peer, ms in (("torch", 3.0), ("torch cell", 4.0), ("onnxruntime", 0.5)))]
+    return [
+        *found,
+        *(step(peer, ms) for peer, ms in (("torch.nn.LSTM", 3.0), ("torch.nn.LSTMCell", 4.0), ("onnxruntime", 0.5))),
+    ]
 
 
 def gpu_rows() -> list[Row]:
@@ -138,7 +142,7 @@ def test_where_memory_runs_out(made_up):
 
 def test_single_steps_beside_every_peer(made_up):
     (shown,) = (words(svg) for alt, svg in pictures(made_up).items() if alt.startswith("Latency"))
-    for text in ("lstmcore.LSTM", "torch.nn.LSTM", "torch.nn.LSTMCell", "onnxruntime", "H 16, B 1"):
+    for text in ("lstmcore.Stream", "torch.nn.LSTM", "torch.nn.LSTMCell", "onnxruntime", "H 16, B 1"):
         assert text in shown.splitlines()
 
 
@@ -202,6 +206,13 @@ def test_lines_along_the_steps():
     assert curves.time_along([row("dense-h16-b32-t1000")]) is None
     assert curves.memory_along([row("long-h64-b1-t1024", "long", memory_mib=1.0)]) is None  # one T is no line
     assert curves.latency([row("dense-h16-b32-t1000")]) is None
+
+
+def test_everyone_who_takes_single_steps_is_drawn():
+    names = [*stream.peers(CASES["call-h16-b1-t1"])]
+    figure = curves.latency([step(name, 2.0) for name in names])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["lstmcore.Stream", *names]
 
 
 @pytest.mark.slow
