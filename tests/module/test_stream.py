@@ -697,7 +697,8 @@ def test_chunks_of_many_lengths_need_no_more_memory():
             used.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    assert used[1] - used[0] < 20_000, used
+    tables = 49 * 3 * 300 * 8  # bytes: int64 offsets of the rows of x, y and reset, for each of the other lengths
+    assert used[1] - used[0] < tables / 3, used  # what else the process allocates is not this test's
 
 
 @pytest.mark.slow
