@@ -12,23 +12,10 @@ from torch import nn
 import lstmcore
 from lstmcore.recompute import available
 
+from ..support.modules import kept
+
 pytestmark = pytest.mark.slow
 MANY = 2e-5  # of sums over a million steps in float32, in another order than torch's: 0.8e-5 was seen
-
-
-def kept_mib(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The output of a call, and what its graph keeps beside it, the input and the parameters."""
-    stores: dict[int, int] = {}
-
-    def pack(tensor):
-        stores[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = module(x)[0]
-    for tensor in (x, output, *module.parameters()):
-        stores.pop(tensor.untyped_storage().data_ptr(), None)
-    return output, sum(stores.values()) / 2**20
 
 
 def test_a_million_steps_train():
@@ -38,8 +25,8 @@ def test_a_million_steps_train():
     ours, theirs = lstmcore.LSTM(I, H, recompute="auto", memory_budget=4 << 20), nn.LSTM(I, H)
     ours.load_state_dict(theirs.state_dict())
     x, grad = torch.randn(T, 1, I), torch.randn(T, 1, H) / T**0.5
-    output, kept = kept_mib(ours, x)
-    assert 0 < kept < 1  # and 190 without
+    output, size = kept(ours, x)
+    assert 0 < size < 1 << 20  # and 190 MiB without
     results = []
     for module, y in ((ours, output), (theirs, theirs(x)[0])):
         results.append([y, *torch.autograd.grad(y, list(module.parameters()), grad)])

@@ -17,22 +17,12 @@ from lstmcore import recompute as recomputing
 
 from ..support.cases import BY_NAME, DTYPES, build, draw
 from ..support.cases import run as run_case
+from ..support.modules import kept, results
 from ..support.tolerances import ORDER_OF_SUMS, error
 
 CASES = ["ones", "one_row", "h17", "h129", "b33", "long", "no_hx", "batch_first", "proj_bidirectional", "everything"]
 CASES += ["layers_bidirectional", "unbatched_all", "sliced", "expanded", "packed_everything", "packed_long"]
 T, B, I, H = 23, 4, 3, 17
-
-
-def results(module, *given, **options) -> list[torch.Tensor]:
-    """Outputs and all gradients of a call."""
-    leaves = [each.clone().requires_grad_() for each in given]
-    torch.manual_seed(5)  # for dropout
-    output, (h_n, c_n), *rest = module(leaves[0], tuple(leaves[1:]) or None, **options)
-    cells = [cells for each in rest for cells in (each if isinstance(each, tuple) else (each,))]
-    every = [output, h_n, c_n, *cells]
-    loss = sum((each.double() * torch.linspace(-1, 2, each.numel()).view(each.shape)).sum() for each in every)
-    return [*every, *torch.autograd.grad(loss, [*leaves, *module.parameters()])]
 
 
 def assert_the_same(got, expected) -> None:
@@ -103,43 +93,32 @@ def test_against_torch():
             assert error(got, expected) <= ORDER_OF_SUMS * max(1.0, expected.abs().max().item())
 
 
-def kept(module, x) -> int:
-    """Bytes that the graph of a call keeps, beside those of its inputs, parameters and output."""
-    stores: dict[int, int] = {}
-
-    def pack(tensor):
-        stores[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output, _ = module(x)
-    for tensor in (x, output, *module.parameters()):
-        stores.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(stores.values())
+def bytes_of(module, x) -> int:
+    return kept(module, x)[1]
 
 
 def test_memory_grows_with_the_borders_only():
     x = torch.randn(1024, 2, I)
     module = lstmcore.LSTM(I, 16, backend="numba")
-    assert kept(module, x) >= 1024 * 2 * 5 * 16 * 4
+    assert bytes_of(module, x) >= 1024 * 2 * 5 * 16 * 4
     module.recompute = 32
-    assert kept(module, x) == 32 * 2 * 2 * 16 * 4
-    assert kept(module, x[:512]) == 16 * 2 * 2 * 16 * 4
+    assert bytes_of(module, x) == 32 * 2 * 2 * 16 * 4
+    assert bytes_of(module, x[:512]) == 16 * 2 * 2 * 16 * 4
     with torch.no_grad():
-        assert kept(module, x) == 0
+        assert bytes_of(module, x) == 0
 
 
 def test_auto_keeps_what_fits():
     x = torch.randn(256, 2, I)
     module = lstmcore.LSTM(I, 16, backend="numba")
-    whole = kept(module, x)
+    whole = bytes_of(module, x)
     module.recompute = "auto"
-    assert kept(module, x) == whole  # a little: nobody asks how much memory there is
+    assert bytes_of(module, x) == whole  # a little: nobody asks how much memory there is
     module.memory_budget = whole
-    assert kept(module, x) == whole
+    assert bytes_of(module, x) == whole
     expected = results(module, x)
     module.memory_budget = whole - 1
-    assert 0 < kept(module, x) < whole // 4
+    assert 0 < bytes_of(module, x) < whole // 4
     assert_the_same(results(module, x), expected)
 
 
@@ -161,14 +140,14 @@ def test_auto_grows_with_the_root_of_the_steps(layers):
 def test_auto_asks_how_much_memory_there_is(monkeypatch):
     x = torch.randn(256, 2, I)
     module = lstmcore.LSTM(I, 16, backend="numba", recompute="auto")
-    whole = kept(module, x)
+    whole = bytes_of(module, x)
     monkeypatch.setattr(recomputing, "UNASKED", 0)
     monkeypatch.setattr(recomputing, "available", lambda device: 8 * whole)
-    assert kept(module, x) == whole
+    assert bytes_of(module, x) == whole
     monkeypatch.setattr(recomputing, "available", lambda device: 2 * whole)
-    assert kept(module, x) < whole // 4
+    assert bytes_of(module, x) < whole // 4
     monkeypatch.setattr(recomputing, "available", lambda device: 0)  # nobody's budget: it does what it can
-    assert kept(module, x) < whole // 4
+    assert bytes_of(module, x) < whole // 4
 
 
 def test_memory_that_is_available(tmp_path, monkeypatch):

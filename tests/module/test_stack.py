@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import lstmcore
 from lstmcore import backends
 
+from ..support.modules import results
 from ..support.tolerances import ORDER_OF_SUMS, error
 
 T, B, I, H, L = 75, 3, 5, 17, 3
@@ -31,14 +32,6 @@ def waves(monkeypatch, threads):
     threads(2)
     yield ran
     wavefront._worth.cache_clear()
-
-
-def results(module, *given, **options) -> list[torch.Tensor]:
-    leaves = [each.clone().requires_grad_() for each in given]
-    output, states = module(leaves[0], tuple(leaves[1:]) or None, **options)
-    every = [output, *states]
-    loss = sum((each.double() * torch.linspace(-1, 2, each.numel()).view(each.shape)).sum() for each in every)
-    return [*every, *torch.autograd.grad(loss, [*leaves, *module.parameters()])]
 
 
 class Slowly(nn.Module):

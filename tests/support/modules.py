@@ -145,3 +145,29 @@ def check_goes_where_torchs_goes(options, place, value, dtype, backend):
     for name, wanted in expected.items():
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
             assert torch.equal(kind(got[name]), kind(wanted)), f"{kind.__name__} of {name}"
+
+
+def kept(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The output of a call, and the bytes that its graph keeps beside it, the input and the parameters."""
+    stores: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        stores[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = module(x)[0]
+    for tensor in (x, output, *module.parameters()):
+        stores.pop(tensor.untyped_storage().data_ptr(), None)
+    return output, sum(stores.values())
+
+
+def results(module: nn.Module, *given: torch.Tensor, **options) -> list[torch.Tensor]:
+    """Outputs, states and cells of a call, and the gradients of what it was given and of all parameters."""
+    leaves = [each.clone().requires_grad_() for each in given]
+    torch.manual_seed(5)  # for dropout
+    output, (h_n, c_n), *rest = module(leaves[0], tuple(leaves[1:]) or None, **options)
+    cells = [cells for each in rest for cells in (each if isinstance(each, tuple) else (each,))]
+    every = [output, h_n, c_n, *cells]
+    loss = sum((each.double() * torch.linspace(-1, 2, each.numel()).view(each.shape)).sum() for each in every)
+    return [*every, *torch.autograd.grad(loss, [*leaves, *module.parameters()])]
