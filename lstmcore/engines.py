@@ -6,6 +6,7 @@ L layers, T steps, B batch, I input, H hidden, P projection (H without one).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ class Sizes(NamedTuple):
         cell = isinstance(module, (nn.LSTMCell, LSTMCell))
         if not cell and not isinstance(module, (nn.LSTM, LSTM)):
             raise TypeError(f"Expected an LSTM or an LSTMCell, got {type(module).__name__}")
-        if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int)):
+        if batch is not None and (isinstance(batch, bool) or not isinstance(batch, Integral)):
             raise TypeError(f"batch should be an integer or None, got: {batch!r}")
         if batch is not None and batch < 1:
             raise RuntimeError(f"batch should be at least 1, got {batch}")
@@ -45,8 +46,8 @@ class Sizes(NamedTuple):
         width = getattr(module, "proj_size", 0) or module.hidden_size
         batched = batch is not None
         return Sizes(
-            module.input_size, module.hidden_size, width, getattr(module, "num_layers", 1), batch or 1, batched, cell,
-            batched and getattr(module, "batch_first", False), module.bias,
+            module.input_size, module.hidden_size, width, getattr(module, "num_layers", 1), int(batch or 1), batched,
+            cell, batched and getattr(module, "batch_first", False), module.bias,
         )  # fmt: skip
 
     def layers(self, params: Sequence[Tensor]) -> list[Layer]:

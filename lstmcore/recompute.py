@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,13 +49,14 @@ def asked(recompute: Any, memory_budget: Any) -> Recompute:
         if value is None or (name == "recompute" and value == AUTO):
             continue
         what = "None, 'auto' or a number of steps" if name == "recompute" else "None or a number of bytes"
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} should be {what}, got: {value!r}")
         if value < 1:
             raise ValueError(f"{name} should be {what}, at least 1, got: {value!r}")
     if memory_budget is not None and recompute != AUTO:
         raise ValueError(f"memory_budget goes with recompute='auto', got recompute={recompute!r}")
-    return Recompute(recompute if recompute == AUTO else min(recompute, LONGEST), memory_budget)
+    segment = recompute if recompute == AUTO else min(int(recompute), LONGEST)
+    return Recompute(segment, None if memory_budget is None else int(memory_budget))
 
 
 def segment(asked: Recompute, layer: Layer, num_layers: int) -> int:

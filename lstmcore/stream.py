@@ -27,8 +27,8 @@ class Stream:
     """A module that runs step by step, for inference where each step has to wait for the one before.
 
     It packs the weights once, keeps the state, and computes one step or a chunk of steps a call, without autograd and
-    without allocating memory; each layer's product runs at the speed at which a core reads the weights.  Results are
-    those of one long run of the module: in float32, bfloat16, float16 and float64 the same bits as
+    without allocating memory; with one row, a layer's product runs at the speed at which a core reads the weights.
+    Results are those of one long run of the module: in float32, bfloat16, float16 and float64 the same bits as
     ``module(x)`` with ``backend="numba"``, however the steps are divided among calls.
 
     Where Numba's kernels do not run (other devices and dtypes, or Numba's compiler is switched off) each call runs
@@ -63,7 +63,7 @@ class Stream:
 
     def __init__(self, module: nn.Module, batch: int | None = None, *, backend: str | None = None) -> None:
         self._sizes = Sizes.of(module, batch)
-        self.module, self.batch = module, batch
+        self.module, self.batch = module, None if batch is None else int(batch)
         wanted = getattr(module, "backend", AUTO) if backend is None else backend
         backends.check_name(wanted)
         params = watching.weights(module)

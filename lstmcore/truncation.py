@@ -6,6 +6,7 @@ T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def truncated(
             wrong rank; ``lengths`` out of range, or with packed input.
         RuntimeError: T = 0; sizes that do not fit.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int):
+    if isinstance(steps, bool) or not isinstance(steps, Integral):
         raise TypeError(f"steps should be an integer, got: {steps!r}")
     if steps < 1:
         raise ValueError(f"steps should be at least 1, got {steps}")
@@ -80,9 +81,9 @@ def truncated(
     if isinstance(input, PackedSequence):
         if lengths is not None:
             raise ValueError("lengths go with padded input; a PackedSequence carries its own")
-        return Truncated(module, _Packed(input, reset), steps, hx)
+        return Truncated(module, _Packed(input, reset), int(steps), hx)
     rows_first = getattr(module, "batch_first", False) if batch_first is None else batch_first
-    return Truncated(module, _Padded(input, lengths, reset, rows_first), steps, hx)
+    return Truncated(module, _Padded(input, lengths, reset, rows_first), int(steps), hx)
 
 
 class Truncated(Iterator["Chunk"]):

@@ -16,11 +16,11 @@ from ..contract import GATES, Layer, Weights
 from ..integers import ceil_div
 from . import buffers, process, threads, tiling
 from .jobs import PACK_BIAS, PACK_COLUMNS, PACK_GATES, Job, JobsArgs, column_panels_size
+from .prepared import LINE
 from .problem import PARTITION, Table, kernels_of, multiples, partition
 from .streaming import StreamArgs, StreamLayer, shared_stream_kernel, stream_kernel
 
 BAND = 32  # steps that one layer takes before the next one does, while its weights are in a close cache
-LINE = 16  # int64: a barrier's counter is on a cache line of its own
 X, RESET = map(StreamArgs._fields.index, ("x", "reset"))
 assert StreamArgs._fields[-len(PARTITION) - 1 :] == (*PARTITION, "counter")
 

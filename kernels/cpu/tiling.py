@@ -203,8 +203,8 @@ def plan(
 
 # Bytes of weight gradients up to which a chunk has 256 tokens, and a batch two parts.
 GRADIENTS = 1.25e6
-# Steps that such a chunk has at most: as fast as 256 for one row or two (H 16 to 128), and a wavefront, which goes on
-# from chunk to chunk, rises sooner.
+# Steps that such a chunk has at most: as fast as 256 for one row or two (H 16 to 128, AMD EPYC with AVX-512), and a
+# wavefront, which goes on from chunk to chunk, rises sooner.
 CHUNK_STEPS = 64
 # Rows from which a batch has two parts, and rows per part if it has more; rows times units per part then; most parts.
 PART_ROWS, PART_STEP, MOST_PARTS = 8, 512, 8

@@ -32,6 +32,7 @@ from .prepared import LINE, Jobs, Prepared, Stage
 from .problem import Problem, kernels_of, threads_for, threads_worth_of
 from .tensors import BackwardTensors, ForwardTensors, Named
 
+# As measured on an AMD EPYC with AVX-512, two threads.
 RANGES = 8  # per layer, at most: so many that the wave rises and falls in little time
 SHORTEST = 16  # steps of a range in forward
 GAIN = 0.85  # of the time of one layer after the other: the most that a wavefront may take by the model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -201,6 +202,16 @@ def test_bad_values(given, error, message):
         setattr(module, name, value)
     with pytest.raises(error, match=message):
         module(torch.randn(T, B, I))
+
+
+def test_numbers_of_numpy():
+    module = lstmcore.LSTM(I, H, backend="numba", recompute=np.int64(5))
+    x = torch.randn(T, B, I)
+    got = bytes_of(module, x)
+    module.recompute = 5
+    assert got == bytes_of(module, x) > 0
+    module.recompute, module.memory_budget = "auto", np.int32(1 << 30)
+    assert bytes_of(module, x) > got
 
 
 def test_a_budget_too_small():

@@ -760,3 +760,12 @@ def test_arrays_that_cannot_be_written(backend):
         stream.step(array.astype(np.longdouble))
     with pytest.raises(TypeError, match="plain dense tensors"):
         stream.step(x[0], reset=torch.ones(9, dtype=torch.bool).to_sparse())
+
+
+def test_numbers_of_numpy():
+    module = lstmcore.LSTM(3, 5, backend="numba")
+    stream = lstmcore.Stream(module, np.int64(2))
+    assert stream.batch == 2
+    x = torch.randn(4, 2, 3)
+    chunks = [chunk.run()[0] for chunk in lstmcore.truncated(module, x, steps=np.int32(3))]
+    assert torch.equal(torch.cat(chunks), stream.chunk(x))
