@@ -11,7 +11,7 @@
 Importing it loads no kernel and no compiler; the first call that needs them does.
 """
 
-from lstmcore import init
+from lstmcore import flops, importing, init, opacus
 from lstmcore._version import __version__
 from lstmcore.explaining import explain
 from lstmcore.flow.jacobian import cell_jacobian, rnn_jacobian
@@ -30,9 +30,13 @@ __all__ = [
     "__version__",
     "cell_jacobian",
     "explain",
+    "flops",
     "init",
     "lstm",
     "record_gradient_flow",
     "rnn_jacobian",
     "truncated",
 ]
+
+importing.after("torch.utils.flop_counter", flops.register)
+importing.after("opacus", opacus.register)

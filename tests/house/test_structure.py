@@ -16,9 +16,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 # Each imports only what is before it.
 LAYERS = (
-    "kernels", "init", "recording", "routing", "scripting", "recompute", "guards", "checks", "backends", "direct",
-    "ops", "onnx", "transforms", "autograd", "stack", "functional", "explaining", "module", "watching", "engines",
-    "stream", "truncation", "flow", "cli",
+    "kernels", "init", "importing", "recording", "routing", "scripting", "quantization", "recompute", "guards",
+    "checks", "backends", "direct", "ops", "flops", "onnx", "transforms", "autograd", "stack", "functional",
+    "explaining", "module", "opacus", "watching", "engines", "stream", "truncation", "flow", "cli",
 )  # fmt: skip
 PACKAGES = ("backends", "flow")  # whose files may know each other
 FREE = ("_version",)  # holds a constant; anyone may
