@@ -687,7 +687,9 @@ def test_an_output_outlives_its_stream():
 def test_chunks_of_many_lengths_need_no_more_memory():
     module = lstmcore.LSTM(3, 5, batch_first=True, backend="numba")
     stream, used = lstmcore.Stream(module, 300), []
-    tables = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)  # NumPy's memory, not what a compiler needs beside
+    tables = tracemalloc.DomainFilter(
+        True, np.lib.tracemalloc_domain
+    )  # NumPy's memory, not what a compiler needs beside
     tracemalloc.start()
     try:
         for lengths in ([50], [*range(1, 51)]):
