@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lstmcore import frames, stock
+from lstmcore import frames, scripting, stock
 from lstmcore import module as own
 
 
@@ -29,6 +29,9 @@ class LSTM(own.LSTM, stock.LSTM):
         return own.LSTM.forward(self, *args, **kwargs)
 
     frames.eager(forward)  # torch.compile would go on in it frame by frame
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scripting.stand_in(self, LSTM, stock.LSTM)
 
 
 class LSTMCell(own.LSTMCell, stock.LSTMCell):

@@ -38,7 +38,7 @@ def why_not(module: nn.Module) -> str | None:
     if any(base.__module__.startswith("torch.distributed") for base in cls.__mro__):
         return "sharded: patch the model before it is"
     if taken := [name for name in OPTIONS if hasattr(module, name)]:
-        return f"it has {_listed(taken)} of its own, which mean something else to lstmcore: rename"
+        return f"it has {_listed(taken)} of its own, a name that lstmcore's module uses"
     if cls in stock.BOTH:
         return None
     torchs = next(each for each in stock.BOTH if issubclass(cls, each))
