@@ -41,7 +41,7 @@ def patch(
     Args:
         model: may be an LSTM itself.
         only: names or patterns (``"encoder.*"``, as :mod:`fnmatch` has them) of those to move; None: all.
-        strict: raise where one would be left, and change nothing.
+        strict: raise where one would be left, and change nothing; another implementation, never torch's, may stay.
         dry_run: report, and change nothing.
         input: run the model on it once, moved, and show which backend runs the calls of each; as for
             :func:`lstmcore.explain`.  If the run fails, nothing has moved.
@@ -121,16 +121,18 @@ def _planned(each: Found, subclass: bool) -> tuple[type[nn.Module] | None, str]:
         return None, "no torch.nn.LSTM: build it under lstmcore.installed(subclass=True)" if plain else ""
     if (reason := refusing.why_not(module)) is not None:
         return None, reason
+    before = type(module)
     try:
-        cls = classes.moved(module, subclass)
-    except TypeError as error:
-        return None, f"Python cannot make a class of its own and lstmcore's: {error}"
+        module.__class__ = cls = classes.moved(module, subclass)
+        module.__class__ = before
+    except Exception as error:  # of the interpreter, or of code that runs when a class is derived
+        return None, f"a class of its own and lstmcore's is impossible: {type(error).__name__}: {error}"
     return cls, ""
 
 
 def _state(each: Found, cls: type[nn.Module] | None) -> State:
-    if each.state is State.OURS:
-        return State.OURS
+    if each.state is State.OURS or refusing.foreign(each.module):
+        return each.state
     return State.LEFT if cls is None else State.MOVED
 
 
@@ -163,4 +165,5 @@ def _title(rows: list[Row]) -> str:
         return "there is no LSTM in this model"
     count = sum(row.state in (State.MOVED, State.WOULD, State.BACK) for row in rows)
     verb = next((row.state.value for row in rows if row.state in (State.WOULD, State.BACK)), "moved")
-    return f"{count} of {len(rows)} LSTMs {verb}"
+    already = sum(row.state is State.OURS for row in rows)
+    return f"{count} of {len(rows)} LSTMs {verb}" + (f", {already} lstmcore's already" if already else "")

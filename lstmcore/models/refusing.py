@@ -18,21 +18,24 @@ _HELPERS = ("check_input", "check_hidden_size", "check_forward_args", "permute_h
 OPTIONS = ("backend", "recompute", "memory_budget", "forget_bias", "chrono")
 
 
-def _whose(module: nn.Module) -> str:
-    """One sentence on an LSTM that is neither torch's nor ours."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "compiled by torch.jit.script: patch the model before it is scripted"
-    cls = type(module)
-    if cls.__module__.startswith(("torch.ao.", "torchao.")):
-        return "quantised, for which lstmcore has no kernels"
-    return f"code of its own: {cls.__module__}.{cls.__qualname__} does not derive from torch.nn.LSTM"
+def foreign(module: nn.Module) -> bool:
+    """Whether an LSTM was never torch's: another implementation."""
+    return not isinstance(module, (torch.jit.ScriptModule, *stock.BOTH)) and not _quantised(module)
+
+
+def _quantised(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.ao.", "torchao."))
 
 
 def why_not(module: nn.Module) -> str | None:
     """One sentence on why an LSTM that is not ours cannot move; None if it can."""
     cls = type(module)
-    if not isinstance(module, stock.BOTH):
-        return _whose(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by torch.jit.script: patch the model before it is scripted"
+    if _quantised(module):
+        return "quantised, for which lstmcore has no kernels"
+    if foreign(module):
+        return f"code of its own: {cls.__module__}.{cls.__qualname__} does not derive from torch.nn.LSTM"
     if "forward" in vars(module):
         return "its forward was replaced on the instance, by a hook or a wrapper: patch the model before that"
     if any(base.__module__.startswith("torch.distributed") for base in cls.__mro__):

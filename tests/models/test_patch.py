@@ -187,7 +187,6 @@ LEFT = {
     "no Python": (lambda: TakenForward(I, H), "is not a Python function"),
     "wrapped forward": (wrapped, "replaced on the instance"),
     "scripted": (lambda: torch.jit.script(nn.LSTM(I, H)), "torch.jit.script: patch the model before"),
-    "another's": (ConvLSTM, "code of its own: .*ConvLSTM does not derive from torch.nn.LSTM"),
 }  # fmt: skip
 
 
@@ -238,7 +237,35 @@ def test_a_class_that_python_cannot_make():
         pass
 
     (reason,) = lstmcore.patch(Picky(I, H)).left.values()
-    assert reason == "Python cannot make a class of its own and lstmcore's: only one base"
+    assert reason == "a class of its own and lstmcore's is impossible: TypeError: only one base"
+
+
+def test_code_that_runs_when_a_class_is_derived():
+    class Registered(nn.LSTM):
+        def __init_subclass__(cls):
+            raise KeyError("registered twice")
+
+    assert "KeyError: 'registered twice'" in lstmcore.patch(Registered(I, H)).left[""]
+
+
+def test_a_class_with_slots_moves_or_stays_whole():
+    class Slots(nn.LSTM):
+        __slots__ = ("extra",)
+
+    model = nn.ModuleList([nn.LSTM(I, H), Slots(I, H)])
+    model[1].extra = 3
+    report = lstmcore.patch(model)
+    assert set(report.moved) | set(report.left) == {"0", "1"}
+    assert model[1].extra == 3
+    lstmcore.unpatch(model)
+    assert type(model[1]) is Slots
+
+
+def test_another_implementation_is_no_obstacle():
+    model = nn.ModuleDict({"a": nn.LSTM(I, H), "b": ConvLSTM()})
+    report = lstmcore.patch(model, strict=True)
+    assert report.moved == ["a"]
+    assert "does not derive from torch.nn.LSTM" in report.left["b"]
 
 
 def test_ours_stay():
@@ -250,7 +277,7 @@ def test_ours_stay():
     assert report.moved == ["b"]
     assert "not moved by patch" in report.left["a"]
     assert type(model["a"]) is lstmcore.LSTM
-    assert lstmcore.patch(lstmcore.LSTM(I, H)).rows[0].why == ""
+    assert str(lstmcore.patch(lstmcore.LSTM(I, H))).startswith("0 of 1 LSTMs moved, 1 lstmcore's already\n")
 
 
 def test_twice_is_once():
