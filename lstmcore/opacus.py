@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lstmcore.models import classes
 from lstmcore.module import LSTM, LSTMCell
 
 _INSTEAD = "per-sample gradients by torch.func.vmap work with it, and opacus' DPOptimizer takes them as p.grad_sample"
@@ -18,12 +19,10 @@ _INSTEAD = "per-sample gradients by torch.func.vmap work with it, and opacus' DP
 
 def register() -> None:
     """Enters a validator for each class, and a fixer, where opacus has them for ``torch.nn.LSTM``."""
-    from opacus.validators import ModuleValidator, register_module_fixer, register_module_validator
+    from opacus.validators import lstm, register_module_fixer, register_module_validator
     from opacus.validators.errors import ShouldReplaceModuleError, UnsupportedModuleError
 
-    fix = ModuleValidator.FIXERS[nn.LSTM]
-
-    @register_module_validator(LSTM)
+    @register_module_validator([LSTM, classes.LSTM])
     def validate(module: LSTM) -> list[Any]:
         return [
             ShouldReplaceModuleError(
@@ -32,11 +31,11 @@ def register() -> None:
             )
         ]
 
-    @register_module_fixer(LSTM)
-    def replaced(module: LSTM) -> nn.Module:
-        return fix(module)
+    @register_module_fixer([LSTM, classes.LSTM])
+    def fix(module: LSTM) -> nn.Module:
+        return lstm.fix(module)
 
-    @register_module_validator(LSTMCell)
+    @register_module_validator([LSTMCell, classes.LSTMCell])
     def validate_cell(module: LSTMCell) -> list[Any]:
         return [
             UnsupportedModuleError(

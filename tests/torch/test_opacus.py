@@ -56,21 +56,35 @@ def private(model: nn.Module, x: Tensor):
     )
 
 
-def test_it_is_refused_before_anything_else(x):
-    """In one sentence, that says what to do; torch.nn.LSTM is refused at the same place."""
+OURS = {"built": {}, "moved": {"subclass": False}, "moved, torch's too": {"subclass": True}}
+
+
+def of_kind(kind: str, **options) -> Classifier:
+    """A classifier with an LSTM of ours: built as one, or moved by ``patch``."""
+    if kind == "built":
+        return Classifier(num_layers=2, backend="numba", **options)
+    model = Classifier(nn.LSTM, num_layers=2, **options)
+    assert lstmcore.patch(model, backend="numba", **OURS[kind]).moved == ["lstm"]
+    return model
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_it_is_refused_before_anything_else(kind, x):
+    """In one sentence that says what to do, at the place where torch.nn.LSTM is refused."""
     refused = validators.errors.UnsupportedModuleError
-    for cls in (lstmcore.LSTM, nn.LSTM):
-        (found,) = validators.ModuleValidator.validate(Classifier(cls))
+    for model in (of_kind(kind), Classifier(nn.LSTM)):
+        (found,) = validators.ModuleValidator.validate(model)
         assert isinstance(found, validators.errors.ShouldReplaceModuleError)
         with pytest.raises(refused, match="LSTM"):
-            private(Classifier(cls), x)
+            private(model, x)
     with pytest.raises(refused, match=r"lstmcore\.LSTM.*ModuleValidator\.fix\(model\)"):
-        private(Classifier(), x)
+        private(of_kind(kind), x)
 
 
-def test_the_replacement(x):
+@pytest.mark.parametrize("kind", OURS)
+def test_the_replacement(kind, x):
     """DPLSTM, with the weights and the results of ours, and gradients for each sample."""
-    ours, x = Classifier(num_layers=2, backend="numba"), x.float()  # opacus makes it in float32
+    ours, x = of_kind(kind), x.float()  # opacus makes it in float32
     fixed = validators.ModuleValidator.fix_and_validate(ours)
     assert type(fixed.lstm) is opacus.layers.DPLSTM
     close(fixed(x), ours(x))
@@ -106,10 +120,12 @@ def test_ours_with_opacus_optimizer(x):
 
 
 def test_cells():
-    model = nn.Sequential(lstmcore.LSTMCell(I, H))
-    (error,) = validators.ModuleValidator.validate(model)
-    assert "nor does torch.nn.LSTMCell" in str(error)
-    assert isinstance(error, validators.errors.UnsupportedModuleError)
+    moved = nn.Sequential(nn.LSTMCell(I, H))
+    lstmcore.patch(moved, subclass=True)
+    for model in (moved, nn.Sequential(lstmcore.LSTMCell(I, H))):
+        (error,) = validators.ModuleValidator.validate(model)
+        assert "nor does torch.nn.LSTMCell" in str(error)
+        assert isinstance(error, validators.errors.UnsupportedModuleError)
 
 
 def test_what_is_not_trained_may_stay(x):

@@ -85,6 +85,31 @@ def test_it_says_so(how, cls):
     assert f"this {cls.__name__} of lstmcore" in found[0]
 
 
+@pytest.mark.parametrize("subclass", [False, True])
+def test_what_patch_moved(subclass):
+    """It says so as well, and unpatch is the way that it names."""
+    model, x = Tagger(nn.LSTM), torch.randn(T, B, I)
+    lstmcore.patch(model, subclass=subclass, backend="numba")
+    expected = model(x)
+    result, found = said(ao.quantize_dynamic, model)
+    assert isinstance(result.lstm, lstmcore.LSTM)
+    assert len(found) == 1
+    lstmcore.unpatch(model)
+    quantized, found = said(ao.quantize_dynamic, model)
+    assert not found
+    assert type(quantized.lstm) is torch.ao.nn.quantized.dynamic.LSTM
+    assert torch.allclose(quantized(x), expected, atol=0.02)
+
+
+def test_where_torchs_name_is_ours():
+    """As long as lstmcore.install() holds, torch's own table has our class in it, which torch cannot quantize."""
+    with lstmcore.installed():
+        model = Tagger(nn.LSTM)
+        result, found = said(ao.quantize_dynamic, model)
+    assert type(result.lstm) is lstmcore.LSTM
+    assert len(found) == 1
+
+
 def test_cells_and_a_model_that_is_one():
     cell, found = said(ao.quantize_dynamic, nn.Sequential(lstmcore.LSTMCell(I, H)))
     assert type(cell[0]) is lstmcore.LSTMCell
