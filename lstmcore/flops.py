@@ -25,7 +25,7 @@ from lstmcore import routing
 from lstmcore.kernels.contract import Weights
 from lstmcore.ops import Arguments, BackwardArguments
 
-__all__ = ["FVCORE"]
+__all__ = ["FVCORE", "formulas", "register"]
 
 
 def _products(tokens: Any, matrices: Sequence[Tensor]) -> Any:

@@ -47,9 +47,10 @@ class _Finder(MetaPathFinder):
         if name not in self.waiting:
             return None
         for other in sys.meta_path[sys.meta_path.index(self) + 1 :]:  # those before have been asked
-            spec = other.find_spec(name, path, target)
+            find = getattr(other, "find_spec", None)  # finders of old libraries have none
+            spec = None if find is None else find(name, path, target)
             if spec is not None:
-                if spec.loader is not None:
+                if hasattr(spec.loader, "exec_module"):
                     self._follow(name, spec.loader)
                 return spec
         return None
@@ -59,6 +60,8 @@ class _Finder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
+            if module.__name__ != name:  # a loader may serve many, as that of a zip file does
+                return
             then = self.waiting.pop(name, None)
             if not self.waiting and self in sys.meta_path:
                 sys.meta_path.remove(self)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +53,36 @@ def test_after_the_import_of_a_module_inside(library):
     assert not calls
     importlib.import_module(name)
     assert calls == [{}]
+
+
+def test_from_a_zip_file(tmp_path, monkeypatch):
+    """One loader for all that is in it."""
+    with zipfile.ZipFile(tmp_path / "libraries.zip", "w") as file:
+        for name in ("zipped_first", "zipped_second"):
+            file.writestr(f"{name}/__init__.py", "loaded = True")
+    monkeypatch.syspath_prepend(tmp_path / "libraries.zip")
+    calls = []
+    importing.after("zipped_second", lambda: calls.append(sys.modules["zipped_second"].loaded))
+    try:
+        assert importlib.util.find_spec("zipped_second") is not None
+        importlib.import_module("zipped_first")
+        assert not calls
+        importlib.import_module("zipped_second")
+        assert calls == [True]
+    finally:
+        importing._finder.waiting.pop("zipped_second", None)
+        for name in ("zipped_first", "zipped_second"):
+            sys.modules.pop(name, None)
+
+
+def test_finders_of_old_libraries(library, monkeypatch):
+    """They have another method only, which Python itself no longer calls."""
+    name, calls = library(), []
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_module=lambda name, path=None: None), *sys.meta_path])
+    monkeypatch.setattr(importing, "_finder", importing._Finder())
+    importing.after(name, lambda: calls.append(1))
+    importlib.import_module(name)
+    assert calls == [1]
 
 
 def test_at_once_where_it_is_there():

@@ -163,20 +163,33 @@ def test_recomputing_counts_forward_again():
     assert counted(per_sample)["lstmcore.layer_backward"] == twice["lstmcore.layer_backward"]
 
 
+AFTER_FORWARD = {
+    "dense": ({}, {}),
+    "layers": ({"bidirectional": True, "num_layers": 2, "proj_size": 5}, {}),
+    "recomputed": ({"recompute": 2}, {}),
+    "lengths": ({"num_layers": 2}, {"lengths": LENGTHS}),
+    "reset and cells": ({"batch_first": True}, {"reset": torch.arange(B)[:, None] == 2, "return_cells": True}),
+    "packed": ({"bidirectional": True}, None),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2, "proj_size": 5}, {"recompute": 2}])
-def test_a_counter_that_came_after_forward(options, dtype):
+@pytest.mark.parametrize(("options", "call"), AFTER_FORWARD.values(), ids=AFTER_FORWARD)
+def test_a_counter_that_came_after_forward(options, call, dtype):
     """It sees backward alone, and changes no bit of it."""
     module = lstmcore.LSTM(I, H, **options, dtype=dtype, backend="numba")
     x = torch.randn(T, B, I, dtype=dtype)
-    output = module(x)[0]
+    if options.get("batch_first"):
+        x = x.transpose(0, 1)
+        call = call | {"reset": call["reset"].expand(B, T)}
+    given, call = (pack_padded_sequence(x, LENGTHS), {}) if call is None else (x, call)
+    output = module(given, **call)[0]
+    output = output if isinstance(output, Tensor) else output.data
     expected = torch.autograd.grad(output.sum(), list(module.parameters()), retain_graph=True)
     got = counted(output.sum().backward)
-    assert got == {"lstmcore.layer_backward": counted(train, module, x)["lstmcore.layer_backward"]}
-    module.zero_grad()
-    counted(module(x)[0].sum().backward)
     for parameter, grad in zip(module.parameters(), expected, strict=True):
         assert torch.equal(parameter.grad, grad)
+    assert got == {"lstmcore.layer_backward": counted(train, module, given, **call)["lstmcore.layer_backward"]}
 
 
 def test_exported_graph():
