@@ -29,6 +29,16 @@ OPTIONS = {
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
+class Sum(nn.Module):
+    def __init__(self, inner: nn.Module, packed: bool = False) -> None:
+        super().__init__()
+        self.inner, self.packed = inner, packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, _ = self.inner(pack_padded_sequence(x, LENGTHS) if self.packed else x)
+        return (output.data if self.packed else output).sum()
+
+
 def products(module: nn.Module, tokens: int) -> int:
     """By hand: a multiplication and an addition for each entry of each weight matrix and token."""
     I, H, P, D = module.input_size, module.hidden_size, module.proj_size, 1 + module.bidirectional
@@ -138,6 +148,14 @@ def test_no_backend_counts_as_nothing(steps, dtype, backend):
     with torch.no_grad():
         got = counted(module, torch.randn(steps, B, I, dtype=dtype))
     assert sum(got.values()) == products(module, steps * B)
+
+
+def test_by_module():
+    model = Sum(lstmcore.LSTM(I, H, backend="numba"))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(T, B, I))
+    expected = {torch.ops.lstmcore.layer: products(model.inner, T * B)}
+    assert counter.get_flop_counts() == dict.fromkeys(("Global", "Sum", "Sum.inner"), expected)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
@@ -266,16 +284,6 @@ def test_the_formulas_of_others_stay(monkeypatch):
 
 
 # fvcore counts multiply-adds of what torch.jit traces
-
-
-class Sum(nn.Module):
-    def __init__(self, inner: nn.Module, packed: bool = False) -> None:
-        super().__init__()
-        self.inner, self.packed = inner, packed
-
-    def forward(self, x: Tensor) -> Tensor:
-        output, _ = self.inner(pack_padded_sequence(x, LENGTHS) if self.packed else x)
-        return (output.data if self.packed else output).sum()
 
 
 @pytest.mark.parametrize("packed", [False, True])
