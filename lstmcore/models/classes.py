@@ -42,6 +42,19 @@ _OURS = dict(zip(stock.BOTH, (own.LSTM, own.LSTMCell), strict=True))
 _BOTH = dict(zip(stock.BOTH, (LSTM, LSTMCell), strict=True))
 _TORCHS = {ours: torchs for classes in (_OURS, _BOTH) for torchs, ours in classes.items()}
 _made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()  # by the class each derives from
+_former: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()  # of those made for parametrized modules
+
+
+class _Quiet:
+    """First base of the classes made here: deriving them is no business of the ``__init_subclass__`` of another."""
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+def turn(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives ``module`` the class ``cls``, past a ``__setattr__`` of its own; TypeError if Python cannot."""
+    object.__setattr__(module, "__class__", cls)
 
 
 def moved(module: nn.Module, subclass: bool) -> type[nn.Module]:
@@ -71,16 +84,27 @@ def _back(cls: type, parametrized: bool) -> type[nn.Module] | None:
     if parametrized:
         base = _back(cls.__bases__[0], False)
         return None if base is None else _on(cls, base)
-    return _TORCHS.get(cls, cls.__bases__[0] if _made.get(cls.__bases__[0]) is cls else None)
+    derived = issubclass(cls, _Quiet) and _made.get(cls.__bases__[1]) is cls
+    return cls.__bases__[1] if derived else _TORCHS.get(cls)
 
 
 def _on(parametrized: type, base: type) -> type[nn.Module]:
     """A class like the one that torch makes for a parametrized module, on another base.
 
-    It takes that base back from it when the last parametrization goes.
+    It takes that base back from it when the last parametrization goes.  It is the one from which ``parametrized`` was
+    made, if that still is like it.
     """
-    contents = {name: value for name, value in vars(parametrized).items() if name not in ("__dict__", "__weakref__")}
-    return type(f"Parametrized{base.__name__}", (base,), contents)
+    contents = _contents(parametrized)
+    former = _former.get(parametrized)
+    if former is not None and former.__bases__ == (base,) and _contents(former) == contents:
+        return former
+    made = type(f"Parametrized{base.__name__}", (base,), contents)
+    _former[made] = parametrized
+    return made
+
+
+def _contents(cls: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
 
 
 def _derived(cls: type) -> type[nn.Module]:
@@ -93,7 +117,9 @@ def _derived(cls: type) -> type[nn.Module]:
             "__doc__": cls.__doc__,
             "__reduce_ex__": functools.partialmethod(_reduce, cls),
         }
-        found = _made[cls] = types.new_class(cls.__name__, (cls, both), exec_body=lambda body: body.update(contents))
+        found = _made[cls] = types.new_class(
+            cls.__name__, (_Quiet, cls, both), exec_body=lambda body: body.update(contents)
+        )
     return found
 
 

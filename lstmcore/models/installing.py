@@ -16,7 +16,6 @@ from lstmcore import module as own
 from lstmcore.models import classes
 
 _PLACES: tuple[Any, ...] = (nn, nn.modules, nn.modules.rnn)  # where torch's names of them are
-_NAMES = ("LSTM", "LSTMCell")
 
 
 def install(*, subclass: bool = False) -> None:
@@ -46,7 +45,7 @@ def uninstall() -> None:
 @contextlib.contextmanager
 def installed(*, subclass: bool = False) -> Iterator[None]:
     """:func:`install` for a ``with`` block; then the names are what they were before it."""
-    before = [tuple(getattr(place, name) for name in _NAMES) for place in _PLACES]
+    before = [tuple(getattr(place, name) for name in stock.NAMES) for place in _PLACES]
     _install(subclass, caller=4)  # contextlib's between
     try:
         yield
@@ -66,7 +65,7 @@ def _install(subclass: bool, caller: int) -> None:
 
 def _put(pairs: list[Any]) -> None:
     for place, pair in zip(_PLACES, pairs, strict=True):
-        for name, cls in zip(_NAMES, pair, strict=True):
+        for name, cls in zip(stock.NAMES, pair, strict=True):
             setattr(place, name, cls)
     frames.eager(own.LSTM.forward, nn.LSTM is own.LSTM)  # then it is what torch.compile breaks the graph at
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from lstmcore import explaining, stock
@@ -70,7 +70,8 @@ def _shape(input: Tensor | PackedSequence) -> str:
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Puts the buffers and the random numbers back that a run changes."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    held = [(module._buffers, dict(module._buffers)) for module in modules]  # a script's cannot be bound anew
     kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _writable(buffer)]
     try:
         with torch.random.fork_rng([device.index for device in devices]):
@@ -79,13 +80,13 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         for buffers, before in held:
             buffers.update(before)
         with torch.inference_mode():  # where buffers may be written that were made in it
-            for buffer, before in kept:
-                buffer.copy_(before)
+            for buffer, values in kept:
+                buffer.copy_(values)
 
 
 def _writable(buffer: Tensor) -> bool:
     """Whether it has values, in memory of their own: torch does not write into an expanded tensor, nor does a run."""
-    if isinstance(buffer, UninitializedTensorMixin):
+    if is_lazy(buffer):
         return False
     if buffer.layout is not torch.strided or buffer.is_nested:
         return True

@@ -138,11 +138,24 @@ def test_only_modules():
         lstmcore.explain([nn.LSTM(I, H)], X)
 
 
+def test_states_are_no_input_of_an_lstm():
+    states = torch.zeros(1, 3, H), torch.zeros(1, 3, H)
+    with pytest.raises(TypeError, match="expected a tensor or a PackedSequence as the input of an LSTM, got tuple"):
+        lstmcore.explain(nn.LSTM(I, H), (X, states))
+    assert lstmcore.explain(nn.Sequential(nn.LSTM(I, H)), X)["0"].calls[0].times == 1
+
+
+def test_scripted_models_with_buffers():
+    model = torch.jit.script(nn.Sequential(nn.BatchNorm1d(3), nn.LSTM(I, H)))
+    assert "patch the model before it is scripted" in str(lstmcore.explain(model, X))
+    assert not model.state_dict()["0.running_mean"].any()
+
+
 def test_shared_modules_have_one_line_with_all_names():
     report = lstmcore.explain(Model().eval(), X)
     assert len(report) == 1
-    assert report.rows[0].names == ("alias", "encoder.lstm")
-    assert "alias, encoder.lstm" in str(report)
+    assert report.rows[0].names == ("encoder.lstm", "alias")
+    assert "encoder.lstm, alias" in str(report)
     assert repr(report) == str(report)
 
 
