@@ -30,7 +30,7 @@ class Found:
     def row(self, state: State, why: str = "") -> Row:
         """Its line in a report."""
         extra = self.module.extra_repr() if self.state is not State.OTHER else ""
-        return Row(self.names, f"{type(self.module).__name__}({extra})", state, why)
+        return Row(self.names, f"{type(self.module).__name__}({' '.join(extra.split())})", state, why)
 
 
 def find(model: nn.Module) -> list[Found]:

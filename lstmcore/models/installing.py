@@ -6,6 +6,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -45,12 +46,28 @@ def uninstall() -> None:
 @contextlib.contextmanager
 def installed(*, subclass: bool = False) -> Iterator[None]:
     """:func:`install` for a ``with`` block; then the names are what they were before it."""
-    before = [tuple(getattr(place, name) for name in stock.NAMES) for place in _PLACES]
+    entered = _Entered([tuple(getattr(place, name) for name in stock.NAMES) for place in _PLACES])
     _install(subclass, caller=4)  # contextlib's between
+    _all_entered.append(entered)
     try:
         yield
     finally:
-        _put(before)
+        later = _all_entered[_all_entered.index(entered) + 1 :]
+        _all_entered.remove(entered)
+        if later:  # of another thread, and still in there: it puts back what was before both
+            later[0].before = entered.before
+        else:
+            _put(entered.before)
+
+
+@dataclass(eq=False)
+class _Entered:
+    """A ``with installed()`` that is not left yet."""
+
+    before: list[tuple[Any, ...]]  # the names at each place
+
+
+_all_entered: list[_Entered] = []
 
 
 def _install(subclass: bool, caller: int) -> None:

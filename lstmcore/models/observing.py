@@ -22,7 +22,7 @@ from lstmcore.models.finding import Found
 from lstmcore.models.report import Called, Row
 from lstmcore.module import LSTM, LSTMCell
 
-Seen: TypeAlias = "dict[int, list[tuple[str, Choice]]]"  # by the id of a module, its calls
+Seen: TypeAlias = "dict[int, list[tuple[str, Choice, bool]]]"  # by the id of a module, its calls: see Called
 _one_at_a_time = threading.RLock()  # the forwards of the whole process are observed
 
 
@@ -31,7 +31,7 @@ def with_calls(model: nn.Module, input: Any, found: Iterable[Found], rows: Itera
     seen = _watch(model, input, [each.module for each in found])
     for each, row in zip(found, rows, strict=True):
         kinds = Counter(seen[id(each.module)])
-        yield replace(row, calls=tuple(Called(shape, times, choice) for (shape, choice), times in kinds.items()))
+        yield replace(row, calls=tuple(Called(shape, n, choice, ours) for (shape, choice, ours), n in kinds.items()))
 
 
 def _watch(model: nn.Module, input: Any, modules: Iterable[nn.Module]) -> Seen:
@@ -42,10 +42,11 @@ def _watch(model: nn.Module, input: Any, modules: Iterable[nn.Module]) -> Seen:
         args, kwargs = (), input
     seen: Seen = {id(module): [] for module in modules}
 
-    def note(module: nn.Module, given: Tensor | PackedSequence, options: dict[str, Any]) -> None:
+    def note(cls: type, module: nn.Module, given: Tensor | PackedSequence, options: dict[str, Any]) -> None:
         if (calls := seen.get(id(module))) is not None:  # not of another model, or a copy that the run makes
             extended = any(value is not None and value is not False for value in options.values())
-            calls.append((_shape(given), explaining.choose(module, given, extended=extended)))
+            choice = explaining.choose(module, given, extended=extended)
+            calls.append((_shape(given), choice, cls not in stock.BOTH))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_one_at_a_time)
@@ -95,7 +96,7 @@ def _writable(buffer: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _observed(cls: Any, note: Callable[..., None]) -> Iterator[None]:
-    """Has ``note(module, input, options)`` called at each call of the forward of ``cls``, one of torch's or ours.
+    """Has ``note(cls, module, input, options)`` called at each call of the forward of ``cls``, one of torch's or ours.
 
     There arguments are seen behind a forward that a subclass puts before that one, and with other arguments.
     """
@@ -103,7 +104,7 @@ def _observed(cls: Any, note: Callable[..., None]) -> Iterator[None]:
 
     @functools.wraps(before)
     def forward(self: nn.Module, input: Any, hx: Any = None, **options: Any) -> Any:
-        note(self, input, options)
+        note(cls, self, input, options)
         return before(self, input, hx, **options)
 
     cls.forward = forward

@@ -138,6 +138,26 @@ def test_only_modules():
         lstmcore.explain([nn.LSTM(I, H)], X)
 
 
+def test_ours_that_runs_torchs_forward():
+    """As a class derived under installed() does, whose code has torch.nn.LSTM's name in it."""
+
+    class Derived(lstmcore.LSTM):
+        def forward(self, input, hx=None):
+            return nn.LSTM.forward(self, input, hx)
+
+    report = lstmcore.explain(nn.Sequential(Derived(I, H, backend="numba")), X)
+    assert not report["0"].calls[0].ours
+    assert "torch.nn  its code calls the forward of torch's class; lstmcore would run 'numba'" in str(report)
+
+
+def test_a_description_of_several_lines():
+    class Verbose(nn.LSTM):
+        def extra_repr(self):
+            return "first\nsecond"
+
+    assert "Verbose(first second)" in str(lstmcore.explain(nn.Sequential(Verbose(I, H)), X))
+
+
 def test_states_are_no_input_of_an_lstm():
     states = torch.zeros(1, 3, H), torch.zeros(1, 3, H)
     with pytest.raises(TypeError, match="expected a tensor or a PackedSequence as the input of an LSTM, got tuple"):
