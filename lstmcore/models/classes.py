@@ -75,6 +75,11 @@ def _moved(cls: type, subclass: bool, parametrized: bool) -> type[nn.Module]:
     return _derived(cls)
 
 
+def derived(module: nn.Module) -> bool:
+    """Whether a module is of a class that was made here for a subclass, which only what moved has, and copies of it."""
+    return isinstance(module, _Quiet)
+
+
 def back(module: nn.Module) -> type[nn.Module] | None:
     """The class that a module which :func:`moved` had before; None if it is not of a class of these."""
     return _back(type(module), parametrize.is_parametrized(module))
@@ -84,8 +89,8 @@ def _back(cls: type, parametrized: bool) -> type[nn.Module] | None:
     if parametrized:
         base = _back(cls.__bases__[0], False)
         return None if base is None else _on(cls, base)
-    derived = issubclass(cls, _Quiet) and _made.get(cls.__bases__[1]) is cls
-    return cls.__bases__[1] if derived else _TORCHS.get(cls)
+    made = issubclass(cls, _Quiet) and _made.get(cls.__bases__[1]) is cls
+    return cls.__bases__[1] if made else _TORCHS.get(cls)
 
 
 def _on(parametrized: type, base: type) -> type[nn.Module]:
@@ -129,9 +134,15 @@ def _reduce(self: Any, cls: type, protocol: int) -> tuple[Any, ...]:
     make, arguments, *rest = reduced
     if make is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
         make, arguments = _new, (cls, *arguments[1:])
+    elif make is type(self):  # by a __reduce__ of its own
+        make, arguments = _build, (cls, *arguments)
     return make, arguments, *rest
 
 
 def _new(cls: type, *arguments: Any) -> nn.Module:
     made = _derived(cls)
     return made.__new__(made, *arguments)
+
+
+def _build(cls: type, *arguments: Any) -> nn.Module:
+    return _derived(cls)(*arguments)

@@ -104,7 +104,7 @@ def unpatch(model: nn.Module) -> Report:
 
 def _planned_back(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     """The class that one of ours had before, or None and why it stays."""
-    if _MARK not in vars(module):
+    if _MARK not in vars(module) and not classes.derived(module):
         return None, "built on lstmcore's class, not moved by patch"
     if "forward" in vars(module):
         return None, "its forward was replaced on the instance since, and would go on to ours: undo that first"

@@ -578,6 +578,33 @@ def test_copies(copied, make, subclass):
     assert type(other) is theirs
 
 
+class Rebuilt(nn.LSTM):
+    """Copies and pickles itself in its own way, by the class that it has."""
+
+    def __reduce__(self):
+        return type(self), (self.input_size, self.hidden_size), self.__getstate__()
+
+    def clone(self) -> Rebuilt:
+        other = type(self)(self.input_size, self.hidden_size)
+        other.load_state_dict(self.state_dict())
+        return other
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled, Rebuilt.clone])
+def test_copies_of_a_kind_of_its_own(copied):
+    module = Rebuilt(I, H)
+    lstmcore.patch(module)
+    other = copied(module)
+    assert type(other) is type(module)
+    close(other(X)[0], module(X)[0])
+    assert lstmcore.unpatch(other).moved == [""]
+    assert type(other) is Rebuilt
+
+
 def test_one_class_for_each():
     first, second = models.Doubled(I, H), models.Doubled(I, H)
     lstmcore.patch(nn.ModuleList([first, second]))
