@@ -65,12 +65,13 @@ def _of_class(cls: type) -> str | None:
 
 
 def kept_forwards(model: nn.Module) -> dict[int, str]:
-    """By the id of an LSTM, which attribute of a module in ``model`` keeps its forward: that one does not move."""
+    """By the id of an LSTM, which attribute of a module in ``model`` keeps torch's forward of it: that does not move."""
+    torchs = [cls.forward for cls in stock.BOTH]
     return {
         id(value.__self__): f"{holder or 'the model'} keeps its forward as {name}, which stays torch's: call the module"
         for holder, module in model.named_modules()
         for name, value in vars(module).items()
-        if isinstance(value, types.MethodType) and value.__name__ == "forward"
+        if isinstance(value, types.MethodType) and value.__func__ in torchs
     }
 
 

@@ -454,6 +454,17 @@ def test_a_forward_that_was_kept_is_told():
     assert "not called" not in str(report)
 
 
+def test_a_kept_forward_of_a_subclass_follows():
+    """Its ``super()`` means what the instance is."""
+    model = nn.Sequential(models.Doubled(I, H))
+    model.step = model[0].forward
+    model.named = types.MethodType(partial(lambda module: None), model)
+    assert not lstmcore.patch(model, backend="numba")["0"].why
+    with torch.no_grad():
+        assert lstmcore.explain(model, X)["0"].calls[0].ours
+        assert torch.equal(model.step(X)[0], model(X)[0])
+
+
 def test_what_cannot_go_back_says_so():
     model = nn.ModuleList([nn.LSTM(I, H), nn.LSTM(I, H), models.Doubled(I, H)])
     lstmcore.patch(model)
