@@ -65,7 +65,7 @@ def _of_class(cls: type) -> str | None:
 
 
 def kept_forwards(model: nn.Module) -> dict[int, str]:
-    """By the id of an LSTM, which attribute of a module in ``model`` keeps torch's forward of it: that does not move."""
+    """By the id of an LSTM, which attribute of a module in ``model`` keeps torch's forward of it: it stays."""
     torchs = [cls.forward for cls in stock.BOTH]
     return {
         id(value.__self__): f"{holder or 'the model'} keeps its forward as {name}, which stays torch's: call the module"
