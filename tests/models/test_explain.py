@@ -126,6 +126,22 @@ def test_what_it_says_is_what_runs(monkeypatch):
         assert bool(calls) == (said == "numba"), backend
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_it_says_under_autocast_is_what_runs(dtype, monkeypatch):
+    """The input of the LSTM is float32, and cast by it."""
+    from lstmcore import backends
+
+    kernels, calls = backends.load("numba"), []
+    original = kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    model, x = nn.Sequential(lstmcore.LSTM(64, 128)), torch.randn(20, 8, 64)
+    with torch.autocast("cpu", dtype):
+        said = {lstmcore.explain(model, x)["0"].calls[0].choice.name, lstmcore.explain(model[0], x).name}
+        calls.clear()
+        model(x)
+    assert said == {"numba" if calls else "torch"}
+
+
 def test_no_lstm():
     report = lstmcore.explain(nn.Linear(I, 1), X)
     assert str(report) == "there is no LSTM in this model"

@@ -644,6 +644,33 @@ def test_scripting(subclass):
     close(torch.jit.script(model)(X)[0], model(X)[0])
 
 
+def test_fx():
+    model = nn.Sequential(nn.LSTM(I, H), Output())
+    lstmcore.patch(model)
+    close(torch.fx.symbolic_trace(model)(X), model(X))
+
+
+@pytest.mark.parametrize("derived", [True, False], ids=["moved", "ours"])
+def test_fx_of_a_subclass_with_a_forward(derived):
+    """A node for the whole module, in the middle of its forward, would run that twice."""
+
+    class Ours(lstmcore.LSTM):
+        def forward(self, input, hx=None):
+            output, states = super().forward(input, hx)
+            return output * 2, states
+
+    model = nn.Sequential((models.Doubled if derived else Ours)(I, H), Output())
+    lstmcore.patch(model)
+    with pytest.raises(torch.fx.proxy.TraceError, match=r"cannot be traced through the LSTM.*is_leaf_module"):
+        torch.fx.symbolic_trace(model)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, lstmcore.LSTM) or super().is_leaf_module(module, name)
+
+    close(torch.fx.GraphModule(model, Tracer().trace(model))(X), model(X))
+
+
 def test_compiled_models_follow():
     """What was compiled before is compiled again, in one graph once it is ours."""
     model = nn.Sequential(nn.LSTM(I, H), Output())
