@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import backends, checks, recompute
+from lstmcore import backends, checks, functional, recompute
 from lstmcore.backends import AUTO, Choice, Situation
 from lstmcore.checks import Given, Options
 from lstmcore.module import LSTM, LSTMCell
@@ -29,7 +29,7 @@ def choose(module: nn.Module, input: Tensor | PackedSequence, *, extended: bool 
         given = _cell(module, input.data)
     else:
         given = _layers(module, input)
-    call = checks.call(given)
+    call = checks.call(functional.autocast(given) if checks.is_autocast(given.data) else given)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (given.data, *given.params))
     segment = recompute.segment(given.recompute, call.layer, call.options.num_layers) if training else 0
     layer = call.layer.as_called(call.form.packed, training, segment)

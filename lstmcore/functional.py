@@ -119,7 +119,7 @@ def _lstm(given: Given, backend: str, module: torch.nn.Module | None) -> tuple[A
             )
     if _autocasting() and checks.is_autocast(given.data) and not _whole(backend):  # ATen's LSTM casts by itself
         with torch.autocast(given.data.device.type, enabled=False):
-            return _lstm(_autocast(given), backend, module)
+            return _lstm(autocast(given), backend, module)
 
     call = checks.call(given, compiling)
     route = _route(call, given.extended, backend, module, compiling)
@@ -277,7 +277,7 @@ def _layer_by_layer(
     return output, h_n, c_n, cells
 
 
-def _autocast(given: Given) -> Given:
+def autocast(given: Given) -> Given:
     """Casts the tensors as torch does under autocast: to its dtype, packed calls to that of input."""
     packed, data = isinstance(given.input, PackedSequence), given.data
     dtype = data.dtype if packed else torch.get_autocast_dtype(data.device.type)

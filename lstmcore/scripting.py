@@ -11,8 +11,15 @@ from torch.fx.proxy import TraceError
 def leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A node ``call_module`` in the graph of the ``torch.fx`` tracer of the proxies in ``args``, instead of a call.
 
-    ``kwargs`` that are None or False are left out.  Raises TraceError if ``module`` is the traced model itself.
+    ``kwargs`` that are None or False are left out.  Raises TraceError if ``module`` is the traced model itself, or of a
+    subclass with a forward: the node would be a call of all of that, in the middle of it.
     """
+    whose: Any = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    if not whose.__module__.startswith("lstmcore."):
+        raise TraceError(
+            f"the forward of {whose.__module__}.{whose.__qualname__} cannot be traced through the LSTM in it: "
+            "use a torch.fx.Tracer whose is_leaf_module is true for it"
+        )
     while args and args[-1] is None:
         args = args[:-1]
     passed = {name: value for name, value in kwargs.items() if value is not None and value is not False}

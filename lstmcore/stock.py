@@ -3,3 +3,4 @@
 from torch.nn import LSTM, LSTMCell
 
 BOTH = (LSTM, LSTMCell)
+NAMES = ("LSTM", "LSTMCell")

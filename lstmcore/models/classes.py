@@ -42,6 +42,19 @@ _OURS = dict(zip(stock.BOTH, (own.LSTM, own.LSTMCell), strict=True))
 _BOTH = dict(zip(stock.BOTH, (LSTM, LSTMCell), strict=True))
 _TORCHS = {ours: torchs for classes in (_OURS, _BOTH) for torchs, ours in classes.items()}
 _made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()  # by the class each derives from
+_former: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()  # of those made for parametrized modules
+
+
+class _Quiet:
+    """First base of the classes made here: deriving them is no business of the ``__init_subclass__`` of another."""
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+def turn(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives ``module`` the class ``cls``, past a ``__setattr__`` of its own; TypeError if Python cannot."""
+    object.__setattr__(module, "__class__", cls)
 
 
 def moved(module: nn.Module, subclass: bool) -> type[nn.Module]:
@@ -62,6 +75,11 @@ def _moved(cls: type, subclass: bool, parametrized: bool) -> type[nn.Module]:
     return _derived(cls)
 
 
+def derived(module: nn.Module) -> bool:
+    """Whether a module is of a class that was made here for a subclass, which only what moved has, and copies of it."""
+    return isinstance(module, _Quiet)
+
+
 def back(module: nn.Module) -> type[nn.Module] | None:
     """The class that a module which :func:`moved` had before; None if it is not of a class of these."""
     return _back(type(module), parametrize.is_parametrized(module))
@@ -71,16 +89,27 @@ def _back(cls: type, parametrized: bool) -> type[nn.Module] | None:
     if parametrized:
         base = _back(cls.__bases__[0], False)
         return None if base is None else _on(cls, base)
-    return _TORCHS.get(cls, cls.__bases__[0] if _made.get(cls.__bases__[0]) is cls else None)
+    made = issubclass(cls, _Quiet) and _made.get(cls.__bases__[1]) is cls
+    return cls.__bases__[1] if made else _TORCHS.get(cls)
 
 
 def _on(parametrized: type, base: type) -> type[nn.Module]:
     """A class like the one that torch makes for a parametrized module, on another base.
 
-    It takes that base back from it when the last parametrization goes.
+    It takes that base back from it when the last parametrization goes.  It is the one from which ``parametrized`` was
+    made, if that still is like it.
     """
-    contents = {name: value for name, value in vars(parametrized).items() if name not in ("__dict__", "__weakref__")}
-    return type(f"Parametrized{base.__name__}", (base,), contents)
+    contents = _contents(parametrized)
+    former = _former.get(parametrized)
+    if former is not None and former.__bases__ == (base,) and _contents(former) == contents:
+        return former
+    made = type(f"Parametrized{base.__name__}", (base,), contents)
+    _former[made] = parametrized
+    return made
+
+
+def _contents(cls: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
 
 
 def _derived(cls: type) -> type[nn.Module]:
@@ -93,7 +122,9 @@ def _derived(cls: type) -> type[nn.Module]:
             "__doc__": cls.__doc__,
             "__reduce_ex__": functools.partialmethod(_reduce, cls),
         }
-        found = _made[cls] = types.new_class(cls.__name__, (cls, both), exec_body=lambda body: body.update(contents))
+        found = _made[cls] = types.new_class(
+            cls.__name__, (_Quiet, cls, both), exec_body=lambda body: body.update(contents)
+        )
     return found
 
 
@@ -103,9 +134,15 @@ def _reduce(self: Any, cls: type, protocol: int) -> tuple[Any, ...]:
     make, arguments, *rest = reduced
     if make is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
         make, arguments = _new, (cls, *arguments[1:])
+    elif make is type(self):  # by a __reduce__ of its own
+        make, arguments = _build, (cls, *arguments)
     return make, arguments, *rest
 
 
 def _new(cls: type, *arguments: Any) -> nn.Module:
     made = _derived(cls)
     return made.__new__(made, *arguments)
+
+
+def _build(cls: type, *arguments: Any) -> nn.Module:
+    return _derived(cls)(*arguments)

@@ -29,14 +29,15 @@ def explain(module: nn.Module, input: Any, *, extended: bool = False) -> Choice 
     """Which backend ``module(input)`` runs, and why; print the result.
 
     An LSTM itself is not run.  Any other model is run once, to see what reaches the LSTMs inside: on ``input``, in the
-    mode it is in, with its hooks.  Its buffers and torch's random numbers are put back afterwards.
+    mode it is in, with its hooks.  Its buffers and torch's random numbers are put back afterwards; other attributes
+    that its forward sets, states for the next call for example, stay set.
 
     Args:
         module: an :class:`lstmcore.LSTM` or ``LSTMCell``, one of ``torch.nn`` (taken as ``backend="auto"``), or a model
             that holds some.
         input: what it would be called with.  For an LSTM ``(T, B, I)``, ``(B, T, I)`` when batch_first, ``(T, I)``, or
             packed; ``(B, I)`` or ``(I,)`` of a cell.  For a model its input, a tuple of them, or a dict of keyword
-            arguments.
+            arguments; one argument that is a dict itself comes in a tuple: ``(batch,)``.
         extended: the call would pass ``lengths``, ``reset`` or ``return_cells``, or be recorded; of an LSTM only, in a
             model the calls show it.
 
@@ -45,11 +46,16 @@ def explain(module: nn.Module, input: Any, *, extended: bool = False) -> Choice 
         of every LSTM in it: whose class it is, what it is called with, which backend runs that, and why.
 
     Raises:
-        TypeError: ``module`` is not a ``torch.nn.Module``.
+        TypeError: ``module`` is not a ``torch.nn.Module``; the input of an LSTM is neither a tensor nor packed.
         RuntimeError: a module names a backend that cannot run the call.
         ValueError, RuntimeError: as the call itself, if the input does not fit the module.
     """
     if isinstance(module, (LSTM, LSTMCell, *stock.BOTH)):
+        if not isinstance(input, (Tensor, PackedSequence)):
+            raise TypeError(
+                f"expected a tensor or a PackedSequence as the input of an LSTM, got {type(input).__name__}: "
+                "states do not matter for the choice, leave them out"
+            )
         return explaining.choose(module, input, extended=extended)
     found = finding.find(module)
     rows = [each.row(each.state, _why(each)) for each in found]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from lstmcore import stock
@@ -28,7 +30,7 @@ class Found:
     def row(self, state: State, why: str = "") -> Row:
         """Its line in a report."""
         extra = self.module.extra_repr() if self.state is not State.OTHER else ""
-        return Row(self.names, f"{type(self.module).__name__}({extra})", state, why)
+        return Row(self.names, f"{type(self.module).__name__}({' '.join(extra.split())})", state, why)
 
 
 def find(model: nn.Module) -> list[Found]:
@@ -41,17 +43,30 @@ def find(model: nn.Module) -> list[Found]:
             f"expected a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}: "
             "pass the module that it trains or holds"
         )
-    names: dict[int, list[str]] = {id(model): [""]}
-    for prefix, parent in model.named_modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                names.setdefault(id(child), []).append(f"{prefix}.{name}" if prefix else name)
-    return [Found(module, tuple(names[id(module)])) for module in model.modules() if _is_lstm(module)]
+    names: dict[int, list[str]] = {}
+    _name(model, "", names, ())
+    lstms = [each for each in model.modules() if _is_lstm(each) or (_is_named_so(each) and _holds_none(each))]
+    return [Found(module, tuple(names[id(module)])) for module in lstms]
+
+
+def _name(module: nn.Module, name: str, names: dict[int, list[str]], above: tuple[int, ...]) -> None:
+    """Adds every name of ``module`` and those in it, by their ids; ``above`` are the ids of those that hold it."""
+    names.setdefault(id(module), []).append(name)
+    for child_name, child in module._modules.items():
+        if child is not None and id(child) not in (id(module), *above):  # not round and round
+            _name(child, f"{name}.{child_name}" if name else child_name, names, (id(module), *above))
 
 
 def _is_lstm(module: nn.Module) -> bool:
-    if isinstance(module, (LSTM, LSTMCell, *stock.BOTH)):
-        return True
-    name = getattr(module, "original_name", type(module).__name__)  # a scripted module has its first class's
-    inside = (each for each in module.modules() if each is not module)
-    return name.endswith(("LSTM", "LSTMCell")) and not any(map(_is_lstm, inside))
+    return isinstance(module, (LSTM, LSTMCell, *stock.BOTH))
+
+
+def _is_named_so(module: nn.Module) -> bool:
+    scripted = isinstance(module, torch.jit.ScriptModule)  # which has the name of its first class
+    name: Any = module.original_name if scripted else type(module).__name__
+    return name.endswith(stock.NAMES)
+
+
+def _holds_none(module: nn.Module) -> bool:
+    """Whether no LSTM is inside of it: then it is one itself, not what holds some."""
+    return not any(_is_lstm(each) or _is_named_so(each) for each in module.modules() if each is not module)

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,6 @@ from lstmcore import module as own
 from lstmcore.models import classes
 
 _PLACES: tuple[Any, ...] = (nn, nn.modules, nn.modules.rnn)  # where torch's names of them are
-_NAMES = ("LSTM", "LSTMCell")
 
 
 def install(*, subclass: bool = False) -> None:
@@ -46,12 +46,28 @@ def uninstall() -> None:
 @contextlib.contextmanager
 def installed(*, subclass: bool = False) -> Iterator[None]:
     """:func:`install` for a ``with`` block; then the names are what they were before it."""
-    before = [tuple(getattr(place, name) for name in _NAMES) for place in _PLACES]
+    entered = _Entered([tuple(getattr(place, name) for name in stock.NAMES) for place in _PLACES])
     _install(subclass, caller=4)  # contextlib's between
+    _all_entered.append(entered)
     try:
         yield
     finally:
-        _put(before)
+        later = _all_entered[_all_entered.index(entered) + 1 :]
+        _all_entered.remove(entered)
+        if later:  # of another thread, and still in there: it puts back what was before both
+            later[0].before = entered.before
+        else:
+            _put(entered.before)
+
+
+@dataclass(eq=False)
+class _Entered:
+    """A ``with installed()`` that is not left yet."""
+
+    before: list[tuple[Any, ...]]  # the names at each place
+
+
+_all_entered: list[_Entered] = []
 
 
 def _install(subclass: bool, caller: int) -> None:
@@ -66,7 +82,7 @@ def _install(subclass: bool, caller: int) -> None:
 
 def _put(pairs: list[Any]) -> None:
     for place, pair in zip(_PLACES, pairs, strict=True):
-        for name, cls in zip(_NAMES, pair, strict=True):
+        for name, cls in zip(stock.NAMES, pair, strict=True):
             setattr(place, name, cls)
     frames.eager(own.LSTM.forward, nn.LSTM is own.LSTM)  # then it is what torch.compile breaks the graph at
 

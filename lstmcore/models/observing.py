@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-import types
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from lstmcore import explaining, stock
@@ -20,7 +22,8 @@ from lstmcore.models.finding import Found
 from lstmcore.models.report import Called, Row
 from lstmcore.module import LSTM, LSTMCell
 
-Seen: TypeAlias = "dict[int, list[tuple[str, Choice]]]"  # by the id of a module, its calls
+Seen: TypeAlias = "dict[int, list[tuple[str, Choice, bool]]]"  # by the id of a module, its calls: see Called
+_one_at_a_time = threading.RLock()  # the forwards of the whole process are observed
 
 
 def with_calls(model: nn.Module, input: Any, found: Iterable[Found], rows: Iterable[Row]) -> Iterator[Row]:
@@ -28,7 +31,7 @@ def with_calls(model: nn.Module, input: Any, found: Iterable[Found], rows: Itera
     seen = _watch(model, input, [each.module for each in found])
     for each, row in zip(found, rows, strict=True):
         kinds = Counter(seen[id(each.module)])
-        yield replace(row, calls=tuple(Called(shape, times, choice) for (shape, choice), times in kinds.items()))
+        yield replace(row, calls=tuple(Called(shape, n, choice, ours) for (shape, choice, ours), n in kinds.items()))
 
 
 def _watch(model: nn.Module, input: Any, modules: Iterable[nn.Module]) -> Seen:
@@ -39,15 +42,18 @@ def _watch(model: nn.Module, input: Any, modules: Iterable[nn.Module]) -> Seen:
         args, kwargs = (), input
     seen: Seen = {id(module): [] for module in modules}
 
-    def note(module: nn.Module, given: Tensor | PackedSequence, options: dict[str, Any]) -> None:
-        extended = any(value is not None and value is not False for value in options.values())
-        seen[id(module)].append((_shape(given), explaining.choose(module, given, extended=extended)))
+    def note(cls: type, module: nn.Module, given: Tensor | PackedSequence, options: dict[str, Any]) -> None:
+        if (calls := seen.get(id(module))) is not None:  # not of another model, or a copy that the run makes
+            extended = any(value is not None and value is not False for value in options.values())
+            choice = explaining.choose(module, given, extended=extended)
+            calls.append((_shape(given), choice, cls not in stock.BOTH))
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_one_at_a_time)
         stack.enter_context(_unchanged(model))
-        for module in modules:
-            stack.enter_context(_observed(module, note))
-        if "torch._dynamo" in sys.modules:  # what it compiled for the usual classes would be compiled again
+        for cls in (LSTM, LSTMCell, *stock.BOTH):
+            stack.enter_context(_observed(cls, note))
+        if "torch._dynamo" in sys.modules:  # what it compiled would be compiled again
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         model(*args, **kwargs)
     return seen
@@ -65,37 +71,44 @@ def _shape(input: Tensor | PackedSequence) -> str:
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Puts the buffers and the random numbers back that a run changes."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    held = [(module._buffers, dict(module._buffers)) for module in modules]  # a script's cannot be bound anew
+    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _writable(buffer)]
     try:
         with torch.random.fork_rng([device.index for device in devices]):
             yield
     finally:
-        with torch.no_grad():
-            for buffer, before in kept:
-                buffer.copy_(before)
+        for buffers, before in held:
+            buffers.update(before)
+        with torch.inference_mode():  # where buffers may be written that were made in it
+            for buffer, values in kept:
+                buffer.copy_(values)
+
+
+def _writable(buffer: Tensor) -> bool:
+    """Whether it has values, in memory of their own: torch does not write into an expanded tensor, nor does a run."""
+    if is_lazy(buffer):
+        return False
+    if buffer.layout is not torch.strided or buffer.is_nested:
+        return True
+    return all(stride or size < 2 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
 
 
 @contextlib.contextmanager
-def _observed(module: nn.Module, note: Callable[..., None]) -> Iterator[None]:
-    """Has ``note(module, input, options)`` called at each call of the forward of torch's class or ours.
+def _observed(cls: Any, note: Callable[..., None]) -> Iterator[None]:
+    """Has ``note(cls, module, input, options)`` called at each call of the forward of ``cls``, one of torch's or ours.
 
-    For that time the module is of a class below its own: arguments are seen behind a forward that a subclass puts
-    before that one, and with other arguments.
+    There arguments are seen behind a forward that a subclass puts before that one, and with other arguments.
     """
-    cls = type(module)
-    base: Any = next((each for each in cls.__mro__ if each in (LSTM, LSTMCell, *stock.BOTH)), None)
-    if base is None:
-        yield
-        return
+    before = cls.forward
 
+    @functools.wraps(before)
     def forward(self: nn.Module, input: Any, hx: Any = None, **options: Any) -> Any:
-        note(self, input, options)
-        return base.forward(self, input, hx, **options)
+        note(cls, self, input, options)
+        return before(self, input, hx, **options)
 
-    observer: Any = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
-    below = observer if cls is base else types.new_class(cls.__name__, (cls, observer))
-    module.__class__ = below
+    cls.forward = forward
     try:
         yield
     finally:
-        module.__class__ = cls
+        cls.forward = before

@@ -17,7 +17,7 @@ from lstmcore.models.finding import Found
 from lstmcore.models.report import Report, Row, State
 from lstmcore.module import LSTM
 
-_MARK = "_moved"  # in the __dict__ of a module that moved
+_MARK = "_moved_to_lstmcore"  # in the __dict__ of a module that moved
 
 
 def patch(
@@ -62,7 +62,8 @@ def patch(
     recomputing.asked(recompute, memory_budget)
     options = {"backend": backend, "recompute": recompute, "memory_budget": memory_budget}
     found = _selected(finding.find(model), only)
-    plan = [(each, *_planned(each, subclass)) for each in found]
+    kept = refusing.kept_forwards(model)
+    plan = [(each, *_planned(each, subclass, kept)) for each in found]
     rows = [each.row(_state(each, cls), why) for each, cls, why in plan]
     moving = [(each.module, cls) for each, cls, _ in plan if cls is not None]
     left = [row for row in rows if row.state is State.LEFT]
@@ -78,7 +79,7 @@ def patch(
     else:
         for module, cls in moving:
             _move(module, cls, options)
-    return Report(_title(rows), tuple(rows))
+    return Report(_title(rows, State.WOULD if dry_run else State.MOVED), tuple(rows))
 
 
 def unpatch(model: nn.Module) -> Report:
@@ -91,15 +92,24 @@ def unpatch(model: nn.Module) -> Report:
     """
     rows = []
     for each in finding.find(model):
-        cls = classes.back(each.module) if _MARK in vars(each.module) else None
+        if each.state is not State.OURS:
+            rows.append(each.row(each.state))
+            continue
+        cls, why = _planned_back(each.module)
         if cls is not None:
             _move_back(each.module, cls)
-            rows.append(each.row(State.BACK))
-        elif each.state is State.OURS:
-            rows.append(each.row(State.LEFT, f"built as {type(each.module).__name__} of lstmcore, not moved by patch"))
-        else:
-            rows.append(each.row(each.state))
-    return Report(_title(rows), tuple(rows))
+        rows.append(each.row(State.LEFT if cls is None else State.BACK, why))
+    return Report(_title(rows, State.BACK), tuple(rows))
+
+
+def _planned_back(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """The class that one of ours had before, or None and why it stays."""
+    if _MARK not in vars(module) and not classes.derived(module):
+        return None, "built on lstmcore's class, not moved by patch"
+    if "forward" in vars(module):
+        return None, "its forward was replaced on the instance since, and would go on to ours: undo that first"
+    cls = classes.back(module)
+    return cls, "its class was changed since, as fully_shard does: undo that first" if cls is None else ""
 
 
 def _selected(found: list[Found], only: str | Iterable[str] | None) -> list[Found]:
@@ -113,7 +123,7 @@ def _selected(found: list[Found], only: str | Iterable[str] | None) -> list[Foun
     return [each for each in found if any(fnmatch.fnmatchcase(n, p) for n in each.names for p in patterns)]
 
 
-def _planned(each: Found, subclass: bool) -> tuple[type[nn.Module] | None, str]:
+def _planned(each: Found, subclass: bool, kept: dict[int, str]) -> tuple[type[nn.Module] | None, str]:
     """The class that an LSTM moves to and what to know of it, or None and why it stays."""
     module = each.module
     if each.state is State.OURS:
@@ -123,11 +133,12 @@ def _planned(each: Found, subclass: bool) -> tuple[type[nn.Module] | None, str]:
         return None, reason
     before = type(module)
     try:
-        module.__class__ = cls = classes.moved(module, subclass)
-        module.__class__ = before
+        cls = classes.moved(module, subclass)
+        classes.turn(module, cls)
+        classes.turn(module, before)
     except Exception as error:  # of the interpreter, or of code that runs when a class is derived
         return None, f"a class of its own and lstmcore's is impossible: {type(error).__name__}: {error}"
-    return cls, ""
+    return cls, kept.get(id(module), "")
 
 
 def _state(each: Found, cls: type[nn.Module] | None) -> State:
@@ -137,13 +148,13 @@ def _state(each: Found, cls: type[nn.Module] | None) -> State:
 
 
 def _move(module: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> None:
-    module.__class__ = cls
+    classes.turn(module, cls)
     given = {name: value for name, value in options.items() if value != getattr(LSTM, name) and hasattr(cls, name)}
     vars(module).update(given, **{_MARK: True})
 
 
 def _move_back(module: nn.Module, cls: type[nn.Module]) -> None:
-    module.__class__ = cls
+    classes.turn(module, cls)
     for name in (_MARK, *refusing.OPTIONS):  # set by patch, or since
         vars(module).pop(name, None)
 
@@ -160,10 +171,9 @@ def _for_a_while(moving: list[tuple[nn.Module, type[nn.Module]]], options: dict[
             _move_back(module, cls)
 
 
-def _title(rows: list[Row]) -> str:
+def _title(rows: list[Row], done: State) -> str:
     if not rows:
         return "there is no LSTM in this model"
-    count = sum(row.state in (State.MOVED, State.WOULD, State.BACK) for row in rows)
-    verb = next((row.state.value for row in rows if row.state in (State.WOULD, State.BACK)), "moved")
+    count = sum(row.state is done for row in rows)
     already = sum(row.state is State.OURS for row in rows)
-    return f"{count} of {len(rows)} LSTMs {verb}" + (f", {already} lstmcore's already" if already else "")
+    return f"{count} of {len(rows)} LSTMs {done.value}" + (f", {already} lstmcore's already" if already else "")

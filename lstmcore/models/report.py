@@ -24,11 +24,12 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Called:
-    """A kind of call that a module received: on what, how often, and the backend that runs it."""
+    """A kind of call that a module received: on what, how often, and the backend that runs it, or would if ours did."""
 
     shape: str
     times: int
     choice: Choice
+    ours: bool  # whose forward it was; torch's runs ATen's, whatever the choice for ours
 
     @property
     def why(self) -> str:
@@ -60,8 +61,9 @@ class Row:
         elif not self.calls:
             yield (*line, "0", "", "", self.why or "not called with this input")
         for call in self.calls or ():
-            if self.state in (State.TORCHS, State.LEFT, State.OTHER):
-                runs, why = "torch.nn", f"{self.why}; lstmcore would run {call.choice.name!r}"
+            if not call.ours:
+                reason = self.why or "its code calls the forward of torch's class"
+                runs, why = "torch.nn", f"{reason}; lstmcore would run {call.choice.name!r}"
             else:
                 runs, why = call.choice.name, call.why + (f"; {self.why}" if self.why else "")
             yield (*line, str(call.times), call.shape, runs, why)

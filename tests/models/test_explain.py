@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -122,6 +126,22 @@ def test_what_it_says_is_what_runs(monkeypatch):
         assert bool(calls) == (said == "numba"), backend
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_it_says_under_autocast_is_what_runs(dtype, monkeypatch):
+    """The input of the LSTM is float32, and cast by it."""
+    from lstmcore import backends
+
+    kernels, calls = backends.load("numba"), []
+    original = kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    model, x = nn.Sequential(lstmcore.LSTM(64, 128)), torch.randn(20, 8, 64)
+    with torch.autocast("cpu", dtype):
+        said = {lstmcore.explain(model, x)["0"].calls[0].choice.name, lstmcore.explain(model[0], x).name}
+        calls.clear()
+        model(x)
+    assert said == {"numba" if calls else "torch"}
+
+
 def test_no_lstm():
     report = lstmcore.explain(nn.Linear(I, 1), X)
     assert str(report) == "there is no LSTM in this model"
@@ -134,9 +154,171 @@ def test_only_modules():
         lstmcore.explain([nn.LSTM(I, H)], X)
 
 
+def test_ours_that_runs_torchs_forward():
+    """As a class derived under installed() does, whose code has torch.nn.LSTM's name in it."""
+
+    class Derived(lstmcore.LSTM):
+        def forward(self, input, hx=None):
+            return nn.LSTM.forward(self, input, hx)
+
+    report = lstmcore.explain(nn.Sequential(Derived(I, H, backend="numba")), X)
+    assert not report["0"].calls[0].ours
+    assert "torch.nn  its code calls the forward of torch's class; lstmcore would run 'numba'" in str(report)
+
+
+def test_a_description_of_several_lines():
+    class Verbose(nn.LSTM):
+        def extra_repr(self):
+            return "first\nsecond"
+
+    assert "Verbose(first second)" in str(lstmcore.explain(nn.Sequential(Verbose(I, H)), X))
+
+
+def test_states_are_no_input_of_an_lstm():
+    states = torch.zeros(1, 3, H), torch.zeros(1, 3, H)
+    with pytest.raises(TypeError, match="expected a tensor or a PackedSequence as the input of an LSTM, got tuple"):
+        lstmcore.explain(nn.LSTM(I, H), (X, states))
+    assert lstmcore.explain(nn.Sequential(nn.LSTM(I, H)), X)["0"].calls[0].times == 1
+
+
+def test_scripted_models_with_buffers():
+    model = torch.jit.script(nn.Sequential(nn.BatchNorm1d(3), nn.LSTM(I, H)))
+    assert "patch the model before it is scripted" in str(lstmcore.explain(model, X))
+    assert not model.state_dict()["0.running_mean"].any()
+
+
 def test_shared_modules_have_one_line_with_all_names():
     report = lstmcore.explain(Model().eval(), X)
     assert len(report) == 1
-    assert report.rows[0].names == ("alias", "encoder.lstm")
-    assert "alias, encoder.lstm" in str(report)
+    assert report.rows[0].names == ("encoder.lstm", "alias")
+    assert "encoder.lstm, alias" in str(report)
     assert repr(report) == str(report)
+
+
+class WithBuffer(nn.Module):
+    """What a forward does with a buffer, and an LSTM."""
+
+    def __init__(self, buffer: torch.Tensor, use) -> None:
+        super().__init__()
+        self.lstm, self.use = nn.LSTM(I, H), use
+        self.register_buffer("buffer", buffer)
+
+    def forward(self, x):
+        output, (h_n, _) = self.lstm(x)
+        self.use(self, h_n)
+        return output
+
+
+def _bind(model, h_n):
+    model.buffer = h_n.detach()
+
+
+USES = {
+    "in place": (torch.zeros(3), lambda model, _: model.buffer.add_(1)),
+    "by data": (torch.zeros(3), lambda model, _: model.buffer.data.add_(1)),
+    "another tensor": (torch.zeros(1, 3, H), _bind),
+    "not a number": (torch.full((3,), torch.nan), lambda model, _: model.buffer.add_(1)),
+    "expanded": (torch.zeros(1).expand(3), lambda model, _: model.buffer.sum()),
+    "sparse": (torch.eye(3).to_sparse(), lambda model, _: model.buffer.sum()),
+    "of no memory": (torch.zeros(3, device="meta"), lambda model, _: model.buffer.sum()),
+}
+
+
+@pytest.mark.parametrize("kind", USES)
+def test_buffers_stay(kind):
+    buffer, use = USES[kind]
+    model, before = WithBuffer(buffer, use), buffer.clone()
+    assert lstmcore.explain(model, X)["lstm"].calls[0].times == 1
+    assert model.buffer is buffer
+    if kind != "of no memory":
+        torch.testing.assert_close(buffer, before, equal_nan=True, rtol=0, atol=0)
+
+
+def test_buffers_of_inference_mode_stay():
+    with torch.inference_mode():
+        buffer = torch.zeros(3)
+
+    def use(model, h_n):
+        with torch.inference_mode():
+            model.buffer.add_(1)
+
+    model = WithBuffer(buffer, use)
+    lstmcore.explain(model, X)
+    assert model.buffer is buffer
+    assert not buffer.any()
+
+
+class Registered(nn.LSTM):
+    """A class that knows those derived from it, and wants an argument of them."""
+
+    known: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, *, kind: str) -> None:
+        Registered.known.append(kind)
+
+
+class Kind(Registered, kind="a"):
+    def forward(self, input, hx=None):
+        return super().forward(input, hx)
+
+
+class Explicit(nn.LSTM):
+    """``super`` of the class that an instance has, not of this one."""
+
+    def forward(self, input, hx=None):
+        return super(self.__class__, self).forward(input, hx)
+
+
+class Sealed(nn.LSTM):
+    def __setattr__(self, name, value):
+        if "sealed" in vars(self):
+            raise AttributeError(f"sealed: {name}")
+        super().__setattr__(name, value)
+
+
+def sealed() -> nn.LSTM:
+    module = Sealed(I, H)
+    vars(module)["sealed"] = True
+    return module
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Kind(I, H), lambda: Explicit(I, H), sealed, lambda: models.ByName(I, H)],
+    ids=["registered", "explicit", "sealed", "by name"],
+)  # fmt: skip
+def test_nothing_is_done_to_a_class_to_see_its_calls(make):
+    model = nn.Sequential(make())
+    (call,) = lstmcore.explain(model, X)["0"].calls
+    assert (call.times, call.shape) == (1, f"(7, 3, {I}) float32")
+    assert Registered.known == ["a"]
+    assert nn.LSTM.forward.__module__ == "torch.nn.modules.rnn"
+    assert not hasattr(nn.LSTM.forward, "__wrapped__")
+    assert not hasattr(lstmcore.LSTM.forward, "__wrapped__")
+
+
+def test_a_copy_made_by_the_run_is_another_module():
+    class Copying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(I, H)
+
+        def forward(self, x):
+            return copy.deepcopy(self.lstm)(self.lstm(x)[0][..., :I])
+
+    (call,) = lstmcore.explain(Copying(), X)["lstm"].calls
+    assert call.times == 1
+
+
+def test_several_threads():
+    model, reports = nn.Sequential(nn.LSTM(I, H)), []
+    threads = [
+        threading.Thread(target=lambda: reports.extend(lstmcore.explain(model, X) for _ in range(10))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {report["0"].calls[0].times for report in reports} == {1}
+    assert len(reports) == 40
+    assert type(model[0]) is nn.LSTM
+    assert not hasattr(nn.LSTM.forward, "__wrapped__")

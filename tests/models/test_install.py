@@ -81,6 +81,19 @@ def test_nested_and_failing():
     assert nn.LSTM is stock.LSTM
 
 
+def test_left_in_another_order():
+    """As two threads do."""
+    first, second, third = (lstmcore.installed(subclass=subclass) for subclass in (False, True, False))
+    for each in (first, second, third):
+        each.__enter__()
+    second.__exit__(None, None, None)
+    assert nn.LSTM is lstmcore.LSTM
+    first.__exit__(None, None, None)
+    assert nn.LSTM is lstmcore.LSTM
+    third.__exit__(None, None, None)
+    assert nn.LSTM is stock.LSTM
+
+
 def test_another_ones_replacement_is_put_back(monkeypatch):
     class Theirs(stock.LSTM):
         pass
