@@ -567,7 +567,9 @@ def test_no_lstm():
 @pytest.mark.parametrize(
     "make", [nn.LSTM, partial(models.Doubled, factor=3.0), models.Mixed], ids=["", "Doubled", "Mixed"]
 )
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, "pickle", "torch.save"], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, "pickle", "torch.save"], ids=["deepcopy", "copy", "pickle", "torch.save"]
+)
 def test_copies(copied, make, subclass):
     module = make(I, H).eval()
     theirs = type(module)
