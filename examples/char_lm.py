@@ -120,7 +120,7 @@ class Corpus:
         needed = math.ceil(batch * (steps + 1) / HELD_OUT) + batch
         if len(text) < needed:
             raise CannotRun(
-                f"the text is too small: {len(text):,} characters, but {batch} streams of {steps} steps, with two times "
+                f"the text is too small: {len(text):,} characters, but {batch} streams of {steps} steps, with twice "
                 f"{HELD_OUT:.1%} held out, need {needed:,}; lower --batch or --steps-per-window, or pass more --text"
             )
         characters = vocabulary_of(text)
@@ -362,9 +362,9 @@ def show(console: Console, trainees: Sequence[Trainee], tested: dict[str, float]
 
 def show_learning(console: Console, tested: dict[str, float], others: dict[str, float]) -> None:
     """Whether it learned: bits per character of text that nobody has seen, the best first."""
-    table = Table(title="bits per character of the test (fewer are better)")
+    table = Table(title="the test: fewer bits are better")
     table.add_column("")
-    table.add_column("bits", justify="right")
+    table.add_column("bits per character", justify="right")
     for name, bits in sorted((tested | others).items(), key=lambda each: each[1]):
         table.add_row(name, f"{bits:.3f}", style="bold" if name in tested else "")
     console.print(table)
@@ -381,9 +381,8 @@ def draw(trainees: Sequence[Trainee], characters: int, others: dict[str, float])
     losses.plot(steps, ours.losses, color=COLOURS[OURS], linewidth=1.5, label=OURS)
     losses.plot(*zip(*ours.validations, strict=True), "o", color="black", markersize=4, label=f"{OURS}, validation")
     for (name, bits), line in zip(others.items(), (":", "--", "-."), strict=False):
-        losses.axhline(
-            bits * math.log(2), color="#777777", linestyle=line, linewidth=1, label=f"{name.split()[0]}, test"
-        )
+        label = f"{name.split()[0]}, test"
+        losses.axhline(bits * math.log(2), color=plots.GREY, linestyle=line, linewidth=1, label=label)
     losses.set(title="training loss: the curves overlap", xlabel="step", ylabel="nats per character")
     losses.grid(alpha=0.3)
     losses.legend(frameon=False)
@@ -437,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     corpus = Corpus.of(text, options.batch, options.steps_per_window).to(options.device)
     options.text_checksum = zlib.crc32(text.encode())
     console.print(
-        f"{corpus.train.numel():,} characters to train on, {corpus.test.numel():,} to validate with and as many to test, "
+        f"{corpus.train.numel():,} characters to train on, {corpus.test.numel():,} to validate with, as many to test, "
         f"vocabulary {len(corpus.characters)}; {options.device}, {torch.get_num_threads()} threads",
         soft_wrap=True,
     )

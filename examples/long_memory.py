@@ -211,9 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show(options: argparse.Namespace) -> int:
     """All three parts; raises CannotRun without a text, OSError where the pictures cannot be written."""
     console, start = Console(), time.monotonic()
-    corpus = Corpus.of(
-        "".join(read_files(options.text)), TEXT_BATCH, options.text_steps
-    )  # before minutes are spent on the rest
+    # The text is read before minutes are spent on the rest.
+    corpus = Corpus.of("".join(read_files(options.text)), TEXT_BATCH, options.text_steps)
     task = Recall(options.steps, options.symbols)
 
     def cure(lstm: nn.RNNBase) -> None:
