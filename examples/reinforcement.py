@@ -36,14 +36,14 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
 
 import lstmcore
-from common import CannotRun, Checkpoint, Interrupt, add_options, positive, reported
+from common import CannotRun, Checkpoint, add_options, positive, reported
+from loop import repeat
 from lstmcore.flow import plots
 
 WITH, WITHOUT = "lstmcore.LSTM", "no memory"
@@ -304,27 +304,15 @@ SETTINGS = (
 def train(trainees: Sequence[Trainee], checkpoint: Checkpoint, options: argparse.Namespace, console: Console) -> bool:
     """Trains both in turns up to ``options.iterations``; returns False when interrupted.  Saves in either case."""
 
-    def save() -> None:
-        checkpoint.save({trainee.name: trainee.state_dict() for trainee in trainees})
+    def iterate(_: int) -> str:
+        for trainee in trainees:
+            trainee.iterate(options)
+        return ", ".join(f"{trainee.name} {recent(trainee):.0%}" for trainee in trainees)
 
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
-    first = len(trainees[0].success)
-    with (
-        Interrupt() as interrupt,
-        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar,
-    ):
-        task = bar.add_task("", total=options.iterations, completed=first, told="")
-        for iteration in range(first, options.iterations):
-            for trainee in trainees:
-                trainee.iterate(options)
-            told = ", ".join(f"{trainee.name} {recent(trainee):.0%}" for trainee in trainees)
-            bar.update(task, advance=1, told=f"at the goal: {told}")
-            if interrupt.wanted:
-                break
-            if (iteration + 1) % options.save_every == 0:
-                save()
-    save()
-    return len(trainees[0].success) >= options.iterations
+    def state() -> dict[str, Any]:
+        return {trainee.name: trainee.state_dict() for trainee in trainees}
+
+    return repeat(iterate, len(trainees[0].success), checkpoint, state, options, console)
 
 
 def recent(trainee: Trainee) -> float:
@@ -549,11 +537,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         saved = checkpoint.load()
         for trainee in trainees:
             trainee.load_state_dict(saved[trainee.name])
-        console.print(f"resumed after rollout {len(trainees[0].success)} from {checkpoint.path}", soft_wrap=True)
+        console.print(f"resumed after iteration {len(trainees[0].success)} from {checkpoint.path}", soft_wrap=True)
 
     if not train(trainees, checkpoint, options, console):
-        done = len(trainees[0].success)
-        console.print(f"stopped after rollout {done}; go on with --resume ({checkpoint.path})", soft_wrap=True)
         return 130
     show(console, {trainee.name: test(trainee.player.agent, options) for trainee in trainees}, trainees)
     rollout = play(trainees[0].player, options.steps, options)

@@ -39,7 +39,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -47,7 +46,8 @@ from torch.nn import functional as F
 
 import lstmcore
 from char_lm import CharModel, in_order, numbers_of, read_files, streams, vocabulary_of
-from common import CannotRun, Checkpoint, Interrupt, add_options, fast_arithmetic, positive, reported
+from common import CannotRun, Checkpoint, add_options, fast_arithmetic, positive, reported
+from loop import repeat
 from lstmcore.flow import plots
 from ngrams import NGrams
 
@@ -190,28 +190,6 @@ class Training:
 SETTINGS = (
     "text_checksum", "seed", "batch", "steps", "embedding_size", "hidden_size", "learning_rate", "clip",
 )  # fmt: skip
-
-
-def train(
-    training: Training, programs: Programs, checkpoint: Checkpoint, options: argparse.Namespace, console: Console
-) -> bool:
-    """Up to ``options.iterations``; returns False when interrupted.  Saves in either case."""
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    first = len(training.losses)
-    with (
-        Interrupt() as interrupt,
-        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar,
-    ):
-        task = bar.add_task("", total=options.iterations, completed=first, loss="")
-        for iteration in range(first, options.iterations):
-            training.step(programs, options)
-            bar.update(task, advance=1, loss=f"loss {training.losses[-1]:.3f}")
-            if interrupt.wanted:
-                break
-            if (iteration + 1) % options.save_every == 0:
-                checkpoint.save(training.state_dict())
-    checkpoint.save(training.state_dict())
-    return len(training.losses) >= options.iterations
 
 
 # -------------------------------------------------------------------------------------------------------------- typing
@@ -481,12 +459,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checkpoint = Checkpoint(options.out / "streaming.pt", settings)
     if options.resume:
         training.load_state_dict(checkpoint.load(), options.device)
-        console.print(f"resumed after step {len(training.losses)} from {checkpoint.path}", soft_wrap=True)
-    if not train(training, programs, checkpoint, options, console):
-        done = len(training.losses)
-        console.print(f"stopped after step {done}; go on with --resume ({checkpoint.path})", soft_wrap=True)
-        return 130
+        console.print(f"resumed after iteration {len(training.losses)} from {checkpoint.path}", soft_wrap=True)
 
+    def iterate(_: int) -> str:
+        training.step(programs, options)
+        return f"loss {training.losses[-1]:.3f}"
+
+    if not repeat(iterate, len(training.losses), checkpoint, training.state_dict, options, console):
+        return 130
     with fast_arithmetic():  # one thread: a step is too small to be divided, and an even latency counts here
         typed = type_out(training.model, programs.typed)
         right = accuracies(programs, typed, len(training.losses) * options.steps)

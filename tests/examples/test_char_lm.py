@@ -52,9 +52,9 @@ def test_it_goes_on_as_if_it_had_never_stopped(run, tmp_path, monkeypatch, capsy
     with monkeypatch.context() as patch:
         interrupt(patch, char_lm.Trainee, "step", at=5)  # in the third iteration: two models take turns
         assert run("--iterations", "5", out="parts") == 130
-    assert "stopped after step 3; go on with --resume" in capsys.readouterr().out
+    assert "stopped after iteration 3; go on with --resume" in capsys.readouterr().out
     assert run("--iterations", "4", "--resume", out="parts") == 0
-    assert "resumed after step 3" in capsys.readouterr().out
+    assert "resumed after iteration 3" in capsys.readouterr().out
     assert run("--iterations", "5", "--resume", out="parts") == 0
     whole, parts = (state_of(tmp_path / out / "char_lm.pt") for out in ("whole", "parts"))
     assert same(whole, parts)

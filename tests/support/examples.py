@@ -26,7 +26,7 @@ def same(one: Any, other: Any) -> bool:
             and all(same(one[key], other[key]) for key in one.keys() - CLOCK)
         )
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, float) and math.isnan(one):
         return math.isnan(other)
     return type(one) is type(other) and one == other
