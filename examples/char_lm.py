@@ -40,14 +40,14 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lstmcore
-from common import CannotRun, Checkpoint, Interrupt, add_options, positive, reported
+from common import CannotRun, Checkpoint, add_options, positive, reported
+from loop import repeat
 from lstmcore.flow import plots
 from ngrams import NGrams
 
@@ -271,41 +271,25 @@ SETTINGS = (
 
 
 def train(
-    corpus: Corpus,
-    trainees: Sequence[Trainee],
-    checkpoint: Checkpoint,
-    options: argparse.Namespace,
-    console: Console,
+    corpus: Corpus, trainees: Sequence[Trainee], checkpoint: Checkpoint, options: argparse.Namespace, console: Console
 ) -> bool:
     """Trains both in turns up to ``options.iterations``; returns False when interrupted.  Saves in either case."""
 
-    def save() -> None:
-        checkpoint.save({trainee.name: trainee.state_dict() for trainee in trainees})
-
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    first = len(trainees[0].losses)
-    with (
-        Interrupt() as interrupt,
-        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar,
-    ):
-        task = bar.add_task("", total=options.iterations, completed=first, loss="")
-        for iteration in range(first, options.iterations):
-            window, start_over = window_of(corpus, iteration, options.steps_per_window)
-            # Who goes first alternates, so that neither always runs on the caches that the other has left.
-            for trainee in trainees if iteration % 2 == 0 else trainees[::-1]:
-                if start_over:
-                    trainee.state = None
-                trainee.step(window, options)
+    def iterate(iteration: int) -> str:
+        window, start_over = window_of(corpus, iteration, options.steps_per_window)
+        # Who goes first alternates, so that neither always runs on the caches that the other has left.
+        for trainee in trainees if iteration % 2 == 0 else trainees[::-1]:
+            if start_over:
+                trainee.state = None
+            trainee.step(window, options)
             if (iteration + 1) % options.validate_every == 0:
-                for trainee in trainees:
-                    trainee.validate(corpus, options)
-            bar.update(task, advance=1, loss=f"loss {trainees[0].losses[-1]:.3f}")
-            if interrupt.wanted:
-                break
-            if (iteration + 1) % options.save_every == 0:
-                save()
-    save()
-    return len(trainees[0].losses) >= options.iterations
+                trainee.validate(corpus, options)
+        return f"loss {trainees[0].losses[-1]:.3f}"
+
+    def state() -> dict[str, Any]:
+        return {trainee.name: trainee.state_dict() for trainee in trainees}
+
+    return repeat(iterate, len(trainees[0].losses), checkpoint, state, options, console)
 
 
 # ----------------------------------------------------------------------------------------------------------- baselines
@@ -450,11 +434,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         saved = checkpoint.load()
         for trainee in trainees:
             trainee.load_state_dict(saved[trainee.name])
-        console.print(f"resumed after step {len(trainees[0].losses)} from {checkpoint.path}", soft_wrap=True)
+        console.print(f"resumed after iteration {len(trainees[0].losses)} from {checkpoint.path}", soft_wrap=True)
 
     if not train(corpus, trainees, checkpoint, options, console):
-        done = len(trainees[0].losses)
-        console.print(f"stopped after step {done}; go on with --resume ({checkpoint.path})", soft_wrap=True)
         return 130
     report(corpus, trainees, options, console)
     console.print(f"plot: {options.out / 'char_lm.png'}; checkpoint: {checkpoint.path}", soft_wrap=True)

@@ -21,12 +21,20 @@ class NGrams:
         characters: (N,) numbers below ``vocabulary``.
         targets: (N,) numbers below ``kinds``; that of place i goes with the context that ends with character i.
         longest: the longest context, in characters.
+
+    Raises:
+        ValueError: contexts that are too long to be numbered, or longer than the text.
     """
 
     def __init__(self, characters: np.ndarray, targets: np.ndarray, vocabulary: int, kinds: int, longest: int) -> None:
         most = int(63 / np.log2(max(vocabulary, kinds, 2))) - 1  # contexts and targets are numbers of 63 bits
         if not 0 <= longest <= most:
             raise ValueError(f"expected contexts of 0 to {most} of {vocabulary} characters, got longest={longest}")
+        if not len(characters) == len(targets) > longest:
+            raise ValueError(
+                f"expected a target for each character, and more of them than the longest context has, {longest}; "
+                f"got {len(characters)} characters and {len(targets)} targets"
+            )
         self.vocabulary, self.kinds, self.longest = vocabulary, kinds, longest
         self._tables = []  # for each k: what has been seen with its counts; contexts with theirs, and different targets
         for length in range(longest + 1):
