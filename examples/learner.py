@@ -14,18 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import Checkpoint, Interrupt, brought_by
+from common import Checkpoint, brought_by
+from loop import repeat
 
 with brought_by("examples"):
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
 WARM_UP = 0.05  # share of the steps in which the learning rate rises
 Loss = Callable[[nn.Module], Tensor]  # of a batch that it draws
@@ -54,7 +47,7 @@ def above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
         return value
 
-    parse.__name__ = f"{kind.__name__} value"  # argparse names it where the text is no number
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
     return parse
 
 
@@ -124,30 +117,16 @@ class Learner:
         console: Console,
     ) -> bool:
         """Up to ``options.iterations``; returns False when interrupted.  Saves in either case."""
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
-        first, steps = len(self.losses), options.iterations
-        with (
-            Interrupt() as interrupt,
-            Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar,
-        ):
-            task = bar.add_task("", total=steps, completed=first, told="")
-            for step in range(first, steps):
-                self.step(loss, options.learning_rate * schedule(step, steps))
-                if (step + 1) % options.validate_every == 0 or step + 1 == steps:
-                    self.validate(error)
-                told = f"loss {self.losses[-1]:.3f}"
-                if self.validations:
-                    told += f", validation {self.validations[-1][1]:.3f}"
-                bar.update(task, advance=1, told=told)
-                if interrupt.wanted:
-                    break
-                if (step + 1) % options.save_every == 0:
-                    checkpoint.save(self.state_dict())
-        checkpoint.save(self.state_dict())
-        done = len(self.losses)
-        if done < steps:
-            console.print(f"stopped after step {done}; go on with --resume ({checkpoint.path})", soft_wrap=True)
-        return done >= steps
+        steps = options.iterations
+
+        def iterate(step: int) -> str:
+            self.step(loss, options.learning_rate * schedule(step, steps))
+            if (step + 1) % options.validate_every == 0 or step + 1 == steps:
+                self.validate(error)
+            told = f"loss {self.losses[-1]:.3f}"
+            return told + (f", validation {self.validations[-1][1]:.3f}" if self.validations else "")
+
+        return repeat(iterate, len(self.losses), checkpoint, self.state_dict, options, console)
 
 
 @torch.no_grad()
@@ -164,7 +143,7 @@ def measured(model: nn.Module, error: Callable[[nn.Module], float]) -> float:
 def compare_steps(model: nn.Module, peer: nn.Module, loss: Loss, repeats: int = 5) -> tuple[float, float]:
     """Seconds of a training step of each, without the optimizer's: the medians, after a first one, in turns."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats + 1):
+    for turn in range(repeats + 1):
         for each, taken in zip((model, peer), seconds, strict=True):
             state = torch.get_rng_state()
             start = time.perf_counter()
@@ -174,7 +153,7 @@ def compare_steps(model: nn.Module, peer: nn.Module, loss: Loss, repeats: int = 
             taken.append(time.perf_counter() - start)
             if each is model:
                 torch.set_rng_state(state)  # the peer reads the same batch
-        if repeat == 0:
+        if turn == 0:  # it compiles
             for taken in seconds:
                 taken.clear()
     return statistics.median(seconds[0]), statistics.median(seconds[1])

@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from common import Checkpoint, Interrupt, brought_by
 
-from common import Checkpoint, Interrupt
+with brought_by("examples"):
+    from rich import progress
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 
 def repeat(
@@ -32,9 +34,10 @@ def repeat(
         Whether all of them are done; False when interrupted, which is said.
     """
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
+    times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
     with (
         Interrupt() as interrupt,
-        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar,
+        progress.Progress(*columns, *times, console=console) as bar,
     ):
         task = bar.add_task("", total=options.iterations, completed=done, told="")
         while done < options.iterations and not interrupt.wanted:
