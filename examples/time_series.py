@@ -338,7 +338,7 @@ def draw_forecasts(axes: Axes, series: Series, tested: Tested) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.2 * (high - low))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, ncols=4, loc="upper left")
+    axes.legend(ncols=4, loc="upper left", framealpha=1, edgecolor="none")  # grey lines pass behind it
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
