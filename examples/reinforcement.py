@@ -307,7 +307,7 @@ def train(trainees: Sequence[Trainee], checkpoint: Checkpoint, options: argparse
     def iterate(_: int) -> str:
         for trainee in trainees:
             trainee.iterate(options)
-        return ", ".join(f"{trainee.name} {recent(trainee):.0%}" for trainee in trainees)
+        return "at the goal: " + ", ".join(f"{recent(trainee):.0%}" for trainee in trainees)
 
     def state() -> dict[str, Any]:
         return {trainee.name: trainee.state_dict() for trainee in trainees}
