@@ -57,7 +57,7 @@ VOCABULARY = 128  # V: the most frequent characters; all others share the last p
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 HELD_OUT = 0.025  # shares of the text, at its end, that are never trained on: one for validation, one for the test
 NGRAMS = (2, 3, 5)  # characters that the tables of counts look at, the predicted one included
-WARM_UP = 20  # steps in which the learning rate rises
+WARM_UP = 80  # steps in which the learning rate rises
 State = tuple[Tensor, Tensor]
 
 
@@ -196,7 +196,7 @@ class Trainee:
 
     def validate(self, corpus: Corpus, options: argparse.Namespace) -> None:
         """Keeps the weights if none before were better."""
-        loss = evaluate(self.model, corpus.validation, options.steps_per_window, windows=2)
+        loss = evaluate(self.model, corpus.validation, options.steps_per_window, windows=16)
         if not self.validations or loss < min(earlier for _, earlier in self.validations):
             self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.validations.append((len(self.losses), loss))
@@ -398,16 +398,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--text", type=Path, help="a text file (UTF-8) instead of the standard library's sources")
-    parser.add_argument("--iterations", type=positive, default=120, help="training steps of each model, in total")
-    parser.add_argument("--steps-per-window", type=positive, default=1024, help="T: steps that gradients go back")
+    parser.add_argument("--iterations", type=positive, default=480, help="training steps of each model, in total")
+    parser.add_argument("--steps-per-window", type=positive, default=256, help="T: steps that gradients go back")
     parser.add_argument("--batch", type=positive, default=16, help="B: streams of text read side by side")
     parser.add_argument("--hidden-size", type=positive, default=256)
     parser.add_argument("--embedding-size", type=positive, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="the highest")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradients")
-    parser.add_argument("--validate-every", type=positive, default=20, help="steps between validations")
+    parser.add_argument("--validate-every", type=positive, default=80, help="steps between validations")
     parser.add_argument("--sample", type=int, default=300, help="characters that the trained model writes")
-    add_options(parser, out="out", save_every=25)
+    add_options(parser, out="out", save_every=100)
     return parser
 
 
