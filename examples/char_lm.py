@@ -37,19 +37,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lstmcore
-from common import CannotRun, Checkpoint, add_options, positive, reported
+from common import CannotRun, Checkpoint, add_options, brought_by, positive, reported
 from loop import repeat
-from lstmcore.flow import plots
 from ngrams import NGrams
+
+with brought_by("examples"):
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    from lstmcore.flow import plots
 
 OURS, PEER = "lstmcore.LSTM", "torch.nn.LSTM"
 COLOURS = {OURS: "#0b6e99", PEER: "#d1782a"}
