@@ -302,7 +302,7 @@ def baselines(corpus: Corpus, steps: int) -> dict[str, float]:
     """Bits per character of the test by what needs no gradient: counts of the ``steps`` a stream that were read."""
     read, test = in_order(corpus.train[: steps + 1]), in_order(corpus.test)
     found = {}
-    for size in NGRAMS:
+    for size in (size for size in NGRAMS if size < len(read)):
         table = NGrams(read[:-1], read[1:], len(corpus.characters), len(corpus.characters), size - 1)
         found[f"{size}-gram of the characters read"] = float(-np.log2(table.chance(test[:-1], test[1:])).mean())
     text = "".join(corpus.characters[number] for number in test).encode()
