@@ -37,19 +37,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lstmcore
-from common import CannotRun, Checkpoint, add_options, positive, reported
+from common import CannotRun, Checkpoint, add_options, brought_by, positive, reported
 from loop import repeat
-from lstmcore.flow import plots
 from ngrams import NGrams
+
+with brought_by("examples"):
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    from lstmcore.flow import plots
 
 OURS, PEER = "lstmcore.LSTM", "torch.nn.LSTM"
 COLOURS = {OURS: "#0b6e99", PEER: "#d1782a"}
@@ -57,7 +60,7 @@ VOCABULARY = 128  # V: the most frequent characters; all others share the last p
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 HELD_OUT = 0.025  # shares of the text, at its end, that are never trained on: one for validation, one for the test
 NGRAMS = (2, 3, 5)  # characters that the tables of counts look at, the predicted one included
-WARM_UP = 20  # steps in which the learning rate rises
+WARM_UP = 80  # steps in which the learning rate rises
 State = tuple[Tensor, Tensor]
 
 
@@ -196,7 +199,7 @@ class Trainee:
 
     def validate(self, corpus: Corpus, options: argparse.Namespace) -> None:
         """Keeps the weights if none before were better."""
-        loss = evaluate(self.model, corpus.validation, options.steps_per_window, windows=2)
+        loss = evaluate(self.model, corpus.validation, options.steps_per_window, windows=16)
         if not self.validations or loss < min(earlier for _, earlier in self.validations):
             self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.validations.append((len(self.losses), loss))
@@ -299,7 +302,7 @@ def baselines(corpus: Corpus, steps: int) -> dict[str, float]:
     """Bits per character of the test by what needs no gradient: counts of the ``steps`` a stream that were read."""
     read, test = in_order(corpus.train[: steps + 1]), in_order(corpus.test)
     found = {}
-    for size in NGRAMS:
+    for size in (size for size in NGRAMS if size < len(read)):
         table = NGrams(read[:-1], read[1:], len(corpus.characters), len(corpus.characters), size - 1)
         found[f"{size}-gram of the characters read"] = float(-np.log2(table.chance(test[:-1], test[1:])).mean())
     text = "".join(corpus.characters[number] for number in test).encode()
@@ -398,16 +401,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--text", type=Path, help="a text file (UTF-8) instead of the standard library's sources")
-    parser.add_argument("--iterations", type=positive, default=120, help="training steps of each model, in total")
-    parser.add_argument("--steps-per-window", type=positive, default=1024, help="T: steps that gradients go back")
+    parser.add_argument("--iterations", type=positive, default=480, help="training steps of each model, in total")
+    parser.add_argument("--steps-per-window", type=positive, default=256, help="T: steps that gradients go back")
     parser.add_argument("--batch", type=positive, default=16, help="B: streams of text read side by side")
     parser.add_argument("--hidden-size", type=positive, default=256)
     parser.add_argument("--embedding-size", type=positive, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="the highest")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradients")
-    parser.add_argument("--validate-every", type=positive, default=20, help="steps between validations")
+    parser.add_argument("--validate-every", type=positive, default=80, help="steps between validations")
     parser.add_argument("--sample", type=int, default=300, help="characters that the trained model writes")
-    add_options(parser, out="out", save_every=25)
+    add_options(parser, out="out", save_every=100)
     return parser
 
 

@@ -34,17 +34,20 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
 
 import lstmcore
-from common import CannotRun, Checkpoint, add_options, positive, reported
+from common import CannotRun, Checkpoint, add_options, brought_by, positive, reported
 from loop import repeat
-from lstmcore.flow import plots
+
+with brought_by("examples"):
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.table import Table
+
+    from lstmcore.flow import plots
 
 WITH, WITHOUT = "lstmcore.LSTM", "no memory"
 COLOURS = {WITH: plots.BLUE, WITHOUT: plots.ORANGE}
@@ -307,7 +310,7 @@ def train(trainees: Sequence[Trainee], checkpoint: Checkpoint, options: argparse
     def iterate(_: int) -> str:
         for trainee in trainees:
             trainee.iterate(options)
-        return ", ".join(f"{trainee.name} {recent(trainee):.0%}" for trainee in trainees)
+        return "at the goal: " + ", ".join(f"{recent(trainee):.0%}" for trainee in trainees)
 
     def state() -> dict[str, Any]:
         return {trainee.name: trainee.state_dict() for trainee in trainees}

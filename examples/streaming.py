@@ -35,21 +35,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lstmcore
 from char_lm import CharModel, in_order, numbers_of, read_files, streams, vocabulary_of
-from common import CannotRun, Checkpoint, add_options, fast_arithmetic, positive, reported
+from common import CannotRun, Checkpoint, add_options, brought_by, fast_arithmetic, positive, reported
 from loop import repeat
-from lstmcore.flow import plots
 from ngrams import NGrams
+
+with brought_by("examples"):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    from lstmcore.flow import plots
 
 KINDS = ("code", "comment", "string")
 CODE, COMMENT, STRING = range(3)
