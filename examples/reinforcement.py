@@ -39,7 +39,7 @@ from torch.distributions import Categorical
 from torch.nn import functional as F
 
 import lstmcore
-from common import CannotRun, Checkpoint, add_options, brought_by, positive, reported
+from common import CannotRun, Checkpoint, add_options, brought_by, fast_arithmetic, positive, reported
 from loop import repeat
 
 with brought_by("examples"):
@@ -532,6 +532,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"the shortest corridor, {options.shortest} steps, is longer than the longest, {options.longest}; "
             "pass --shortest and --longest the other way round"
         )
+    with fast_arithmetic():
+        return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """What is left once the options are known to make sense; returns the exit status."""
     console, start = Console(), time.monotonic()
     settings = {"example": "reinforcement"} | {name: getattr(options, name) for name in SETTINGS}
     checkpoint = Checkpoint(options.out / "reinforcement.pt", settings)
