@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -129,6 +130,12 @@ class Checkpoint:
     path: Path
     settings: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        """An OSError at once where nothing can be written: minutes later, it would cost them."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "cannot write into this folder", str(self.path.parent))
+
     def save(self, state: dict[str, Any]) -> None:
         """Writes ``state``, all that the next step depends on, and the random number generators'.
 
@@ -137,7 +144,6 @@ class Checkpoint:
         content = {"settings": self.settings, "state": state, "rng": torch.get_rng_state()}
         if torch.cuda.is_initialized():
             content["cuda_rng"] = torch.cuda.get_rng_state_all()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
             torch.save(content, unfinished)

@@ -44,6 +44,7 @@ from learner import SETTINGS, Learner, add_training_options, compare_steps, meas
 with brought_by("examples"):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
     from rich.console import Console
     from rich.table import Table
 
@@ -319,7 +320,7 @@ def show(console: Console, tested: Tested, seconds: tuple[float, float]) -> None
 @plots.styled
 def draw(tested: Tested) -> Figure:
     """Who is taken for whom, by the LSTM and by the bag of words."""
-    figure = Figure(figsize=(13, 6.2), layout="constrained")
+    figure = Figure(figsize=(13, 7), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2, sharey=True), (LSTM, BAG), strict=True):
         image = draw_confusion(axes, tested, name)
     figure.axes[0].set_ylabel("package that the passage comes from")
@@ -332,7 +333,7 @@ def draw(tested: Tested) -> Figure:
     return figure
 
 
-def draw_confusion(axes: Axes, tested: Tested, name: str):
+def draw_confusion(axes: Axes, tested: Tested, name: str) -> AxesImage:
     shares, size = tested.confusion(name), len(tested.packages)
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     for row in range(size):

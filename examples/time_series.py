@@ -211,7 +211,10 @@ class Found:
 
 
 def found(model: nn.Module, series: Series, lags: int, options: argparse.Namespace) -> Found:
-    """By the gradient of forecasts to what was read, a mean over the test; the periods by Fourier's transform."""
+    """By the gradient of forecasts to what was read, a mean over the test; the periods by Fourier's transform.
+
+    The model is in training mode, as cuDNN demands for a gradient; it has no dropout.
+    """
     ahead = (options.days + 1) // 2
     days_of = torch.linspace(series.test + 1, len(series.values) - 1, 32).long().to(series.values.device)
     windows = series.values[days_of - torch.arange(options.history - 1, -1, -1, device=days_of.device)[:, None]]
@@ -417,7 +420,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peer.load_state_dict(model.state_dict())
     tested = test(model, near, options)
     show(console, tested, compare_steps(model, peer, loss))
-    model.eval()
     plots.save(draw(series, tested, found(model, near, options.max_lag, options)), options.out, "time_series")
     console.print(f"plot: {options.out / 'time_series.png'}; checkpoint: {checkpoint.path}", soft_wrap=True)
     return 0

@@ -94,6 +94,15 @@ def test_no_file(tmp_path):
         Checkpoint(tmp_path / "one.pt", SETTINGS).load()
 
 
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        Checkpoint(tmp_path / "file" / "one.pt", SETTINGS)
+    monkeypatch.setattr(common.os, "access", lambda path, mode: False)  # for root, every folder can
+    with pytest.raises(PermissionError, match="cannot write into this folder"):
+        Checkpoint(tmp_path / "one.pt", SETTINGS)
+
+
 @pytest.mark.parametrize("text", ["", "gpu", "cuda:", "cuda:x", "meta", "mps"])
 def test_what_is_no_device(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"expected cpu, cuda or cuda:N, got '{text}'"):

@@ -53,6 +53,7 @@ def run(tmp_path, sources):
     return run
 
 
+@pytest.mark.slow
 def test_it_runs(run, tmp_path, capsys):
     assert run("--iterations", "3") == 0
     told = capsys.readouterr().out
@@ -65,6 +66,7 @@ def test_it_runs(run, tmp_path, capsys):
     assert [step for step, _ in state["validations"]] == [2, 3]
 
 
+@pytest.mark.slow
 def test_it_learns(run, tmp_path, capsys):
     """Words that name their package are soon known; by guessing, more than half of the answers are wrong."""
     assert run("--iterations", "60", "--learning-rate", "0.02", "--hidden-size", "8") == 0

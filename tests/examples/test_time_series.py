@@ -36,6 +36,7 @@ def series() -> Series:
     return Series.read(FILE)
 
 
+@pytest.mark.slow
 def test_it_runs(run, tmp_path, capsys):
     assert run("--iterations", "3") == 0
     told = capsys.readouterr().out
