@@ -1,6 +1,6 @@
 """A task that no policy without a memory solves, learned by an actor-critic with lstmcore.LSTM.
 
-    python examples/reinforcement.py             # a minute or two on two cores
+    python examples/reinforcement.py             # under a minute
     python examples/reinforcement.py --resume    # goes on from the checkpoint, as if it had never stopped
 
 The task is the T-maze.  A sign at its entrance says on which side the goal lies; a corridor follows, in which every
@@ -13,6 +13,7 @@ What lstmcore does here:
 * A rollout has T steps of B environments, and episodes end anywhere in it.  Training runs all of it in one call, with
   ``reset=``: where an episode begins, the state of that row is zeroed, and no gradient passes.  ``reset[t]`` is
   ``done[t - 1]``, and a rollout starts from the state and the ``done`` that the one before ended with.
+* ``chrono`` starts the forget gates so that they can span the longest corridor.
 * Acting takes one step at a time, each after the one before: ``lstmcore.Stream``, which gives the same bits.
 
 At the end the same call is timed beside what is written with ``torch.nn.LSTM`` instead, on the last rollout.
@@ -39,7 +40,7 @@ from torch.distributions import Categorical
 from torch.nn import functional as F
 
 import lstmcore
-from common import CannotRun, Checkpoint, add_options, brought_by, positive, reported
+from common import CannotRun, Checkpoint, add_options, brought_by, fast_arithmetic, positive, reported
 from loop import repeat
 
 with brought_by("examples"):
@@ -125,10 +126,11 @@ def best_without_memory() -> tuple[float, float]:
 class Agent(nn.Module):
     """Actor and critic on what an LSTM makes of the observations so far, or a layer of the present one."""
 
-    def __init__(self, remembers: bool, hidden_size: int) -> None:
+    def __init__(self, remembers: bool, hidden_size: int, longest: int) -> None:
         super().__init__()
-        # Forget gates that start open: a sign has to survive the corridor before anything can be learned from it.
-        self.lstm = lstmcore.LSTM(OBSERVATIONS, hidden_size, forget_bias=1.0) if remembers else None
+        # A sign has to survive the corridor before anything can be learned from it: with torch's initialisation, and
+        # with forget biases of one as well, it does not.
+        self.lstm = lstmcore.LSTM(OBSERVATIONS, hidden_size, chrono=max(longest, 3)) if remembers else None
         self.layer = None if remembers else nn.Sequential(nn.Linear(OBSERVATIONS, hidden_size), nn.Tanh())
         self.actor, self.critic = nn.Linear(hidden_size, ACTIONS), nn.Linear(hidden_size, 1)
 
@@ -244,7 +246,7 @@ class Trainee:
     @staticmethod
     def new(name: str, options: argparse.Namespace) -> Trainee:
         torch.manual_seed(options.seed)
-        agent = Agent(name == WITH, options.hidden_size).to(options.device)
+        agent = Agent(name == WITH, options.hidden_size, options.longest).to(options.device)
         maze = TMaze(options.batch, options.shortest, options.longest, options.seed)
         optimizer = torch.optim.Adam(agent.parameters(), lr=options.learning_rate)
         return Trainee(name, Player(agent, maze, options.device), optimizer)
@@ -505,11 +507,11 @@ def parser() -> argparse.ArgumentParser:
         "with resets in them, in one call. Ctrl-C saves a checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--iterations", type=positive, default=150, help="rollouts of each agent, in total")
-    parser.add_argument("--steps", type=positive, default=128, help="T: of a rollout")
+    parser.add_argument("--iterations", type=positive, default=250, help="rollouts of each agent, in total")
+    parser.add_argument("--steps", type=positive, default=256, help="T: of a rollout")
     parser.add_argument("--batch", type=positive, default=32, help="B: environments side by side")
-    parser.add_argument("--shortest", type=positive, default=10, help="steps of the shortest corridor")
-    parser.add_argument("--longest", type=positive, default=30, help="steps of the longest corridor")
+    parser.add_argument("--shortest", type=positive, default=20, help="steps of the shortest corridor")
+    parser.add_argument("--longest", type=positive, default=80, help="steps of the longest corridor")
     parser.add_argument("--hidden-size", type=positive, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--epochs", type=positive, default=4, help="of training on each rollout")
@@ -532,6 +534,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"the shortest corridor, {options.shortest} steps, is longer than the longest, {options.longest}; "
             "pass --shortest and --longest the other way round"
         )
+    with fast_arithmetic():
+        return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """What is left once the options are known to make sense; returns the exit status."""
     console, start = Console(), time.monotonic()
     settings = {"example": "reinforcement"} | {name: getattr(options, name) for name in SETTINGS}
     checkpoint = Checkpoint(options.out / "reinforcement.pt", settings)

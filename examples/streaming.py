@@ -1,6 +1,6 @@
 """A syntax highlighter that reads one key at a time: lstmcore.Stream, what it gets right, and how long a key takes.
 
-    python examples/streaming.py             # a minute or two on two cores
+    python examples/streaming.py             # under a minute
     python examples/streaming.py --resume    # goes on from the checkpoint, as if it had never stopped
 
 While somebody types Python, the model says of each character, as it comes, whether it is code, a comment or a string.
