@@ -1,6 +1,6 @@
 """Which package of Python's standard library does a passage of source code come from?  Answered by lstmcore.LSTM.
 
-    python examples/text_classification.py             # a minute or two on two cores
+    python examples/text_classification.py             # two or three minutes on two cores
     python examples/text_classification.py --resume    # goes on from the checkpoint, as if it had never stopped
 
 Every machine that runs this has the text.  It is cut into passages of a few lines, of 100 to 600 characters, and these
