@@ -13,8 +13,8 @@ what it is and by what the LSTM read around it; a passage's votes are added.
 
 The baseline is a bag of words: naive Bayes over the same tokens of the same files, present or absent, its smoothing
 chosen on the validation files.  For this question it is a strong one, since one rare name often gives the answer.  The
-last row adds the two models' log-probabilities, with a weight from the validation files: what is gained over either is
-what order tells beyond the words, and the words beyond what was learned of order.
+last row adds the two models' log-probabilities, with a weight from the validation files: it shows what the LSTM knows
+that the words alone do not tell.
 
 Legend: T tokens of the longest passage, B batch, V vocabulary, K packages.
 """
