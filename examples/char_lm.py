@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lstmcore
-from common import CannotRun, Checkpoint, add_options, brought_by, positive, reported
+from common import CannotRun, Checkpoint, above_zero, add_options, brought_by, positive, reported
 from loop import repeat
 from ngrams import NGrams
 
@@ -406,8 +406,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=positive, default=16, help="B: streams of text read side by side")
     parser.add_argument("--hidden-size", type=positive, default=256)
     parser.add_argument("--embedding-size", type=positive, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-2, help="the highest")
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradients")
+    parser.add_argument("--learning-rate", type=above_zero(float), default=1e-2, help="the highest")
+    parser.add_argument("--clip", type=above_zero(float), default=1.0, help="largest norm of the gradients")
     parser.add_argument("--validate-every", type=positive, default=80, help="steps between validations")
     parser.add_argument("--sample", type=int, default=300, help="characters that the trained model writes")
     add_options(parser, out="out", save_every=100)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import Checkpoint, brought_by
+from common import Checkpoint, above_zero, brought_by
 from loop import repeat
 
 with brought_by("examples"):
@@ -36,19 +36,6 @@ def add_training_options(parser: argparse.ArgumentParser, **defaults: Any) -> No
         ("validate_every", int, "steps between validations; the best weights are kept"),
     ):
         parser.add_argument(f"--{name.replace('_', '-')}", type=above_zero(kind), default=defaults[name], help=help)
-
-
-def above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """For argparse: a number of this kind that is positive and finite."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
-    return parse
 
 
 def schedule(step: int, steps: int) -> float:

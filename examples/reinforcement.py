@@ -14,7 +14,7 @@ What lstmcore does here:
   ``reset=``: where an episode begins, the state of that row is zeroed, and no gradient passes.  ``reset[t]`` is
   ``done[t - 1]``, and a rollout starts from the state and the ``done`` that the one before ended with.
 * ``chrono`` starts the forget gates so that they can span the longest corridor.
-* Acting takes one step at a time, each after the one before: ``lstmcore.Stream``, which gives the same bits.
+* Acting takes one step at a time, each after the one before: ``lstmcore.Stream``, with the results of that call.
 
 At the end the same call is timed beside what is written with ``torch.nn.LSTM`` instead, on the last rollout.
 
@@ -40,7 +40,17 @@ from torch.distributions import Categorical
 from torch.nn import functional as F
 
 import lstmcore
-from common import CannotRun, Checkpoint, add_options, brought_by, fast_arithmetic, positive, reported
+from common import (
+    CannotRun,
+    Checkpoint,
+    above_zero,
+    add_options,
+    brought_by,
+    fast_arithmetic,
+    fraction,
+    positive,
+    reported,
+)
 from loop import repeat
 
 with brought_by("examples"):
@@ -513,13 +523,17 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--shortest", type=positive, default=20, help="steps of the shortest corridor")
     parser.add_argument("--longest", type=positive, default=80, help="steps of the longest corridor")
     parser.add_argument("--hidden-size", type=positive, default=64)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=above_zero(float), default=3e-3)
     parser.add_argument("--epochs", type=positive, default=4, help="of training on each rollout")
-    parser.add_argument("--discount", type=float, default=0.99, help="γ: what a reward is worth a step earlier")
-    parser.add_argument("--trace", type=float, default=0.95, help="λ of generalised advantages")
-    parser.add_argument("--ratio", type=float, default=0.2, help="ε: how far PPO lets a probability move in a rollout")
-    parser.add_argument("--entropy", type=float, default=0.01, help="weight of the entropy: reward for trying things")
-    parser.add_argument("--clip", type=float, default=0.5, help="largest norm of the gradients")
+    parser.add_argument("--discount", type=fraction, default=0.99, help="γ: what a reward is worth a step earlier")
+    parser.add_argument("--trace", type=fraction, default=0.95, help="λ of generalised advantages")
+    parser.add_argument(
+        "--ratio", type=above_zero(float), default=0.2, help="ε: how far PPO lets a probability move in a rollout"
+    )
+    parser.add_argument(
+        "--entropy", type=fraction, default=0.01, help="weight of the entropy: reward for trying things"
+    )
+    parser.add_argument("--clip", type=above_zero(float), default=0.5, help="largest norm of the gradients")
     parser.add_argument("--test-episodes", type=positive, default=2000, help="that the trained agents are judged by")
     add_options(parser, out="out/reinforcement", save_every=25)
     return parser

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 import lstmcore
 from char_lm import CharModel, in_order, numbers_of, read_files, streams, vocabulary_of
-from common import CannotRun, Checkpoint, add_options, brought_by, fast_arithmetic, positive, reported
+from common import CannotRun, Checkpoint, above_zero, add_options, brought_by, fast_arithmetic, positive, reported
 from loop import repeat
 from ngrams import NGrams
 
@@ -432,8 +432,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=positive, default=32, help="B: streams of text read side by side")
     parser.add_argument("--hidden-size", type=positive, default=128)
     parser.add_argument("--embedding-size", type=positive, default=32)
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradients")
+    parser.add_argument("--learning-rate", type=above_zero(float), default=5e-3)
+    parser.add_argument("--clip", type=above_zero(float), default=1.0, help="largest norm of the gradients")
     parser.add_argument("--type", type=positive, default=50_000, help="N: characters that are typed, at most")
     parser.add_argument("--timed", type=positive, default=10_000, help="steps whose latency is measured")
     add_options(parser, out="out/streaming", save_every=50)

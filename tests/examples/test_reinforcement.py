@@ -203,6 +203,7 @@ def test_it_goes_on_as_if_it_had_never_stopped(run, tmp_path, monkeypatch, capsy
     [
         ("--shortest 5", "the shortest corridor, 5 steps, is longer than the longest, 4"),
         ("--batch 0", "at least 1, got 0"),
+        ("--discount 1.5", "a number from 0 to 1, got 1.5"),
         ("--resume", "run without --resume first"),
     ],
 )

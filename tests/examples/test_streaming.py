@@ -113,7 +113,8 @@ def test_it_goes_on_as_if_it_had_never_stopped(run, tmp_path, monkeypatch, capsy
 
 def test_streams_start_over_when_they_are_through(program):
     """And the state with them: the window after the last is the first, from no state."""
-    options = streaming.parser().parse_args([*TINY, "--learning-rate", "0"])
+    options = streaming.parser().parse_args([*TINY])
+    options.learning_rate = 0.0
     programs = streaming.Programs.of(*streaming.read_programs(program, 10_000), options)
     windows = len(programs.train) // options.steps
     training = streaming.Training.new(options, len(programs.vocabulary))
