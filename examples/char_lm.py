@@ -5,12 +5,16 @@
 
 The text is the source code of Python's standard library, which every machine that runs this has; ``--text`` takes
 another.  The two models start from the same weights, read the same characters and take turns, one step each, so that
-their loss curves and their speed can be compared: the losses differ by rounding alone.
+their loss curves and their speed can be compared: the losses differ by rounding alone.  Text that neither has seen
+says what was learned, in bits per character, beside what tables of counts (n-grams) of the same characters make of it,
+and compressors.
 
 Training is truncated backpropagation through time with a state that is carried on: the text is cut into B streams, each
 step reads the next T characters of every stream, and h and c enter it as the step before left them (detached).  So the
 model sees a context far beyond T, every character is used once a pass, and the position in the streams, together with
-the state, is all that a checkpoint has to know about the data.
+the state, is all that a checkpoint has to know about the data.  The learning rate rises at first and falls later, as
+the number of the step alone says, so that a training can be made longer at any time.  Now and then the models are
+validated; the weights that did best are kept, and are those that are tested in the end.
 
 Legend: T steps, B batch (streams), V vocabulary.
 """
@@ -18,8 +22,9 @@ Legend: T steps, B batch (streams), V vocabulary.
 from __future__ import annotations
 
 import argparse
+import gzip
+import lzma
 import math
-import os
 import sys
 import sysconfig
 import time
@@ -30,96 +35,125 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lstmcore
-from common import Interrupt, positive
+from common import CannotRun, Checkpoint, above_zero, add_options, brought_by, positive, reported
+from loop import repeat
+from ngrams import NGrams
+
+with brought_by("examples"):
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    from lstmcore.flow import plots
 
 OURS, PEER = "lstmcore.LSTM", "torch.nn.LSTM"
 COLOURS = {OURS: "#0b6e99", PEER: "#d1782a"}
 VOCABULARY = 128  # V: the most frequent characters; all others share the last place
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-HELD_OUT = 0.05  # share of the text, at its end, that is never trained on
+HELD_OUT = 0.025  # shares of the text, at its end, that are never trained on: one for validation, one for the test
+NGRAMS = (2, 3, 5)  # characters that the tables of counts look at, the predicted one included
+WARM_UP = 80  # steps in which the learning rate rises
 State = tuple[Tensor, Tensor]
-
-
-class TextError(Exception):
-    """The text cannot be used; the message says why and what would help."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-def read_text(path: Path | None) -> str:
-    """The text of a file, or by default the standard library's top-level modules in alphabetical order."""
+def read_files(path: Path | None) -> list[str]:
+    """The text of a file, or by default those of the standard library's top-level modules in alphabetical order."""
     if path is None:
         folder = Path(sysconfig.get_paths()["stdlib"])
         files = sorted(folder.glob("*.py"))
         if not files:
-            raise TextError(f"no *.py files in {folder}, where Python's standard library should be; pass --text FILE")
+            raise CannotRun(f"no *.py files in {folder}, where Python's standard library should be; pass --text FILE")
     else:
         files = [path]
-    parts = []
+    texts = []
     for file in files:
         try:
-            parts.append(file.read_text(encoding="utf-8", errors="replace"))
+            texts.append(file.read_text(encoding="utf-8", errors="replace"))
         except OSError as error:
-            raise TextError(f"cannot read {file}: {error.strerror}; pass a readable file with --text FILE") from error
-    return "".join(parts)
+            raise CannotRun(f"cannot read {file}: {error.strerror}; pass a readable file with --text FILE") from error
+    return texts
+
+
+def vocabulary_of(text: str) -> str:
+    """Its most frequent characters, then one for all others; a character's number is its place."""
+    common = [character for character, _ in Counter(text).most_common(VOCABULARY - 1)]
+    return "".join(sorted(common)) + UNKNOWN
+
+
+def numbers_of(text: str, vocabulary: str) -> Tensor:
+    """(N,) int64."""
+    number = {character: index for index, character in enumerate(vocabulary)}
+    return torch.tensor([number.get(character, len(vocabulary) - 1) for character in text])
+
+
+def streams(sequence: Tensor, batch: int) -> Tensor:
+    """(N,) to (N // B, B): B streams side by side, each a run of neighbours."""
+    length = len(sequence) // batch
+    return sequence[: length * batch].view(batch, length).t().contiguous()
+
+
+def in_order(streams: Tensor) -> np.ndarray:
+    """(S, B) to (S * B,): one stream after the other."""
+    return streams.t().flatten().cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text as numbers: characters to train on, in B streams, and characters held out."""
+    """Text as numbers, in B streams: to train on, to validate with, and to test with."""
 
     characters: str  # the vocabulary; index by number
     train: Tensor  # (S, B), S characters a stream
-    held_out: Tensor  # (S', B)
+    validation: Tensor  # (S', B)
+    test: Tensor  # (S', B)
 
     @staticmethod
     def of(text: str, batch: int, steps: int) -> Corpus:
-        """Raises TextError where the text is too short for one window of training and one of validation."""
-        needed = math.ceil(batch * (steps + 1) / HELD_OUT)
+        """Raises CannotRun where the text is too short for one window of training, of validation and of test."""
+        needed = math.ceil(batch * (steps + 1) / HELD_OUT) + batch
         if len(text) < needed:
-            raise TextError(
-                f"the text is too small: {len(text):,} characters, but {batch} streams of {steps} steps, with "
-                f"{HELD_OUT:.0%} held out, need {needed:,}; lower --batch or --steps-per-window, or pass more --text"
+            raise CannotRun(
+                f"the text is too small: {len(text):,} characters, but {batch} streams of {steps} steps, with twice "
+                f"{HELD_OUT:.1%} held out, need {needed:,}; lower --batch or --steps-per-window, or pass more --text"
             )
-        common = [character for character, _ in Counter(text).most_common(VOCABULARY - 1)]
-        characters = "".join(sorted(common)) + UNKNOWN
-        number = {character: index for index, character in enumerate(characters)}
-        data = torch.tensor([number.get(character, len(characters) - 1) for character in text])
+        characters = vocabulary_of(text)
+        data = numbers_of(text, characters)
+        held_out = int(len(data) * HELD_OUT)
+        parts = data.split([len(data) - 2 * held_out, held_out, held_out])
+        return Corpus(characters, *(streams(part, batch) for part in parts))
 
-        def streams(part: Tensor) -> Tensor:
-            length = len(part) // batch
-            return part[: length * batch].view(batch, length).t().contiguous()
-
-        split = int(len(data) * (1 - HELD_OUT))
-        return Corpus(characters, streams(data[:split]), streams(data[split:]))
+    def to(self, device: torch.device) -> Corpus:
+        return Corpus(self.characters, *(part.to(device) for part in (self.train, self.validation, self.test)))
 
 
 # --------------------------------------------------------------------------------------------------------------- model
 
 
 class CharModel(nn.Module):
-    """Embedding, LSTM, linear: from characters to scores for the next one."""
+    """Embedding, LSTM, linear: from characters to scores, for the next character unless ``kinds`` says otherwise."""
 
     def __init__(
-        self, lstm: Callable[[int, int], nn.RNNBase], vocabulary: int, embedding_size: int, hidden_size: int
+        self,
+        lstm: Callable[[int, int], nn.RNNBase],
+        vocabulary: int,
+        embedding_size: int,
+        hidden_size: int,
+        kinds: int | None = None,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding_size)
         self.lstm = lstm(embedding_size, hidden_size)
-        self.linear = nn.Linear(hidden_size, vocabulary)
+        self.linear = nn.Linear(hidden_size, kinds or vocabulary)
 
     def forward(self, characters: Tensor, state: State | None) -> tuple[Tensor, State]:
         """(T, B) characters to (T, B, V) scores, and the state to go on from."""
@@ -137,27 +171,38 @@ class Trainee:
     state: State | None = None
     losses: list[float] = field(default_factory=list)  # nats a character, one a step
     seconds: list[float] = field(default_factory=list)  # one a step
+    validations: list[tuple[int, float]] = field(default_factory=list)  # steps done, nats a character
+    best: dict[str, Tensor] = field(default_factory=dict)  # the weights of the best of them
 
     @staticmethod
     def new(name: str, options: argparse.Namespace, vocabulary: int) -> Trainee:
         """From the seed: both LSTMs draw the same weights from it, for they draw in the same order."""
         torch.manual_seed(options.seed)
         lstm: Callable[[int, int], nn.RNNBase] = lstmcore.LSTM if name == OURS else nn.LSTM
-        model = CharModel(lstm, vocabulary, options.embedding_size, options.hidden_size)
+        model = CharModel(lstm, vocabulary, options.embedding_size, options.hidden_size).to(options.device)
         return Trainee(name, model, torch.optim.Adam(model.parameters(), lr=options.learning_rate))
 
-    def step(self, window: Tensor, clip: float) -> None:
+    def step(self, window: Tensor, options: argparse.Namespace) -> None:
         """One step of training on (T + 1, B) characters: each of the first T predicts its successor."""
         start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * schedule(len(self.losses))
         scores, (h, c) = self.model(window[:-1], self.state)
         loss = F.cross_entropy(scores.flatten(0, 1), window[1:].flatten())
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
         self.optimizer.step()
         self.state = (h.detach(), c.detach())
         self.losses.append(loss.item())
         self.seconds.append(time.perf_counter() - start)
+
+    def validate(self, corpus: Corpus, options: argparse.Namespace) -> None:
+        """Keeps the weights if none before were better."""
+        loss = evaluate(self.model, corpus.validation, options.steps_per_window, windows=16)
+        if not self.validations or loss < min(earlier for _, earlier in self.validations):
+            self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.validations.append((len(self.losses), loss))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -166,20 +211,29 @@ class Trainee:
             "state": self.state,
             "losses": self.losses,
             "seconds": self.seconds,
+            "validations": self.validations,
+            "best": self.best,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.state, self.losses, self.seconds = saved["state"], saved["losses"], saved["seconds"]
+        self.state = saved["state"] and tuple(each.to(self.model.linear.weight.device) for each in saved["state"])
+        self.losses, self.seconds = saved["losses"], saved["seconds"]
+        self.validations, self.best = saved["validations"], saved["best"]
+
+
+def schedule(step: int) -> float:
+    """The share of the learning rate at a step: it rises to all of it, then falls with the square root of the steps."""
+    return min((step + 1) / WARM_UP, (WARM_UP / (step + 1)) ** 0.5)
 
 
 @torch.no_grad()
-def validate(model: CharModel, held_out: Tensor, steps: int, windows: int) -> float:
-    """Nats a character on text that was not trained on, read in order with the state carried on."""
+def evaluate(model: CharModel, text: Tensor, steps: int, windows: int | None = None) -> float:
+    """Nats a character on (S, B) text, or so many windows of it, read in order with the state carried on."""
     total, count, state = 0.0, 0, None
-    for start in range(0, min(windows * steps, len(held_out) - 1), steps):
-        window = held_out[start : start + steps + 1]
+    for start in range(0, len(text) - 1 if windows is None else min(windows * steps, len(text) - 1), steps):
+        window = text[start : start + steps + 1]
         scores, state = model(window[:-1], state)
         total += F.cross_entropy(scores.flatten(0, 1), window[1:].flatten(), reduction="sum").item()
         count += window[1:].numel()
@@ -190,56 +244,16 @@ def validate(model: CharModel, held_out: Tensor, steps: int, windows: int) -> fl
 def generate(model: CharModel, characters: str, prompt: str, length: int, temperature: float, seed: int) -> str:
     """``prompt`` and what the model writes after it, one character a call, with the state carried on."""
     generator = torch.Generator().manual_seed(seed)  # its own, so that sampling leaves the training's stream alone
-    text = prompt
-    following = torch.tensor([[max(0, characters.find(character))] for character in prompt])  # (T, 1)
+    text, device = prompt, model.linear.weight.device
+    following = torch.tensor([[max(0, characters.find(character))] for character in prompt], device=device)  # (T, 1)
     state = None
     for _ in range(length):
         scores, state = model(following, state)
-        probabilities = torch.softmax(scores[-1, 0] / temperature, 0)
-        following = torch.multinomial(probabilities, 1, generator=generator)[None]
-        text += characters[int(following)]
+        probabilities = torch.softmax(scores[-1, 0].cpu() / temperature, 0)
+        drawn = torch.multinomial(probabilities, 1, generator=generator)
+        text += characters[int(drawn)]
+        following = drawn[None].to(device)
     return text
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoint
-
-# What has to be the same for a checkpoint to be continued; --iterations may grow.
-FIXED = ("text_checksum", "seed", "batch", "steps_per_window", "embedding_size", "hidden_size", "learning_rate", "clip")
-
-
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in FIXED}
-
-
-def save(path: Path, options: argparse.Namespace, trainees: Sequence[Trainee]) -> None:
-    """Writes everything that the next step depends on; in one move, so an interruption never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    checkpoint = {
-        "settings": settings(options),
-        "rng": torch.get_rng_state(),
-        "trainees": {trainee.name: trainee.state_dict() for trainee in trainees},
-    }
-    torch.save(checkpoint, unfinished)
-    unfinished.replace(path)
-
-
-def resume(path: Path, options: argparse.Namespace, trainees: Sequence[Trainee]) -> None:
-    """Puts the trainees back to where ``save`` found them; ValueError where there is none, or of another training."""
-    if not path.exists():
-        raise ValueError(f"there is no checkpoint at {path}; run without --resume first")
-    checkpoint = torch.load(path, weights_only=True)
-    if checkpoint["settings"] != settings(options):
-        differing = [name for name, value in settings(options).items() if checkpoint["settings"].get(name) != value]
-        raise ValueError(
-            f"{path} was trained with other settings: "
-            + ", ".join(
-                f"{name} {checkpoint['settings'].get(name)} (now {getattr(options, name)})" for name in differing
-            )
-        )
-    for trainee in trainees:
-        trainee.load_state_dict(checkpoint["trainees"][trainee.name])
-    torch.set_rng_state(checkpoint["rng"])
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -252,29 +266,49 @@ def window_of(corpus: Corpus, iteration: int, steps: int) -> tuple[Tensor, bool]
     return corpus.train[index * steps : (index + 1) * steps + 1], index == 0
 
 
-def train(corpus: Corpus, trainees: Sequence[Trainee], options: argparse.Namespace, console: Console) -> bool:
+# What has to be the same for a checkpoint to be continued; --iterations may grow.
+SETTINGS = (
+    "text_checksum", "seed", "batch", "steps_per_window", "embedding_size", "hidden_size", "learning_rate", "clip",
+    "validate_every",
+)  # fmt: skip
+
+
+def train(
+    corpus: Corpus, trainees: Sequence[Trainee], checkpoint: Checkpoint, options: argparse.Namespace, console: Console
+) -> bool:
     """Trains both in turns up to ``options.iterations``; returns False when interrupted.  Saves in either case."""
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    first = len(trainees[0].losses)
-    with (
-        Interrupt() as interrupt,
-        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar,
-    ):
-        task = bar.add_task("", total=options.iterations, completed=first, loss="")
-        for iteration in range(first, options.iterations):
-            window, start_over = window_of(corpus, iteration, options.steps_per_window)
-            # Who goes first alternates, so that neither always runs on the caches that the other has left.
-            for trainee in trainees if iteration % 2 == 0 else trainees[::-1]:
-                if start_over:
-                    trainee.state = None
-                trainee.step(window, options.clip)
-            bar.update(task, advance=1, loss=f"loss {trainees[0].losses[-1]:.3f}")
-            if interrupt.wanted:
-                break
-            if (iteration + 1) % options.save_every == 0:
-                save(options.checkpoint, options, trainees)
-    save(options.checkpoint, options, trainees)
-    return len(trainees[0].losses) >= options.iterations
+
+    def iterate(iteration: int) -> str:
+        window, start_over = window_of(corpus, iteration, options.steps_per_window)
+        # Who goes first alternates, so that neither always runs on the caches that the other has left.
+        for trainee in trainees if iteration % 2 == 0 else trainees[::-1]:
+            if start_over:
+                trainee.state = None
+            trainee.step(window, options)
+            if (iteration + 1) % options.validate_every == 0:
+                trainee.validate(corpus, options)
+        return f"loss {trainees[0].losses[-1]:.3f}"
+
+    def state() -> dict[str, Any]:
+        return {trainee.name: trainee.state_dict() for trainee in trainees}
+
+    return repeat(iterate, len(trainees[0].losses), checkpoint, state, options, console)
+
+
+# ----------------------------------------------------------------------------------------------------------- baselines
+
+
+def baselines(corpus: Corpus, steps: int) -> dict[str, float]:
+    """Bits per character of the test by what needs no gradient: counts of the ``steps`` a stream that were read."""
+    read, test = in_order(corpus.train[: steps + 1]), in_order(corpus.test)
+    found = {}
+    for size in (size for size in NGRAMS if size < len(read)):
+        table = NGrams(read[:-1], read[1:], len(corpus.characters), len(corpus.characters), size - 1)
+        found[f"{size}-gram of the characters read"] = float(-np.log2(table.chance(test[:-1], test[1:])).mean())
+    text = "".join(corpus.characters[number] for number in test).encode()
+    found["gzip -9 of the test alone"] = 8 * len(gzip.compress(text, 9)) / len(test)
+    found["xz -9 of the test alone"] = 8 * len(lzma.compress(text, preset=9)) / len(test)
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -290,7 +324,7 @@ def largest_difference(trainees: Sequence[Trainee]) -> float:
     return max(abs(a - b) for a, b in zip(ours.losses, peer.losses, strict=True))
 
 
-def show(console: Console, trainees: Sequence[Trainee], validation: dict[str, float], characters: int) -> None:
+def show(console: Console, trainees: Sequence[Trainee], tested: dict[str, float], characters: int) -> None:
     """The final table."""
     table = Table(title="character language model")
     for name in ("", *(trainee.name for trainee in trainees)):
@@ -299,8 +333,8 @@ def show(console: Console, trainees: Sequence[Trainee], validation: dict[str, fl
         "training steps": [f"{len(trainee.losses)}" for trainee in trainees],
         "first loss, nats per character": [f"{trainee.losses[0]:.4f}" for trainee in trainees],
         "last loss": [f"{trainee.losses[-1]:.4f}" for trainee in trainees],
-        "validation loss (held-out text)": [f"{validation[trainee.name]:.4f}" for trainee in trainees],
-        "validation bits per character": [f"{validation[trainee.name] / math.log(2):.3f}" for trainee in trainees],
+        "best validation loss": [f"{min(loss for _, loss in trainee.validations):.4f}" for trainee in trainees],
+        "bits per character of the test": [f"{tested[trainee.name]:.3f}" for trainee in trainees],
         "characters per second (median step)": [f"{speed(trainee, characters):,.0f}" for trainee in trainees],
         "first step, seconds": [f"{trainee.seconds[0]:.2f}" for trainee in trainees],
     }
@@ -313,15 +347,29 @@ def show(console: Console, trainees: Sequence[Trainee], validation: dict[str, fl
     console.print(f"largest difference between the two loss curves: {largest_difference(trainees):.2g}")
 
 
-def draw(trainees: Sequence[Trainee], characters: int, path: Path) -> None:
-    """Both loss curves, how far they are apart, and the throughput."""
-    matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure = Figure(figsize=(13, 4), dpi=130, layout="constrained")
+def show_learning(console: Console, tested: dict[str, float], others: dict[str, float]) -> None:
+    """Whether it learned: bits per character of text that nobody has seen, the best first."""
+    table = Table(title="the test: fewer bits are better")
+    table.add_column("")
+    table.add_column("bits per character", justify="right")
+    for name, bits in sorted((tested | others).items(), key=lambda each: each[1]):
+        table.add_row(name, f"{bits:.3f}", style="bold" if name in tested else "")
+    console.print(table)
+
+
+@plots.styled
+def draw(trainees: Sequence[Trainee], characters: int, others: dict[str, float]) -> Figure:
+    """Both loss curves beside tables of counts, how far they are apart, and the throughput."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
     losses, difference, throughput = figure.subplots(1, 3, width_ratios=(2, 1.5, 1))
     ours, peer = trainees
     steps = range(1, len(ours.losses) + 1)
     losses.plot(steps, peer.losses, color=COLOURS[PEER], linewidth=5, alpha=0.55, label=PEER)
     losses.plot(steps, ours.losses, color=COLOURS[OURS], linewidth=1.5, label=OURS)
+    losses.plot(*zip(*ours.validations, strict=True), "o", color="black", markersize=4, label=f"{OURS}, validation")
+    for (name, bits), line in zip(others.items(), (":", "--", "-."), strict=False):
+        label = f"{name.split()[0]}, test"
+        losses.axhline(bits * math.log(2), color=plots.GREY, linestyle=line, linewidth=1, label=label)
     losses.set(title="training loss: the curves overlap", xlabel="step", ylabel="nats per character")
     losses.grid(alpha=0.3)
     losses.legend(frameon=False)
@@ -340,8 +388,7 @@ def draw(trainees: Sequence[Trainee], characters: int, path: Path) -> None:
     throughput.set(title=f"throughput: {speeds[0] / speeds[1]:.2f}×", ylabel="thousand characters per second")
     throughput.set_ylim(0, max(speeds) * 1.15)
     throughput.tick_params(axis="x", length=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -354,68 +401,67 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--text", type=Path, help="a text file (UTF-8) instead of the standard library's sources")
-    parser.add_argument("--iterations", type=positive, default=120, help="training steps of each model, in total")
-    parser.add_argument("--steps-per-window", type=positive, default=1024, help="T: steps that gradients go back")
+    parser.add_argument("--iterations", type=positive, default=480, help="training steps of each model, in total")
+    parser.add_argument("--steps-per-window", type=positive, default=256, help="T: steps that gradients go back")
     parser.add_argument("--batch", type=positive, default=16, help="B: streams of text read side by side")
     parser.add_argument("--hidden-size", type=positive, default=256)
     parser.add_argument("--embedding-size", type=positive, default=64)
-    parser.add_argument("--learning-rate", type=float, default=6e-3)
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradients")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the plot and the checkpoint")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--save-every", type=positive, default=25, help="steps between checkpoints")
+    parser.add_argument("--learning-rate", type=above_zero(float), default=1e-2, help="the highest")
+    parser.add_argument("--clip", type=above_zero(float), default=1.0, help="largest norm of the gradients")
+    parser.add_argument("--validate-every", type=positive, default=80, help="steps between validations")
     parser.add_argument("--sample", type=int, default=300, help="characters that the trained model writes")
+    add_options(parser, out="out", save_every=100)
     return parser
 
 
+@reported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains, compares, reports; returns the exit status."""
     options = parser().parse_args(arguments)
-    options.checkpoint = options.out / "char_lm.pt"
     console = Console()
-    try:
-        text = read_text(options.text)
-        corpus = Corpus.of(text, options.batch, options.steps_per_window)
-    except TextError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    text = "".join(read_files(options.text))
+    corpus = Corpus.of(text, options.batch, options.steps_per_window).to(options.device)
     options.text_checksum = zlib.crc32(text.encode())
     console.print(
-        f"{corpus.train.numel():,} characters to train on, {corpus.held_out.numel():,} held out, "
-        f"vocabulary {len(corpus.characters)}; {torch.get_num_threads()} threads"
+        f"{corpus.train.numel():,} characters to train on, {corpus.test.numel():,} to validate with, as many to test, "
+        f"vocabulary {len(corpus.characters)}; {options.device}, {torch.get_num_threads()} threads",
+        soft_wrap=True,
     )
-
     trainees = [Trainee.new(name, options, len(corpus.characters)) for name in (OURS, PEER)]
     for (name, mine), theirs in zip(trainees[0].model.named_parameters(), trainees[1].model.parameters(), strict=True):
         if not torch.equal(mine, theirs):
             raise AssertionError(f"expected the same initial {name} from the same seed, got different ones")
+    settings = {"example": "char_lm"} | {name: getattr(options, name) for name in SETTINGS}
+    checkpoint = Checkpoint(options.out / "char_lm.pt", settings)
     if options.resume:
-        try:
-            resume(options.checkpoint, options, trainees)
-        except ValueError as error:
-            print(f"error: cannot resume: {error}", file=sys.stderr)
-            return 2
-        console.print(f"resumed after step {len(trainees[0].losses)} from {options.checkpoint}")
+        saved = checkpoint.load()
+        for trainee in trainees:
+            trainee.load_state_dict(saved[trainee.name])
+        console.print(f"resumed after iteration {len(trainees[0].losses)} from {checkpoint.path}", soft_wrap=True)
 
-    finished = train(corpus, trainees, options, console)
-    if not finished:
-        console.print(f"stopped after step {len(trainees[0].losses)}; go on with --resume ({options.checkpoint})")
+    if not train(corpus, trainees, checkpoint, options, console):
         return 130
+    report(corpus, trainees, options, console)
+    console.print(f"plot: {options.out / 'char_lm.png'}; checkpoint: {checkpoint.path}", soft_wrap=True)
+    return 0
 
-    validation = {
-        trainee.name: validate(trainee.model, corpus.held_out, options.steps_per_window, windows=8)
-        for trainee in trainees
-    }
+
+def report(corpus: Corpus, trainees: Sequence[Trainee], options: argparse.Namespace, console: Console) -> None:
+    """Tests the best weights of both, and shows everything."""
+    tested = {}
+    for trainee in trainees:
+        if not trainee.validations or trainee.validations[-1][0] < len(trainee.losses):
+            trainee.validate(corpus, options)
+        trainee.model.load_state_dict(trainee.best)
+        tested[trainee.name] = evaluate(trainee.model, corpus.test, options.steps_per_window) / math.log(2)
     characters = options.batch * options.steps_per_window
-    show(console, trainees, validation, characters)
+    show(console, trainees, tested, characters)
+    others = baselines(corpus, len(trainees[0].losses) * options.steps_per_window)
+    show_learning(console, tested, others)
     if options.sample > 0:
         sample = generate(trainees[0].model, corpus.characters, "def ", options.sample, 0.7, options.seed)
         console.print(Panel(Text(sample), title="written by the model with lstmcore.LSTM"))
-    plot = options.out / "char_lm.png"
-    draw(trainees, characters, plot)
-    console.print(f"plot: {plot}; checkpoint: {options.checkpoint}")
-    return 0
+    plots.save(draw(trainees, characters, others), options.out, "char_lm")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import lstmcore
-from char_lm import CharModel, Corpus, TextError, read_text
-from common import Interrupt, fast_arithmetic, positive
+from char_lm import CharModel, Corpus, read_files
+from common import CannotRun, Interrupt, fast_arithmetic, positive, reported
 from gradient_flow.tasks import Model, Recall
 from lstmcore.flow import plots
 from lstmcore.flow.recorder import GradientFlow
@@ -166,7 +166,7 @@ def read(corpus: Corpus, options: argparse.Namespace, console: Console, interrup
     flow.plot(options.out / "3-text")
 
     with lstmcore.record_gradient_flow(model) as alone:
-        window = corpus.held_out[: steps + 1]
+        window = corpus.validation[: steps + 1]
         scores, _ = model(window[:-1], None)
         F.cross_entropy(scores[-1], window[-1]).backward()
     console.print("the same model, the loss of the last character alone:")
@@ -196,28 +196,23 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@reported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fails, explains, cures, reads; returns the exit status."""
     options = parser().parse_args(arguments)
     if options.steps < 3:
-        print(
-            f"error: there is no lag to remember over in {options.steps} steps; pass --steps 3 or more", file=sys.stderr
-        )
-        return 2
+        raise CannotRun(f"there is no lag to remember over in {options.steps} steps; pass --steps 3 or more")
     if options.quick:
         options.steps, options.iterations = min(options.steps, 200), min(options.iterations, 10)
         options.text_steps, options.text_iterations = min(options.text_steps, 128), min(options.text_iterations, 5)
-    try:
-        return show(options)
-    except (TextError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return show(options)
 
 
 def show(options: argparse.Namespace) -> int:
-    """All three parts; raises TextError without a text, OSError where the pictures cannot be written."""
+    """All three parts; raises CannotRun without a text, OSError where the pictures cannot be written."""
     console, start = Console(), time.monotonic()
-    corpus = Corpus.of(read_text(options.text), TEXT_BATCH, options.text_steps)  # before minutes are spent on the rest
+    # The text is read before minutes are spent on the rest.
+    corpus = Corpus.of("".join(read_files(options.text)), TEXT_BATCH, options.text_steps)
     task = Recall(options.steps, options.symbols)
 
     def cure(lstm: nn.RNNBase) -> None:

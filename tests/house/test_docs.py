@@ -62,8 +62,11 @@ def harmless(command: str) -> list[str] | None:
         return [sys.executable, "-m", "pytest", "--collect-only", "-q", *words[1:]]
     if words[0] == "make":
         return ["make", "--dry-run", *words[1:]]
-    if words == ["pip", "install", "-e", "."]:  # the wheel's tests build it; here that the tree is installable at all
-        return [sys.executable, "-c", "import tomllib; tomllib.load(open('pyproject.toml', 'rb'))['project']['name']"]
+    if words[:3] == ["pip", "install", "-e"]:  # the wheel's tests build it; here that there is something to install
+        extras = [words[3].removeprefix(".[").removesuffix("]")] if words[3] != "." else []
+        project = "tomllib.load(open('pyproject.toml', 'rb'))['project']"
+        look = f"project = {project}; project['name'], [project['optional-dependencies'][extra] for extra in {extras}]"
+        return [sys.executable, "-c", f"import tomllib; {look}"]
     return None
 
 
