@@ -31,6 +31,7 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_it_runs(run, tmp_path, capsys):
     assert run("--iterations", "3") == 0
     told = capsys.readouterr().out

@@ -81,6 +81,7 @@ def test_who_is_left_out_is_told(monkeypatch, capsys):
     assert "onnxruntime is left out: pip install onnxscript" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_runs(run, tmp_path, capsys):
     assert run("--iterations", "3") == 0
     told = capsys.readouterr().out
