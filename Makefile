@@ -14,8 +14,9 @@ OLD_TRITON := 3.6.0
 
 # public libraries that train LSTMs, by which can be installed beside each other; the names are those of the files in
 # bench/libraries and tests/libraries, and every version is in tests/libraries/<group>.txt
-rl := sb3_contrib
-GROUPS ?= rl
+rl := sb3_contrib torchrl
+training := skorch lightning accelerate opacus
+GROUPS ?= rl training
 
 .PHONY: test-libraries bench-libraries bench bench-full report compare demo test test-fast gpu kernels lint docs site check clean build/types
 
