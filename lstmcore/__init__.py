@@ -13,11 +13,11 @@ Importing it loads no kernel and no compiler; the first call that needs them doe
 
 from lstmcore import init
 from lstmcore._version import __version__
-from lstmcore.explaining import explain
 from lstmcore.flow.jacobian import cell_jacobian, rnn_jacobian
 from lstmcore.flow.recorder import record_gradient_flow
 from lstmcore.flow.rnn import RNN
 from lstmcore.functional import lstm
+from lstmcore.models import explain, install, installed, patch, uninstall, unpatch
 from lstmcore.module import LSTM, LSTMCell
 from lstmcore.stream import Stream
 from lstmcore.truncation import truncated
@@ -31,8 +31,13 @@ __all__ = [
     "cell_jacobian",
     "explain",
     "init",
+    "install",
+    "installed",
     "lstm",
+    "patch",
     "record_gradient_flow",
     "rnn_jacobian",
     "truncated",
+    "uninstall",
+    "unpatch",
 ]

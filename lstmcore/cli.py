@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pack_sequence
 import lstmcore
 from lstmcore import backends, stream
 from lstmcore.kernels.contract import Layer
+from lstmcore.tables import table
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GPU_SMS = 132  # of an H100 or H200
@@ -62,14 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, ValueError, ImportError) as error:
         print(f"lstmcore {arguments.name}: {error}", file=sys.stderr)
         return 2
-
-
-def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A plain table: columns as wide as their contents, a rule under the header."""
-    lines = [header, *body]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
 
 
 def info(arguments: argparse.Namespace) -> int:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lstmcore import checks, functional, guards
+from lstmcore import checks, functional, guards, stock
 from lstmcore.kernels.contract import Layer, Weights
 from lstmcore.kernels.cpu import process
 from lstmcore.module import LSTM, LSTMCell
@@ -34,8 +34,8 @@ class Sizes(NamedTuple):
 
     @staticmethod
     def of(module: Any, batch: int | None) -> Sizes:
-        cell = isinstance(module, (nn.LSTMCell, LSTMCell))
-        if not cell and not isinstance(module, (nn.LSTM, LSTM)):
+        cell = isinstance(module, (stock.LSTMCell, LSTMCell))
+        if not cell and not isinstance(module, (stock.LSTM, LSTM)):
             raise TypeError(f"Expected an LSTM or an LSTMCell, got {type(module).__name__}")
         if batch is not None and (isinstance(batch, bool) or not isinstance(batch, Integral)):
             raise TypeError(f"batch should be an integer or None, got: {batch!r}")

@@ -1,53 +1,49 @@
-"""Which backend a call would run, and why, without running it.
-
-T time, B batch, I input.
-"""
+"""Which backend a call of one module would run, and why, without running it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lstmcore import backends, checks, recompute
 from lstmcore.backends import AUTO, Choice, Situation
 from lstmcore.checks import Given, Options
+from lstmcore.module import LSTM, LSTMCell
 
 _CELL = "ATen's fused cell: one step has no recurrence for a kernel to keep in cache"
 
 
-def explain(module: torch.nn.Module, input: Tensor | PackedSequence, *, extended: bool = False) -> Choice:
-    """Which backend ``module(input)`` would run, and why; print the result.
+def choose(module: nn.Module, input: Tensor | PackedSequence, *, extended: bool = False) -> Choice:
+    """The backend that ``module(input)`` would run; a module of ``torch.nn`` is taken as one of ours with "auto".
 
-    Args:
-        module: an :class:`lstmcore.LSTM` or ``LSTMCell``, or one of ``torch.nn`` (taken as ``backend="auto"``).
-        input: what it would be called with: ``(T, B, I)``, ``(B, T, I)`` when batch_first, ``(T, I)``, or packed;
-            ``(B, I)`` or ``(I,)`` of a cell.
-        extended: the call would pass ``lengths``, ``reset`` or ``return_cells``, or be recorded.
-
-    Raises:
-        RuntimeError: the module names a backend that cannot run the call.
-        ValueError, RuntimeError: as the call itself, if the input does not fit the module.
+    Raises what :func:`lstmcore.explain` does.
     """
-    m: Any = module
-    backend = getattr(module, "backend", AUTO)
-    params = list(module.parameters())
-    if isinstance(module, torch.nn.RNNCellBase):
-        data: Any = input
-        checks.cell(data, None, m.hidden_size)
-        if (own := backends.own_cell(backend, data.device)) is not None:
+    backend: str = module.backend if isinstance(module, (LSTM, LSTMCell)) else AUTO
+    if isinstance(module, nn.RNNCellBase):
+        checks.cell(input, None, module.hidden_size)  # type: ignore[arg-type]
+        if (own := backends.own_cell(backend, input.data.device)) is not None:
             return Choice(own, ((own, _CELL),))
-        given = Given(data.view(1, -1, data.shape[-1]), None, params, Options(m.bias))
+        given = _cell(module, input.data)
     else:
-        options = Options(m.bias, m.num_layers, m.dropout, m.training, m.bidirectional, m.batch_first)
-        keep = recompute.asked(getattr(m, "recompute", None), getattr(m, "memory_budget", None))
-        weights = [getattr(m, name) for name in m._flat_weights_names]
-        given = Given(input, None, weights, options, recompute=keep)
+        given = _layers(module, input)
     call = checks.call(given)
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in (given.data, *params))
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (given.data, *given.params))
     segment = recompute.segment(given.recompute, call.layer, call.options.num_layers) if training else 0
     layer = call.layer.as_called(call.form.packed, training, segment)
     situation = Situation.now(extended or segment > 0)
     return backends.chosen(backend, layer, call.options.num_layers, situation).with_threads()
+
+
+def _cell(module: Any, data: Tensor) -> Given:
+    params = [module.weight_ih, module.weight_hh, *((module.bias_ih, module.bias_hh) if module.bias else ())]
+    return Given(data.view(1, -1, data.shape[-1]), None, params, Options(module.bias))
+
+
+def _layers(module: Any, input: Tensor | PackedSequence) -> Given:
+    m = module
+    options = Options(m.bias, m.num_layers, m.dropout, m.training, m.bidirectional, m.batch_first)
+    keep = recompute.asked(m.recompute, m.memory_budget) if isinstance(m, LSTM) else recompute.Recompute()
+    return Given(input, None, [getattr(m, name) for name in m._flat_weights_names], options, recompute=keep)

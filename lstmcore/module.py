@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import backends, direct, functional, init, scripting
+from lstmcore import backends, direct, functional, init, scripting, stock
 from lstmcore import recompute as recomputing
 
 
@@ -165,16 +165,16 @@ class LSTM(nn.RNNBase):
         return output, (h_n, c_n), *cells
 
     # What subclasses written for torch.nn.LSTM call.
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
-    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+    get_expected_cell_size = stock.LSTM.get_expected_cell_size
+    check_forward_args = stock.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = stock.LSTM.permute_hidden  # type: ignore[assignment]
 
     def flatten_parameters(self) -> None:
         """Does nothing: parameters need not be contiguous.  It exists for code written for ``torch.nn.LSTM``."""
 
     def __prepare_scriptable__(self) -> nn.Module:
         """The module that ``torch.jit.script`` compiles instead: torch's, with the same parameters."""
-        return scripting.stand_in(self, LSTM, nn.LSTM)
+        return scripting.stand_in(self, LSTM, stock.LSTM)
 
     def reset_parameters(self) -> None:
         """Draws all parameters as ``torch.nn.LSTM`` does, then applies ``forget_bias`` or ``chrono``.
@@ -264,7 +264,7 @@ class LSTMCell(nn.RNNCellBase):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """The module that ``torch.jit.script`` compiles instead: torch's, with the same parameters."""
-        return scripting.stand_in(self, LSTMCell, nn.LSTMCell)
+        return scripting.stand_in(self, LSTMCell, stock.LSTMCell)
 
     def extra_repr(self) -> str:
         return nn.RNNCellBase.extra_repr(self) + ("" if self.backend == "auto" else f", backend={self.backend!r}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore import checks
+from lstmcore import checks, stock
 from lstmcore.module import LSTM
 
 State = tuple[Tensor, Tensor]
@@ -76,7 +76,7 @@ def truncated(
     if getattr(module, "bidirectional", False):
         raise ValueError("a bidirectional module cannot run in chunks: its second direction starts at the end")
     extended = lengths is not None or reset is not None
-    if extended and isinstance(module, torch.nn.LSTM) and not isinstance(module, LSTM):
+    if extended and isinstance(module, stock.LSTM) and not isinstance(module, LSTM):
         raise TypeError("torch.nn.LSTM has neither lengths nor reset: use lstmcore.LSTM, which loads its state_dict")
     if isinstance(input, PackedSequence):
         if lengths is not None:

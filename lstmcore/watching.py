@@ -18,7 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lstmcore import guards
+from lstmcore import guards, stock
 from lstmcore.module import LSTMCell
 
 
@@ -31,7 +31,7 @@ def weights(module: Any) -> list[Tensor]:
 
 
 def _names(module: Any) -> list[str]:
-    if isinstance(module, (nn.LSTMCell, LSTMCell)):
+    if isinstance(module, (stock.LSTMCell, LSTMCell)):
         return ["weight_ih", "weight_hh", *["bias_ih", "bias_hh"] * module.bias]
     return module._flat_weights_names
 
