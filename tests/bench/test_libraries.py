@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import lstmcore
-from bench.libraries import parity
+from bench import report
+from bench.libraries import pages, parity, table
 from bench.libraries.parity import Mismatch
 from bench.libraries.pipeline import Job, Pipeline, run
+from bench.libraries.table import Row
 
 ROOT = pathlib.Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -164,3 +166,60 @@ def test_a_library_has_pipelines_and_a_test():
     shared = {"__init__", "__main__", "models", "pages", "pipeline", "parity", "table"}
     pipelines = {path.stem for path in (ROOT / "bench/libraries").glob("*.py")} - shared
     assert named == tests == pipelines
+
+
+def row(name: str, **columns: object) -> Row:
+    """A row that nobody has measured."""
+    text = dict.fromkeys(("distribution", "commit", "date", "numba", "lstmcore"), "x")
+    times = {f"{side}p{share}_ms": 10.0 for side in ("", "peer_") for share in (20, 50, 80)}
+    given = {
+        "pipeline": name,
+        "version": "1.2",
+        "torch": "2.13",
+        "device": "Made Up",
+        "threads": 2,
+        "how": "patch(model)",
+    }
+    given |= {"checked": "3 steps", "share": 0.5, "timed": "an epoch", "pairs": 7}
+    return Row(**{**text, **times, **given, **columns})
+
+
+def test_rows_are_kept_by_pipeline_and_shown(tmp_path):
+    path, page = tmp_path / "rows" / "made-up-2t.csv", tmp_path / "libraries.md"
+    table.save(path, [row("b"), row("a", float64=1e-15)])
+    table.save(path, [row("b", peer_p50_ms=25.0)])
+    found = table.read(path)
+    assert [(each.pipeline, each.speed, each.float64) for each in found] == [("a", 1.0, 1e-15), ("b", 2.5, None)]
+
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.update_libraries(path.parent, page)
+    lines = page.read_text().splitlines()
+    assert "Made Up, 2 threads, torch 2.13:" in lines
+    assert "| b | 1.2 | `patch(model)` | 3 steps | an epoch: 25 ms, moved over 10 ms | **2.50×** |" in lines
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert "old" not in lines
+
+
+def test_a_page_without_rows_says_so(tmp_path):
+    page = tmp_path / "libraries.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.update_libraries(tmp_path / "none", page)
+    assert "make bench-libraries" in page.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(table.FOLDER.glob("*.csv")), ids=lambda path: path.stem)
+def test_committed_rows_are_those_on_the_page(path):
+    text = (ROOT / "docs/libraries.md").read_text()
+    for line in table.lines(table.read(path)):
+        assert f"| {' | '.join(line)} |" in text
+
+
+def test_a_snippet_is_found_by_its_section():
+    text = (ROOT / "docs/libraries.md").read_text()
+    names = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert {"sb3-contrib", "torchrl", "skorch", "Lightning", "accelerate", "opacus"} <= {*names}
+    for name in names:
+        for snippet in pages.snippets(name):
+            compile(snippet, name, "exec")
+    with pytest.raises(KeyError):
+        pages.snippets("no library")
