@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("skorch", reason="skorch is not installed here: make test-libraries")
 
-from bench.libraries import skorch, parity
+from bench.libraries import parity, skorch
 from bench.libraries.pipeline import Pipeline
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torchrl", reason="torchrl is not installed here: make test-libraries")
 
-from bench.libraries import torchrl, parity
+from bench.libraries import parity, torchrl
 from bench.libraries.pipeline import Pipeline
 
 pytestmark = pytest.mark.slow
