@@ -11,7 +11,7 @@
 Importing it loads no kernel and no compiler; the first call that needs them does.
 """
 
-from lstmcore import init
+from lstmcore import flops, importing, init, opacus
 from lstmcore._version import __version__
 from lstmcore.flow.jacobian import cell_jacobian, rnn_jacobian
 from lstmcore.flow.recorder import record_gradient_flow
@@ -30,6 +30,7 @@ __all__ = [
     "__version__",
     "cell_jacobian",
     "explain",
+    "flops",
     "init",
     "install",
     "installed",
@@ -41,3 +42,6 @@ __all__ = [
     "uninstall",
     "unpatch",
 ]
+
+importing.after("torch.utils.flop_counter", flops.register)
+importing.after("opacus", opacus.register)

@@ -110,6 +110,8 @@ def _backward(ctx: Any, grads: GradOutputs) -> tuple[Tensor | None, ...]:
     plain = torch.is_grad_enabled() or not all(grad is None or torch._C._has_storage(grad) for grad in grads)
     if not plain:
         grads = GradOutputs(*guards.plain(grads))
+        if torch._C._len_torch_dispatch_stack() and not watching:  # a mode that came after forward sees an operator
+            return None, None, *transforms.of_saved(run.backend, call, grads, needs, (output, *saved))
     guards.layer(call, Kept(output, () if plain else grads, saved, ctx.sizes))
     kernels = reference if plain else backends.load(run.backend)
     if watching:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lstmcore import backends, direct, functional, init, scripting, stock
 from lstmcore import recompute as recomputing
+from lstmcore.quantization import QConfig
 
 
 class LSTM(nn.RNNBase):
@@ -67,6 +68,7 @@ class LSTM(nn.RNNBase):
     memory_budget: int | None = None
     forget_bias: float | None = None
     chrono: int | None = None
+    qconfig = QConfig(nn.LSTM)
 
     def __init__(
         self,
@@ -223,6 +225,7 @@ class LSTMCell(nn.RNNCellBase):
     """
 
     backend: str = "auto"
+    qconfig = QConfig(nn.LSTMCell)
 
     def __init__(
         self,

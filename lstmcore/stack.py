@@ -15,7 +15,17 @@ from torch.autograd import Function
 from lstmcore import autograd, backends, guards, recording, transforms
 from lstmcore.backends import REGISTRY, reference
 from lstmcore.guards import Kept
-from lstmcore.kernels.contract import Call, Forward, Gradients, GradOutputs, Layer, Needs, Rows, Weights
+from lstmcore.kernels.contract import (
+    Call,
+    Forward,
+    Gradients,
+    GradOutputs,
+    Layer,
+    Needs,
+    Rows,
+    WeightGradients,
+    Weights,
+)
 
 Results = tuple[Tensor, Tensor, Tensor]  # output (T, B, P), h_n (L, B, P), c_n (L, B, H)
 _OF_LAYER = 2 + len(Weights._fields)  # tensors: h_0, c_0, the weights field by field
@@ -111,6 +121,8 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
         back = _Back.of(ctx, kept, grads if plain else guards.plain(grads), needs)
         if any(watching):
             found = back.observed(run, watching, plain)
+        elif torch._C._len_torch_dispatch_stack():  # a mode that came after forward sees operators
+            found = back.by_operators(run)
         else:
             found = backends.load(run.backend).backward_stack(*back)
     if plain:
@@ -151,6 +163,17 @@ class _Back(NamedTuple):
             found.insert(0, kernels.backward(call, grad, result.output, result.saved, needs))
             if own and found[0].norms is not None:
                 recording.show(own, source, call.rows, found[0].norms, found[0].gates, grad[:3])
+        return found
+
+    def by_operators(self, run: _Run) -> list[Gradients]:
+        """Layer by layer, each an operator of ``ops.py``."""
+        found: list[Gradients] = []
+        for call, grad, result, needs in reversed(list(zip(*self, strict=True))):
+            grad = grad._replace(output=found[0].input) if found else grad
+            input, h_0, c_0, *weights = transforms.of_saved(
+                run.backend, call, grad, needs, (result.output, *result.saved)
+            )
+            found.insert(0, Gradients(input, h_0, c_0, (WeightGradients(*weights),)))
         return found
 
 

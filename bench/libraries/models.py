@@ -20,8 +20,8 @@ class Size:
     batches: int
 
     def __str__(self) -> str:
-        layers = f", L {self.num_layers}" if self.num_layers > 1 else ""
-        return f"{self.batches} batches of {self.batch} × {self.steps} steps, I {self.input_size}, H {self.hidden_size}{layers}"
+        sizes = f"I {self.input_size}, H {self.hidden_size}" + (f", L {self.num_layers}" if self.num_layers > 1 else "")
+        return f"{self.batches} batches of {self.batch} × {self.steps} steps, {sizes}"
 
 
 SMALL = Size(input_size=6, hidden_size=16, num_layers=2, batch=4, steps=24, batches=3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lstmcore
-from lstmcore import backends
+from lstmcore import backends, direct
 
 SEED = 20
 KERNELS = "numba"
@@ -120,6 +120,24 @@ def watched(stock: type[nn.Module], nudge: Nudge | None = None) -> Iterator[Trac
 
 
 @contextmanager
+def whatever_is_faster() -> Iterator[None]:
+    """The kernels run all that they cover: "auto" would leave small jobs to ATen, and they are what is compared."""
+
+    def forget() -> None:
+        for cached in (backends.choose, backends.chosen):
+            cached.cache_clear()
+        direct._known.clear()
+
+    eager = replace(backends.REGISTRY[KERNELS], slower=lambda layer, several: None)
+    forget()
+    try:
+        with mock.patch.dict(backends.REGISTRY, {KERNELS: eager}):
+            yield
+    finally:
+        forget()
+
+
+@contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -134,7 +152,7 @@ def run(
 ) -> Trace:
     """The small job of a pipeline from the one seed: outputs, so many times ``train``, outputs again."""
     seed()
-    with default_dtype(dtype):
+    with default_dtype(dtype), whatever_is_faster():
         job = pipeline.build(True, moved)
         with watched(pipeline.stock, None if nudge is None else Nudge(nudge)) as trace:
             trace.outputs.append(job.outputs().detach().clone())

@@ -15,7 +15,6 @@ from bench.libraries import parity
 from bench.libraries.parity import Mismatch
 from bench.libraries.pipeline import Job, Pipeline, run
 
-BACKEND = "numba"
 ROOT = pathlib.Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text()
 GROUPS = re.search(r"^GROUPS \?= (.+)$", MAKEFILE, re.MULTILINE)[1].split()
@@ -53,7 +52,6 @@ def pipeline(moved: Callable[[nn.LSTM], nn.Module], **options) -> Pipeline:
 def ours(module: nn.LSTM, kind: type[lstmcore.LSTM] = lstmcore.LSTM) -> nn.Module:
     """The module, of another class; nothing is drawn for it."""
     module.__class__ = kind
-    module.backend = BACKEND
     return module
 
 

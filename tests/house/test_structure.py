@@ -16,9 +16,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 # Each imports only what is before it.
 LAYERS = (
-    "kernels", "frames", "stock", "tables", "init", "recording", "routing", "scripting", "recompute", "guards",
-    "checks", "backends", "direct", "ops", "onnx", "transforms", "autograd", "stack", "functional", "module",
-    "explaining", "models", "watching", "engines", "stream", "truncation", "flow", "cli",
+    "kernels", "frames", "stock", "tables", "init", "importing", "recording", "routing", "scripting", "quantization",
+    "recompute", "guards", "checks", "backends", "direct", "ops", "flops", "onnx", "transforms", "autograd", "stack",
+    "functional", "module", "explaining", "models", "opacus", "watching", "engines", "stream", "truncation", "flow",
+    "cli",
 )  # fmt: skip
 PACKAGES = ("backends", "flow", "models")  # whose files may know each other
 FREE = ("_version",)  # holds a constant; anyone may

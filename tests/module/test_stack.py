@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lstmcore
 from lstmcore import backends
@@ -258,3 +259,23 @@ def test_when_it_is_worth_it():
     assert not worth(1000, 1, 64, segment=10)
     assert not worth(20, 1, 64)  # over before it has begun
     assert not worth(1000, 12, 64)  # rows enough for both threads
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 6}, {"bias": False}], ids=str)
+def test_a_counter_that_came_after_forward(options, waves):
+    """A mode that watches operators sees one a layer, with the same bits."""
+    module = lstmcore.LSTM(I, H, L, **options, backend="numba")
+    x = torch.randn(T, B, I, requires_grad=True)
+    leaves = [x, *module.parameters()]
+    loss = module(x)[0].square().sum()
+    assert len(waves) == 1
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert len(waves) == 2
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert len(waves) == 2
+    for leaf, grad in zip(leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, grad)
+    forward = sum(2 * T * B * parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
+    to_h_0 = sum(2 * B * parameter.numel() for name, parameter in module.named_parameters() if "weight_hh" in name)
+    assert counter.get_total_flops() == 2 * forward - to_h_0
