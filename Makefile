@@ -66,7 +66,8 @@ bench-libraries: $(GROUPS:%=build/libraries/%/.ready)  ## the same, timed beside
 build/libraries/%/.ready: tests/libraries/%.txt pyproject.toml setup.py
 	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
 	@pip='$(@D)/bin/python -m pip install -q --retries 1 --no-deps'; \
-	{ $$pip '$(TORCH)' && $$pip -r $< && rm -f $(@D)/lib/python3*/site-packages/torchaudio/lib/*.so && $$pip --no-build-isolation -e . && touch $@; } 2>$(@D)/log \
+	{ $$pip '$(TORCH)' && $$pip -r $< && rm -f $(@D)/lib/python3*/site-packages/torchaudio/lib/*.so \
+	&& $$pip --no-build-isolation -e . && touch $@; } 2>$(@D)/log \
 	|| echo "$*: left out, its packages cannot be installed here: $$(grep -m 1 '^ERROR' $(@D)/log || tail -n 1 $(@D)/log)"
 
 gpu:  ## tests, experiments and the quick benchmark on a CUDA GPU, within ten minutes; ARGS="--stage bench", ...

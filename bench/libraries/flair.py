@@ -38,9 +38,8 @@ class Tagger(SequenceTagger):
 
 def sentence(longest: int) -> Sentence:
     """Words of random letters; a word's tag follows from its first letter and that of the word before."""
-    words = [
-        "".join(random.choices(LETTERS, k=random.randint(2, 9))) for _ in range(random.randint(longest // 3, longest))
-    ]
+    lengths = [random.randint(2, 9) for _ in range(random.randint(longest // 3, longest))]
+    words = ["".join(random.choices(LETTERS, k=length)) for length in lengths]
     made = Sentence(words)
     for before, token in zip(["a", *words], made, strict=False):
         token.add_label("pos", str((LETTERS.index(before[0]) + LETTERS.index(token.text[0])) % CLASSES))

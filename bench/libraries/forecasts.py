@@ -1,4 +1,4 @@
-"""What the forecasting libraries share: series to forecast, and how the Trainer of Lightning that all of them have runs."""
+"""What the forecasting libraries share: series to forecast, and how they run the Trainer of Lightning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pytorch-forecasting: a Temporal Fusion Transformer and a DeepAR, fitted by Lightning's Trainer on a TimeSeriesDataSet.
+"""pytorch-forecasting: a Temporal Fusion Transformer and a DeepAR, fitted by Lightning's Trainer.
 
 Both run a class that pytorch-forecasting derives from torch's LSTM, on packed sequences.
 """

@@ -105,19 +105,19 @@ def job(small: bool, moved: bool, packs: bool) -> Job:
     return Job(train, outputs)
 
 
-PIPELINES = [
+PIPELINES = (
     Pipeline(
-        name="speechbrain: nnet.RNN.LSTM with lengths",
+        name="speechbrain nnet.RNN.LSTM with lengths",
         distribution="speechbrain",
         how="lstmcore.patch(brain.modules)",
         timed="two batches of 16 waves of two to four seconds, three layers of 256 in both directions",
         build=lambda small, moved: job(small, moved, packs=True),
     ),
     Pipeline(
-        name="speechbrain: CRDNN",
+        name="speechbrain CRDNN",
         distribution="speechbrain",
         how="lstmcore.patch(brain.modules)",
         timed="two batches of 16 waves of four seconds, two layers of 256 in both directions",
         build=lambda small, moved: job(small, moved, packs=False),
     ),
-]
+)

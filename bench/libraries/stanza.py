@@ -20,9 +20,8 @@ LETTERS, TAGS = "abcdefgh", ("NOUN", "VERB", "ADJ", "ADV", "DET", "ADP")
 
 def sentence(longest: int) -> str:
     """In CoNLL-U: words of random letters; a word's tag follows from its first letter and that of the word before."""
-    words = [
-        "".join(random.choices(LETTERS, k=random.randint(2, 9))) for _ in range(random.randint(longest // 3, longest))
-    ]
+    lengths = [random.randint(2, 9) for _ in range(random.randint(longest // 3, longest))]
+    words = ["".join(random.choices(LETTERS, k=length)) for length in lengths]
     lines = []
     for number, (before, word) in enumerate(zip(["a", *words], words, strict=False), 1):
         tag = TAGS[(LETTERS.index(before[0]) + LETTERS.index(word[0])) % len(TAGS)]
