@@ -47,10 +47,12 @@ def job(small: bool, moved: bool) -> Job:
     return Job(train, outputs)
 
 
-PIPELINES = Pipeline(
-    name="transformers EnCodec",
-    distribution="transformers",
-    how="lstmcore.patch(model)",
-    timed="a step on four seconds of sound at 24 kHz, encoder and decoder of encodec_24khz without its quantizer",
-    build=job,
+PIPELINES = (
+    Pipeline(
+        name="transformers EnCodec",
+        distribution="transformers",
+        how="lstmcore.patch(model)",
+        timed="a step on four seconds of sound at 24 kHz, encoder and decoder of encodec_24khz without its quantizer",
+        build=job,
+    ),
 )

@@ -55,8 +55,11 @@ def build(small: bool, moved: bool, make: Any, hidden: str, **options: Any) -> J
         return [loss for _, loss in forecast.models[0].train_trajectories[-size["steps"] :]]
 
     def outputs() -> Tensor:
+        module = forecast.models[0].eval()
         with torch.no_grad():
-            return forecast.models[0].eval()(dict(history))
+            prediction = module(dict(history))
+        module.train()
+        return prediction
 
     return Job(train, outputs)
 

@@ -67,8 +67,11 @@ def build(small: bool, moved: bool, make: Any, loss: Any, **options: Any) -> Job
 
     def outputs() -> Tensor:
         torch.manual_seed(0)  # DeepAR draws
+        model.eval()
         with torch.no_grad():
-            return model.eval()(batch)["prediction"]
+            prediction = model(batch)["prediction"]
+        model.train()
+        return prediction
 
     return Job(train, outputs)
 
