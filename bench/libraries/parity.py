@@ -22,7 +22,8 @@ FACTOR, FLOOR_EPS = 4.0, 16.0
 # In float64, relative to the largest entry of a tensor: a million times what one rounding does, and a thousandth of
 # what float32 tells apart.  What differs by so little differs by rounding, and not by a formula.
 FLOAT64 = 1e-10
-# What rounding leaves of a gradient that is zero, a sum of thousands of terms which cancel: in eps of the run's largest.
+# What rounding leaves of a gradient that is zero, a sum of thousands of terms that cancel: in eps of the largest
+# gradient of the run.
 ZERO_EPS = 1000.0
 
 
