@@ -16,7 +16,10 @@ OLD_TRITON := 3.6.0
 # bench/libraries and tests/libraries, and every version is in tests/libraries/<group>.txt
 rl := sb3_contrib torchrl
 training := skorch lightning accelerate opacus
-GROUPS ?= rl training
+forecasting := pytorch_forecasting neuralforecast darts
+language := flair stanza
+speech := speechbrain encodec
+GROUPS ?= rl training forecasting language speech
 
 .PHONY: test-libraries bench-libraries bench bench-full report compare demo test test-fast gpu kernels lint docs site check clean build/types
 
@@ -57,12 +60,14 @@ test-libraries: $(GROUPS:%=build/libraries/%/.ready)  ## public libraries, their
 bench-libraries: $(GROUPS:%=build/libraries/%/.ready)  ## the same, timed beside torch's LSTM, into bench/results/libraries
 	$(call libraries,python -m bench.libraries,%)
 
-# No dependencies: what is not in the file is not installed, least of all another torch.  Where packages cannot be had, as
+# No dependencies: what is not in the file is not installed, least of all another torch.  torchaudio loses the compiled part
+# of its wheel, which needs torch's CUDA libraries to be imported; its Python does without.  Where packages cannot be had, as
 # without a network, the group is left out, which is said, and tried again the next time.
 build/libraries/%/.ready: tests/libraries/%.txt pyproject.toml setup.py
 	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
 	@pip='$(@D)/bin/python -m pip install -q --retries 1 --no-deps'; \
-	{ $$pip '$(TORCH)' && $$pip -r $< && $$pip --no-build-isolation -e . && touch $@; } 2>$(@D)/log \
+	{ $$pip '$(TORCH)' && $$pip -r $< && rm -f $(@D)/lib/python3*/site-packages/torchaudio/lib/*.so \
+	&& $$pip --no-build-isolation -e . && touch $@; } 2>$(@D)/log \
 	|| echo "$*: left out, its packages cannot be installed here: $$(grep -m 1 '^ERROR' $(@D)/log || tail -n 1 $(@D)/log)"
 
 gpu:  ## tests, experiments and the quick benchmark on a CUDA GPU, within ten minutes; ARGS="--stage bench", ...
