@@ -10,7 +10,7 @@ import pathlib
 
 from flair.data import Dictionary
 from flair.embeddings import CharacterEmbeddings
-from flair.models import SequenceTagger
+from flair.models import LanguageModel, SequenceTagger
 from torch import nn
 
 import lstmcore
@@ -34,11 +34,13 @@ def tagger() -> SequenceTagger:
 
 
 def test_a_table_made_at_import_escapes_install():
-    """Why the page says to patch."""
+    """Why the page says to patch: language models take the class from it, taggers from torch.nn."""
+    characters = Dictionary()
     with lstmcore.installed():
-        built = tagger()
-    assert type(built.rnn) is nn.LSTM
-    assert type(built.embeddings.char_rnn) is lstmcore.LSTM
+        assert type(tagger().rnn) is lstmcore.LSTM
+        model = LanguageModel(characters, True, hidden_size=8, nlayers=1)
+    assert type(model.rnn) is nn.LSTM
+    assert lstmcore.patch(model).moved == ["rnn"]
 
 
 def test_what_a_saved_tagger_restores(tmp_path: pathlib.Path):
