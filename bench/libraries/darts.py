@@ -40,7 +40,7 @@ def build(small: bool, moved: bool, make: Any, how: str, hidden: str, **options:
     )
     installed: AbstractContextManager = lstmcore.installed() if moved and how == "installed" else nullcontext()
     with installed:  # a trainer of no steps: the module is built, and as it was drawn
-        model.fit(series, trainer=Trainer(max_steps=0, callbacks=[*callbacks], **QUIET), verbose=False)
+        model.fit(series, trainer=Trainer(max_steps=0, callbacks=list(callbacks), **QUIET), verbose=False)
 
     def train() -> Sequence[float]:
         losses = losses_of(Callback)
@@ -49,7 +49,7 @@ def build(small: bool, moved: bool, make: Any, how: str, hidden: str, **options:
         return losses.found
 
     def outputs() -> Tensor:
-        trainer = Trainer(callbacks=[*callbacks], **QUIET)
+        trainer = Trainer(callbacks=list(callbacks), **QUIET)
         return torch.from_numpy(
             np.array(model.predict(size["horizon"], series, trainer=trainer, verbose=False).values())
         )

@@ -49,12 +49,14 @@ def sentence(longest: int) -> Sentence:
 def build(small: bool, moved: bool) -> Job:
     count, longest, batch, hidden = (6, 18, 3, 8) if small else (96, 45, 32, 256)
     corpus: Any = Corpus([sentence(longest) for _ in range(count)], sample_missing_splits=False)
-    characters = Dictionary()
+    characters, tags = Dictionary(), Dictionary(add_unk=False)
     for letter in LETTERS:
         characters.add_item(letter)
+    for number in range(CLASSES):
+        tags.add_item(str(number))
     tagger = Tagger(
         StackedEmbeddings([HashEmbeddings(), CharacterEmbeddings(characters)]),
-        corpus.make_label_dictionary("pos", add_unk=False),
+        tags,
         "pos",
         hidden_size=hidden,
     )

@@ -33,11 +33,8 @@ def build(small: bool, moved: bool) -> Job:
     """Small: a few short sentences; else the sizes of stanza's command line."""
     count, longest, batch = (9, 12, 50) if small else (60, 45, 1000)
     sizes = ["--hidden_dim", "8", "--char_hidden_dim", "8", "--deep_biaff_hidden_dim", "8"] if small else []
-    options = vars(
-        build_argparse().parse_args(
-            ["--no_pretrain", "--lang", "xx", "--word_cutoff", "1", "--augment_nopunct", "0", *sizes]
-        )
-    )
+    given = ["--no_pretrain", "--lang", "xx", "--word_cutoff", "1", "--augment_nopunct", "0", *sizes]
+    options = vars(build_argparse().parse_args(given))
     document = CoNLL.conll2doc(input_str="".join(sentence(longest) for _ in range(count)))
     data = Dataset(document, options, None)
     batches = list(data.to_loader(batch_size=batch, shuffle=False))
