@@ -163,7 +163,7 @@ def test_a_library_has_pipelines_and_a_test():
     """The Makefile, the pipelines and the tests name the same libraries."""
     named = {name for group in GROUPS for name in re.search(rf"^{group} := (.+)$", MAKEFILE, re.MULTILINE)[1].split()}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests/libraries").glob("test_*.py")}
-    shared = {"__init__", "__main__", "models", "pages", "pipeline", "parity", "table"}
+    shared = {"__init__", "__main__", "forecasts", "models", "pages", "pipeline", "parity", "table"}
     pipelines = {path.stem for path in (ROOT / "bench/libraries").glob("*.py")} - shared
     assert named == tests == pipelines
 
