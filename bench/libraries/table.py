@@ -54,7 +54,7 @@ def read(path: Path) -> list[Row]:
 def save(path: Path, new: Iterable[Row]) -> None:
     """Adds rows to a file; one of the same pipeline is replaced."""
     found = {row.pipeline: row for row in [*read(path), *new]}
-    rows.write(path, [found[name] for name in sorted(found)], Row)
+    rows.write(path, [found[name] for name in sorted(found, key=str.casefold)], Row)
 
 
 def lines(found: Sequence[Row]) -> list[tuple[str, ...]]:
