@@ -40,8 +40,8 @@ class Recogniser(speechbrain.Brain):
 
 
 def batches(small: bool, count: int) -> list[Batch]:
-    """Noise of four seconds (small: of half a second), some of it shorter."""
-    rows, samples, words = (2, RATE // 2, 3) if small else (16, 4 * RATE, 30)
+    """Noise of two seconds (small: of half a second), some of it shorter."""
+    rows, samples, words = (2, RATE // 2, 3) if small else (8, 2 * RATE, 15)
     return [
         (
             torch.randn(rows, samples),
@@ -110,14 +110,14 @@ PIPELINES = (
         name="speechbrain nnet.RNN.LSTM with lengths",
         distribution="speechbrain",
         how="lstmcore.patch(brain.modules)",
-        timed="two batches of 16 waves of two to four seconds, three layers of 256 in both directions",
+        timed="`brain.fit` on two batches of eight waves of one to two seconds, three layers of 256 in both directions",
         build=lambda small, moved: job(small, moved, packs=True),
     ),
     Pipeline(
         name="speechbrain CRDNN",
         distribution="speechbrain",
         how="lstmcore.patch(brain.modules)",
-        timed="two batches of 16 waves of four seconds, two layers of 256 in both directions",
+        timed="`brain.fit` on two batches of eight waves of two seconds, two layers of 256 in both directions",
         build=lambda small, moved: job(small, moved, packs=False),
     ),
 )
