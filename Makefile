@@ -1,4 +1,4 @@
-# make bench · report · demo · test · lint · docs: each sets itself up in .venv; only Python >= 3.10 and make have to be there.
+# make bench · report · demo · test · lint · docs: each sets itself up in .venv (libraries: in build/libraries); only Python >= 3.10 and make have to be there.
 # make gpu uses $(PYTHON) as it is: PyTorch with CUDA is there already, and a network may not be.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,16 @@ TORCH := $(shell grep -o '^torch==[^ ;]*' constraints.txt)
 # what torch 2.11 ships; make kernels compiles with it and with the newest, which is in constraints.txt
 OLD_TRITON := 3.6.0
 
-.PHONY: bench bench-full report compare demo test test-fast gpu kernels lint docs site check clean build/types
+# public libraries that train LSTMs, by which can be installed beside each other; the names are those of the files in
+# bench/libraries and tests/libraries, and every version is in tests/libraries/<group>.txt
+rl := sb3_contrib torchrl
+training := skorch lightning accelerate opacus
+forecasting := pytorch_forecasting neuralforecast darts
+language := flair stanza
+speech := speechbrain encodec
+GROUPS ?= rl training forecasting language speech
+
+.PHONY: test-libraries bench-libraries bench bench-full report compare demo test test-fast gpu kernels lint docs site check clean build/types
 
 bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by both
 	$(BIN)/python -m bench --quick
@@ -38,6 +47,28 @@ test: $(VENV)/.ready  ## the tests
 
 test-fast: $(VENV)/.ready  ## those that are not marked slow: nine of ten, in about a minute
 	$(BIN)/pytest $(PARALLEL) -q -m "not slow" tests
+
+# $(call libraries,COMMAND,FILES): the command in each group's environment, on its files, where there is one
+define libraries
+@status=0; $(foreach group,$(GROUPS),if [ -e build/libraries/$(group)/.ready ]; then echo '$(group): $($(group))'; \
+	build/libraries/$(group)/bin/$(1) $($(group):%=$(2)) $(ARGS) || status=1; fi;) exit $$status
+endef
+
+test-libraries: $(GROUPS:%=build/libraries/%/.ready)  ## public libraries, their LSTMs moved over; GROUPS=rl for some of them
+	$(call libraries,python -m pytest -q,tests/libraries/test_%.py)
+
+bench-libraries: $(GROUPS:%=build/libraries/%/.ready)  ## the same, timed beside torch's LSTM, into bench/results/libraries
+	$(call libraries,python -m bench.libraries,%)
+
+# No dependencies: what is not in the file is not installed, least of all another torch.  torchaudio loses the compiled part
+# of its wheel, which needs torch's CUDA libraries to be imported; its Python does without.  Where packages cannot be had, as
+# without a network, the group is left out, which is said, and tried again the next time.
+build/libraries/%/.ready: tests/libraries/%.txt pyproject.toml setup.py
+	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	@pip='$(@D)/bin/python -m pip install -q --retries 1 --no-deps'; \
+	{ $$pip '$(TORCH)' && $$pip -r $< && rm -f $(@D)/lib/python3*/site-packages/torchaudio/lib/*.so \
+	&& $$pip --no-build-isolation -e . && touch $@; } 2>$(@D)/log \
+	|| echo "$*: left out, its packages cannot be installed here: $$(grep -m 1 '^ERROR' $(@D)/log || tail -n 1 $(@D)/log)"
 
 gpu:  ## tests, experiments and the quick benchmark on a CUDA GPU, within ten minutes; ARGS="--stage bench", ...
 	$(PYTHON) -m bench gpu $(ARGS)

@@ -15,10 +15,11 @@ from bench.tables import counted, percent
 
 
 class Table(NamedTuple):
-    """The first column is of words, the others are of figures."""
+    """The first column, or as many as it says, are of words; the others are of figures."""
 
     columns: Sequence[str]
     lines: Sequence[Sequence[object]]
+    words: int = 1
 
 
 OVERVIEW = (

@@ -1,7 +1,8 @@
 """``python -m bench report``: every published figure and plot, from the committed rows and from nothing else.
 
 Between its markers, README.md gets a short table, docs/benchmarks.md one of all groups for each results file, with the
-plots in docs/assets/bench.  All of it and more is one page for a browser, build/report.html.
+plots in docs/assets/bench; docs/libraries.md gets one of the libraries.  All benchmarks and more are one page for a
+browser, build/report.html.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ from pathlib import Path
 
 from bench import findings, page, plots
 from bench.findings import Table
+from bench.libraries import table as libraries
+from bench.machine import counted
 from bench.measure import NOTHING
 from bench.rows import RESULTS, Row, read
 from bench.summary import entries
 
 ROOT = Path(__file__).parents[1]
+LIBRARIES = ROOT / "docs" / "libraries.md"
 README, PAGE, IMAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "assets" / "bench"
 HTML = ROOT / "build" / "report.html"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NO_ROWS = "_No results yet: run `make bench-full`, then `python -m bench report`._"
+NO_LIBRARIES = "_No results yet: run `make bench-libraries`, then `python -m bench report`._"
 
 
 def markdown(table: Table) -> Iterator[str]:
     """A table, line by line."""
     yield f"| {' | '.join(table.columns)} |"
-    yield f"|---|{'--:|' * (len(table.columns) - 1)}"
+    yield f"|{'---|' * table.words}{'--:|' * (len(table.columns) - table.words)}"
     for line in table.lines:
         yield f"| {' | '.join(map(str, line))} |"
 
@@ -68,6 +73,7 @@ def run(out: Path | None) -> int:
     """``python -m bench report``: everything; or only the plots of the rows in a folder, which may hold other files."""
     if out is None:
         update()
+        update_libraries()
         HTML.parent.mkdir(parents=True, exist_ok=True)
         HTML.write_text(web_page(), encoding="utf-8")
         print(f"{HTML}: written")
@@ -115,3 +121,17 @@ def update(folder: Path = RESULTS, readme: Path = README, tables: Path = PAGE, i
     for target, generated in ((readme, short), (tables, "\n\n".join(sections) or NO_ROWS)):
         target.write_text(replace_region(target.read_text(encoding="utf-8"), generated), encoding="utf-8")
         print(f"{target}: rewritten between its markers")
+
+
+def update_libraries(folder: Path = libraries.FOLDER, target: Path = LIBRARIES) -> None:
+    """Rewrites the generated region of the page about libraries: a table for each machine."""
+    sections = []
+    for path in sorted(folder.glob("*.csv")):
+        found = libraries.read(path)
+        about = f"{found[0].device}, {counted(found[0].threads)}, torch {found[0].torch}"
+        sections.append(
+            "\n".join([f"{about}:", "", *markdown(Table(libraries.COLUMNS, libraries.lines(found), libraries.WORDS))])
+        )
+    generated = "\n\n".join(sections) or NO_LIBRARIES
+    target.write_text(replace_region(target.read_text(encoding="utf-8"), generated), encoding="utf-8")
+    print(f"{target}: rewritten between its markers")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.cases import CASES, GROUPS
 
@@ -115,7 +115,7 @@ class Row:
 
 
 COLUMNS = [each.name for each in fields(Row)]
-KINDS = {each.name: str(each.type) for each in fields(Row)}
+Kind = TypeVar("Kind")  # a dataclass of columns
 
 
 def _parse(text: str, kind: str) -> object:
@@ -136,16 +136,18 @@ def _format(value: object) -> object:
     return "" if value is None else value
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path, kind: type[Kind] = Row) -> list[Kind]:  # type: ignore[assignment]
     """The rows of a file; none where there is no file yet."""
     if not path.exists():
         return []
+    columns = {each.name: str(each.type) for each in fields(kind)}  # type: ignore[arg-type]
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if (found := list(reader.fieldnames or [])) != COLUMNS:
-            old = "" if "experiment" in found else " (a file from before all experiments had the same columns)"
-            raise ValueError(f"{path}: expected the columns {COLUMNS}, got {found}{old}; move the file away")
-        return [Row(**{name: _parse(record[name], KINDS[name]) for name in COLUMNS}) for record in reader]  # type: ignore[arg-type]
+        if (found := list(reader.fieldnames or [])) != list(columns):
+            old = kind is Row and "experiment" not in found
+            why = " (a file from before all experiments had the same columns)" if old else ""
+            raise ValueError(f"{path}: expected the columns {list(columns)}, got {found}{why}; move the file away")
+        return [kind(**{name: _parse(record[name], columns[name]) for name in columns}) for record in reader]
 
 
 def merge(old: Iterable[Row], new: Iterable[Row], *, whole: Iterable[str] = ()) -> list[Row]:

@@ -12,12 +12,13 @@ from bench.cases import CASES, GROUPS
 from bench.experiments import EXPERIMENTS, MAIN
 
 BENCH = pathlib.Path(__file__).parents[2] / "bench"
-# Each imports only what is before it; an experiment no other one.
+# Each imports only what is before it; an experiment no other one, a library's pipelines what libraries share.
 LAYERS = (
     "cases", "machine", "timing", "rows", "cudnn", "providers", "verify", "costs", "memory", "onnx_peer", "summary",
-    "tables", "findings", "measure", "session", "plots", "curves", "page", "report", "gpu.launches", "gpu.compile",
-    "gpu.environment", "gpu.smoke", "gpu.kernels", "experiments", "gpu.visit", "compare", "cli",
+    "tables", "findings", "measure", "session", "plots", "curves", "page", "libraries", "report", "gpu.launches",
+    "gpu.compile", "gpu.environment", "gpu.smoke", "gpu.kernels", "experiments", "gpu.visit", "compare", "cli",
 )  # fmt: skip
+FOLDERS = ("experiments", "libraries")
 FREE = ("__main__", "conftest", "test_bench")  # nobody imports them
 
 
@@ -41,13 +42,15 @@ def imported(path: pathlib.Path) -> set[str]:
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
 def test_imports_go_one_way(name):
-    layer = "experiments" if name.startswith("experiments") else name
+    layer = next((folder for folder in FOLDERS if name.split(".")[0] == folder), name)
     if layer in FREE or layer == "gpu":
         return
     assert layer in LAYERS, f"{name} has no place among the layers"
     before = LAYERS[: LAYERS.index(layer)]
     for other in imported(SOURCES[name]):
         own = name == "experiments" and other.startswith("experiments")
+        if other.split(".")[0] == "libraries":
+            own, other = layer == "libraries", "libraries"
         assert own or other in before, f"{name} imports {other}: the arrow goes back"
 
 
