@@ -316,9 +316,11 @@ class Board:
     def __init__(self, trainer: Trainer) -> None:
         options, self._trainer = trainer.options, trainer
         self._writer: Any = None
-        if options.tensorboard is not None and trainer.world.rank == 0:
-            with brought_by("train"):
-                from torch.utils.tensorboard import SummaryWriter
+        if options.tensorboard is None:
+            return
+        with brought_by("train"):  # on every process: else the others would wait for the one that has ended
+            from torch.utils.tensorboard import SummaryWriter
+        if trainer.world.rank == 0:  # what came after the checkpoint is left out
             self._writer = SummaryWriter(str(options.tensorboard), purge_step=len(trainer.losses))
 
     @contextlib.contextmanager
@@ -334,15 +336,15 @@ class Board:
                 self._trainer.model,
                 every=options.flow_every * options.accumulate,  # passes
                 scaler=self._trainer.scaler if options.amp == "float16" else None,
-                log=lambda numbers, _: self.write(numbers),
+                log=lambda numbers, _: self.write(numbers, len(self._trainer.losses)),
             ),
         ):
             yield
 
-    def write(self, numbers: dict[str, float]) -> None:
+    def write(self, numbers: dict[str, float], step: int) -> None:
         if self._writer is not None:
             for tag, value in numbers.items():
-                self._writer.add_scalar(tag, value, len(self._trainer.losses))
+                self._writer.add_scalar(tag, value, step)
 
 
 def train(trainer: Trainer, checkpoint: Checkpoint, console: Console) -> bool:
@@ -360,7 +362,7 @@ def train(trainer: Trainer, checkpoint: Checkpoint, console: Console) -> bool:
         for iteration in range(first, options.iterations):
             start = time.perf_counter()
             loss, norm, stop = trainer.step(interrupt)
-            board.write({"loss": loss, "gradient/norm": norm, "seconds": time.perf_counter() - start})
+            board.write({"loss": loss, "gradient/norm": norm, "seconds": time.perf_counter() - start}, iteration)
             bar.update(task, advance=1, loss=f"loss {loss:.3f}")
             if stop:
                 break
@@ -402,8 +404,9 @@ def show(console: Console, counts: Tensor, others: dict[str, float]) -> float:
     table.add_column("right", justify="right")
     for name, share in {**others, "the model": right}.items():
         table.add_row(name, f"{share:.1%}")
-    for kind, of_kind in zip(KINDS, counts, strict=True):
-        table.add_row(f"   of {kind}", f"{(of_kind[KINDS.index(kind)] / of_kind.sum()).item():.1%}", style="dim")
+    for index, of_kind in enumerate(counts):
+        if of_kind.sum():
+            table.add_row(f"   of {KINDS[index]}", f"{(of_kind[index] / of_kind.sum()).item():.1%}", style="dim")
     console.print(table)
     return right
 
@@ -470,7 +473,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_options(parser, out="out/train", save_every=200)
-    parser.add_argument("--iterations", type=positive, default=1500, help="steps of the optimizer, in total")
+    parser.add_argument("--iterations", type=positive, default=1000, help="steps of the optimizer, in total")
     parser.add_argument("--batch", type=positive, default=32, help="B: functions side by side, in all processes")
     parser.add_argument("--steps", type=positive, default=256, help="of a chunk: how far gradients go back")
     parser.add_argument("--longest", type=positive, default=1024, help="characters of a function; the rest is cut off")
