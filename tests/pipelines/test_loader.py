@@ -86,7 +86,7 @@ def test_labels(source, kinds):
 def test_a_table_of_contexts():
     """Learns what its context decides, and answers the usual kind where it has not seen it."""
     texts = [torch.tensor(list(text.encode()), dtype=torch.uint8) for text in ("ababab", "bb")]
-    kinds = [torch.tensor([0, 1, 2, 1, 2, 1]), torch.tensor([0, 0])]  # a: 2, but the first; b after a: 1
+    kinds = [torch.tensor([0, 1, 2, 1, 2, 1]), torch.tensor([0, 1])]  # a: 2, but the first; b after a: 1
     table = highlight.Table(2, texts, kinds)
     assert table([torch.tensor(list(b"aba"), dtype=torch.uint8)]).tolist() == [0, 1, 2]
     assert table([torch.tensor(list(b"zz"), dtype=torch.uint8)]).tolist() == [1, 1]

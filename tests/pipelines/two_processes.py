@@ -27,7 +27,7 @@ T, B, I, H = 40, 8, 6, 17
 STEPS = 16  # of a chunk
 CALLS = ("dense", "lengths", "packed", "chunks")
 WRAPPERS = ("ddp", "fsdp2")
-CLIP = 0.05
+CLIP = 0.005
 WHOLE = StateDictOptions(full_state_dict=True)
 
 
