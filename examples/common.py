@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,21 +105,30 @@ def add_options(parser: argparse.ArgumentParser, out: str, save_every: int) -> N
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a wish to stop, granted between two steps; the second one acts as always."""
+    """Turns the first Ctrl-C, or other of ``signals``, into a wish to stop, granted between two steps.
 
-    def __init__(self) -> None:
+    One that comes ``patience`` seconds later, or after that, acts as always.  (torchrun passes on a Ctrl-C that its
+    processes have got already.)
+    """
+
+    def __init__(self, *signals: signal.Signals, patience: float = 0.0) -> None:
         self.wanted = False
+        self._signals, self._patience = signals or (signal.SIGINT,), patience
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.wanted = True
-        signal.signal(signal.SIGINT, self._before)
+        if not self.wanted:
+            self.wanted, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since >= self._patience:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -165,6 +165,11 @@ def _form(given: Given) -> tuple[Form, Tensor, tuple[Any, Any], Tensor | None]:
     if not isinstance(given.input, PackedSequence):
         data, batched = time_first("LSTM", given.input, given.options.batch_first)
         return Form(batched, batched and given.options.batch_first), data, (data.shape[0], data.shape[1]), None
+    if len(given.input) != 4:
+        raise RuntimeError(
+            f"Expected a PackedSequence of four fields, got one of {len(given.input)}: torch.compile makes such ones "
+            "of packed._replace(data=...); write PackedSequence(data, *packed[1:])"
+        )
     data, batch_sizes, *indices = given.input
     if data.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")

@@ -5,11 +5,13 @@ T time, B batch, I input, H hidden, P projection, D directions.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstmcore
@@ -278,6 +280,20 @@ def test_packed_input_breaks_the_graph_and_works(fresh_compiler):
     compiled = torch.compile(model, backend="aot_eager")
     packed = pack_padded_sequence(torch.randn(5, 3, I), torch.tensor([5, 2, 1]))
     assert torch.equal(compiled(packed)[0].data, model(packed)[0].data)
+
+
+def test_packed_input_made_inside_of_a_graph(fresh_compiler):
+    """torch.compile hands on a PackedSequence of no fields where ``_replace`` made it: the error says what to write."""
+
+    class Doubled(lstmcore.LSTM):
+        def forward(self, packed: PackedSequence):
+            return super().forward(PackedSequence(2 * packed.data, *packed[1:]))
+
+    packed = pack_padded_sequence(torch.randn(5, 3, I), torch.tensor([2, 5, 1]), enforce_sorted=False)
+    model = Doubled(I, 5, backend="numba")
+    assert torch.equal(torch.compile(model, backend="aot_eager")(packed)[0].data, model(packed)[0].data)
+    with pytest.raises(RuntimeError, match=re.escape("write PackedSequence(data, *packed[1:])")):
+        lstmcore.LSTM(I, 5)(tuple.__new__(PackedSequence))
 
 
 @pytest.mark.slow
