@@ -1,0 +1,95 @@
+"""Tries the wheel on the versions of ``cells.py``: the smoke test, the parity check, and the quick tests."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from release import dist
+from release.cells import NAMES, TOOLS, Cell
+from release.environments import BUILD, ROOT, Absent, Environment
+
+# Tests of what a user calls, by what the versions have to do with it.  Those of tests/house are about the checkout.
+TESTS = ("tests/contract", "tests/module", "tests/torch", "tests/gpu")
+NOT_HERE = ("bench", "examples", "docs")  # what a test that belongs to the checkout imports or reads
+COMMAND = ("-m", "pytest", "-q", "-n", "auto", "--dist", "loadgroup", "--max-worker-restart", "0", "-m", "not slow")
+
+
+class Result(NamedTuple):
+    """What came out in a cell."""
+
+    cell: Cell
+    outcome: str  # "passed", "FAILED" or "not run"
+    versions: dict[str, str]
+    detail: str
+
+
+def _versions(environment: Environment) -> dict[str, str]:
+    """What is installed, which a name may leave open: torch says which build."""
+    program = (
+        "import importlib.metadata as m, platform; print('Python', platform.python_version())\n"
+        "for d in m.distributions(): print(d.metadata['Name'].lower(), d.version)"
+    )
+    return dict(line.split() for line in environment.run("-I", "-c", program).splitlines())
+
+
+def _tests(environment: Environment) -> str:
+    """Runs the tests on what is installed, from a folder where the package's sources are not; pytest's last line."""
+    place = environment.folder / "tests"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    shutil.copy(ROOT / "pyproject.toml", place)
+    shutil.copytree(ROOT / "tests", place / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    environment.install(*TOOLS)
+    output = environment.run(*COMMAND, *TESTS, cwd=place)
+    return re.sub(r" in [\d.]+s.*", "", output.strip().splitlines()[-1])
+
+
+def _try(cell: Cell, wheel: Path, quick: bool) -> Result:
+    folder, log = BUILD / "matrix" / cell.name, BUILD / "matrix" / f"{cell.name}.log"
+    try:
+        environment = Environment(folder, cell.python, cell.pins)
+    except Absent as error:
+        return Result(cell, "not run", {}, str(error))
+    versions: dict[str, str] = {}
+    try:
+        environment.install(wheel)
+        environment.install(wheel, fresh=True)  # the version may be the one that is there
+        versions = _versions(environment)
+        detail = dist.smoke(environment) if quick else f"{dist.smoke(environment)}; {_tests(environment)}"
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        log.write_text(f"{error}\n{error.stdout or error.stderr or ''}")
+        return Result(cell, "FAILED", versions, f"{error}; see {log.relative_to(ROOT)}")
+    return Result(cell, "passed", versions, re.sub(r"^.*: ok, ", "", detail))
+
+
+def _show(results: Sequence[Result]) -> None:
+    table = Table("cell", "Python", *NAMES, "result", "what", title="matrix")
+    for cell, outcome, found, detail in results:
+        pins = dict(pin.split("==") for pin in cell.pins)
+        versions = [found.get(name) or (pins.get(name, "-") if not found else "-") for name in NAMES]
+        table.add_row(cell.name, found.get("Python", cell.python), *versions, outcome, detail)
+    Console(width=160).print(table)
+    counts = [sum(result.outcome == outcome for result in results) for outcome in ("passed", "FAILED", "not run")]
+    print("{} passed, {} failed, {} not run".format(*counts))
+
+
+def run(cells: Sequence[Cell], quick: bool) -> int:
+    """Tries each cell; the status is 1 where one fails, and where none could be run."""
+    wheel, _ = dist.build_all()
+    results = []
+    for cell in cells:
+        start = time.monotonic()
+        results.append(_try(cell, wheel, quick))
+        print(f"{cell.name} ({cell.why}): {results[-1].outcome}, {time.monotonic() - start:.0f} s", flush=True)
+    _show(results)
+    outcomes = [result.outcome for result in results]
+    return int("FAILED" in outcomes or "passed" not in outcomes)
