@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from release.cells import CELLS
+from release.cells import CELLS, development
 from release.environments import BUILD, ROOT, Environment
 
 DIST = ROOT / "dist"
@@ -77,17 +77,20 @@ def look_into_wheel(wheel: Path) -> int:
     return len(names)
 
 
-def unpack_sdist(sdist: Path, target: Path) -> tuple[Path, int]:
-    """Its source tree and the number of its files; raises Wrong unless these are what the checkout has."""
+def unpack(sdist: Path, target: Path) -> Path:
+    """Its source tree."""
     with tarfile.open(sdist) as archive:
-        if outside := [m.name for m in archive.getmembers() if m.name.startswith(("/", "..")) or "/../" in m.name]:
-            raise Wrong(f"{sdist.name} would write outside of its folder: {outside}")
-        archive.extractall(target)
+        archive.extractall(target, filter="data")
     (source,) = target.iterdir()
+    return source
+
+
+def look_into_sdist(source: Path) -> int:
+    """Raises Wrong unless an unpacked sdist has what the checkout has; the number of its files."""
     names = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     own = {name for name in names if not name.startswith(MADE)}
-    _compare(sdist.name, own, {name for name in tracked() if not name.startswith(UNSHIPPED)})
-    return source, len(names)
+    _compare("the sdist", own, {name for name in tracked() if not name.startswith(UNSHIPPED)})
+    return len(names)
 
 
 def _digest(path: Path) -> str:
@@ -101,7 +104,8 @@ def build_all() -> tuple[Path, Path]:
         place = Path(folder)
         export(place / "checkout")
         sdist = build(place / "checkout", DIST, "sdist")
-        source, in_sdist = unpack_sdist(sdist, place / "unpacked")
+        source = unpack(sdist, place / "unpacked")
+        in_sdist = look_into_sdist(source)
         wheel = build(source, DIST, "wheel")
         twin = build(place / "checkout", place / "twin", "wheel")
         if _digest(wheel) != _digest(twin):
@@ -126,7 +130,7 @@ def smoke(environment: Environment) -> str:
 def run() -> int:
     wheel, sdist = build_all()
     (cell,) = (cell for cell in CELLS if cell.name == "pinned")
-    environment = Environment(BUILD / "release", cell.python, (*cell.pins, "setuptools==84.2.1"))
+    environment = Environment(BUILD / "release", cell.python, (*cell.pins, *development("setuptools")))
     for path in (wheel, sdist):
         environment.install(path)
         environment.install(path, fresh=True)

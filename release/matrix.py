@@ -19,7 +19,7 @@ from release.environments import BUILD, ROOT, Absent, Environment
 
 # Tests of what a user calls, by what the versions have to do with it.  Those of tests/house are about the checkout.
 TESTS = ("tests/contract", "tests/module", "tests/torch", "tests/gpu")
-NOT_HERE = ("bench", "examples", "docs")  # what a test that belongs to the checkout imports or reads
+HOURS = 2 * 3600.0  # that the tests of a cell may take
 COMMAND = ("-m", "pytest", "-q", "-n", "auto", "--dist", "loadgroup", "--max-worker-restart", "0", "-m", "not slow")
 
 
@@ -41,19 +41,20 @@ def _versions(environment: Environment) -> dict[str, str]:
     return dict(line.split() for line in environment.run("-I", "-c", program).splitlines())
 
 
-def _tests(environment: Environment) -> str:
-    """Runs the tests on what is installed, from a folder where the package's sources are not; pytest's last line."""
+def _tests(environment: Environment, sdist: Path) -> str:
+    """Runs the sdist's tests on what is installed, where the package's sources are not; pytest's last line."""
     place = environment.folder / "tests"
     shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    shutil.copy(ROOT / "pyproject.toml", place)
-    shutil.copytree(ROOT / "tests", place / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    source = dist.unpack(sdist, place)
+    for name in dist.FOLDERS:
+        shutil.rmtree(source / name)
     environment.install(*TOOLS)
-    output = environment.run(*COMMAND, *TESTS, cwd=place)
+    output = environment.run(*COMMAND, *TESTS, cwd=source, limit=HOURS)
     return re.sub(r" in [\d.]+s.*", "", output.strip().splitlines()[-1])
 
 
-def _try(cell: Cell, wheel: Path, quick: bool) -> Result:
+def _try(cell: Cell, wheel: Path, sdist: Path | None) -> Result:
+    """``sdist``: whose tests to run; None for the smoke test alone."""
     folder, log = BUILD / "matrix" / cell.name, BUILD / "matrix" / f"{cell.name}.log"
     try:
         environment = Environment(folder, cell.python, cell.pins)
@@ -64,7 +65,9 @@ def _try(cell: Cell, wheel: Path, quick: bool) -> Result:
         environment.install(wheel)
         environment.install(wheel, fresh=True)  # the version may be the one that is there
         versions = _versions(environment)
-        detail = dist.smoke(environment) if quick else f"{dist.smoke(environment)}; {_tests(environment)}"
+        detail = dist.smoke(environment)
+        if sdist is not None:
+            detail += f"; {_tests(environment, sdist)}"
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         log.write_text(f"{error}\n{error.stdout or error.stderr or ''}")
         return Result(cell, "FAILED", versions, f"{error}; see {log.relative_to(ROOT)}")
@@ -84,11 +87,11 @@ def _show(results: Sequence[Result]) -> None:
 
 def run(cells: Sequence[Cell], quick: bool) -> int:
     """Tries each cell; the status is 1 where one fails, and where none could be run."""
-    wheel, _ = dist.build_all()
+    wheel, sdist = dist.build_all()
     results = []
     for cell in cells:
         start = time.monotonic()
-        results.append(_try(cell, wheel, quick))
+        results.append(_try(cell, wheel, None if quick else sdist))
         print(f"{cell.name} ({cell.why}): {results[-1].outcome}, {time.monotonic() - start:.0f} s", flush=True)
     _show(results)
     outcomes = [result.outcome for result in results]
