@@ -21,7 +21,7 @@ language := flair stanza
 speech := speechbrain encodec
 GROUPS ?= rl training forecasting language speech
 
-.PHONY: test-libraries bench-libraries bench bench-full report compare demo test test-fast gpu kernels lint docs site check clean build/types
+.PHONY: test-libraries bench-libraries bench bench-full report compare demo test test-fast gpu kernels lint docs site check dist matrix clean build/types
 
 bench: $(VENV)/.ready  ## the quick benchmark, then a language model trained by both
 	$(BIN)/python -m bench --quick
@@ -102,8 +102,14 @@ build/types:
 check: $(VENV)/.ready  ## parity with torch.nn.LSTM on this machine
 	$(BIN)/python -m lstmcore check
 
+dist: $(VENV)/.release  ## wheel and sdist into dist/, looked into, and tried in a clean environment
+	$(BIN)/python -m release dist
+
+matrix: $(VENV)/.release  ## the wheel and its tests on the oldest and newest torch, numba, triton and Python; ARGS="oldest"
+	$(BIN)/python -m release matrix $(ARGS)
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build dist
 
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
@@ -114,4 +120,8 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 
 $(VENV)/.docs: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+$(VENV)/.release: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[release]'
 	touch $@

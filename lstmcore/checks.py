@@ -160,6 +160,19 @@ def is_autocast(tensor: Tensor) -> bool:
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)
 
 
+def dense(what: str, tensor: Tensor) -> None:
+    """TypeError for a nested tensor, which has no shape to check; RuntimeError for another layout without strides."""
+    if tensor.is_nested:
+        raise TypeError(
+            f"LSTM: expected {what} to be a plain tensor, got a nested one. Convert it to a padded one: "
+            "torch.nested.to_padded_tensor(nested, 0.0), and pass the lengths of its rows as lengths="
+        )
+    if tensor.layout is not torch.strided:
+        raise RuntimeError(
+            f"LSTM: expected {what} to be dense, got layout {tensor.layout}; convert it: {what}.to_dense()"
+        )
+
+
 def _form(given: Given) -> tuple[Form, Tensor, tuple[Any, Any], Tensor | None]:
     """The form of the input, its data with time first, (T, B), and a copy of batch sizes."""
     if not isinstance(given.input, PackedSequence):
@@ -173,6 +186,7 @@ def _form(given: Given) -> tuple[Form, Tensor, tuple[Any, Any], Tensor | None]:
     data, batch_sizes, *indices = given.input
     if data.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+    dense("input", data)
     form = Form(True, False, batch_sizes, *indices)
     if routing.has_values(batch_sizes):
         data, sizes = packed(data, batch_sizes, form.sorted_indices)
@@ -184,11 +198,13 @@ def _form(given: Given) -> tuple[Form, Tensor, tuple[Any, Any], Tensor | None]:
 
 def time_first(kind: str, input: Tensor, batch_first: bool) -> tuple[Tensor, bool]:
     """The input as (T, B, I), and whether it was batched; ValueError for a wrong rank.  ``kind``: the module's name."""
-    if input.dim() == 3:
-        return (input.transpose(0, 1) if batch_first else input), True
-    if input.dim() != 2:
-        raise ValueError(f"{kind}: Expected input to be 2D or 3D, got {input.dim()}D instead")
-    return input.unsqueeze(1), False
+    rank = input.dim()
+    if rank not in (2, 3):
+        raise ValueError(f"{kind}: Expected input to be 2D or 3D, got {rank}D instead")
+    dense("input", input)
+    if rank == 2:
+        return input.unsqueeze(1), False
+    return (input.transpose(0, 1) if batch_first else input), True
 
 
 def features(data: Tensor, input_size: int) -> None:
@@ -279,6 +295,8 @@ def states(hx: Any, packed: bool, batched: bool) -> tuple[Tensor, Tensor]:
             f"For {'batched 3' if batched else 'unbatched 2'}-D input, hx and cx should "
             f"also be {rank}-D but got ({h_0.dim()}-D, {c_0.dim()}-D) tensors"
         )
+    dense("h_0", h_0)
+    dense("c_0", c_0)
     return (h_0, c_0) if batched else (h_0.unsqueeze(1), c_0.unsqueeze(1))
 
 
@@ -378,6 +396,7 @@ def cell(input: Tensor, hx: Any, hidden_size: int) -> None:
     rank = input.dim()
     if rank not in (1, 2):
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {rank}D instead")
+    dense("input", input)
     if hx is None:
         return
     if isinstance(hx, Tensor):
@@ -386,6 +405,7 @@ def cell(input: Tensor, hx: Any, hidden_size: int) -> None:
         raise RuntimeError(f"lstm_cell expects two hidden states: hx must be (h_0, c_0), got {len(hx)} of them")
     expected = (*input.shape[:-1], hidden_size)
     for index, each in enumerate(hx):
+        dense(f"hx[{index}]", each)
         if each.shape != expected:
             if each.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {each.dim()}D instead")

@@ -29,6 +29,7 @@ MOST = 1024  # keys; beyond that all are dropped
 # looked up once: every call uses them
 _autocasting = torch._C._is_any_autocast_enabled
 _compiling = torch.compiler.is_compiling
+_strided = torch.strided
 
 
 class Known(NamedTuple):
@@ -55,16 +56,18 @@ def _options_key(backend: str, options: Options) -> tuple[Any, ...]:
     return backend, options.has_biases, options.num_layers, options.bidirectional, options.batch_first
 
 
+def _plain(tensor: Any) -> bool:
+    """On the CPU, in strided memory, no subclass."""
+    return type(tensor) is Tensor and tensor.is_cpu and tensor.layout is _strided and not tensor.is_nested
+
+
 def _ordinary(input: Any, hx: Any) -> bool:
-    """Padded, on the CPU, no subclass: what a key describes."""
-    if type(input) is not Tensor or not input.is_cpu or input.dim() != 3:
+    """Padded, and plain: what a key describes."""
+    if not _plain(input) or input.dim() != 3:
         return False
     if hx is None:
         return True
-    if type(hx) is not tuple or len(hx) != 2:
-        return False
-    h_0, c_0 = hx
-    return type(h_0) is Tensor and type(c_0) is Tensor and h_0.is_cpu and c_0.is_cpu
+    return type(hx) is tuple and len(hx) == 2 and _plain(hx[0]) and _plain(hx[1])
 
 
 def remember(given: Given, backend: str, layer: Layer) -> None:

@@ -1,7 +1,7 @@
 """A hook of MkDocs: pages that lie outside of docs/, so that nothing stands twice.
 
-README.md is the front page, CONTRIBUTING.md and CHANGELOG.md are pages, and so is the benchmark's report, which is made
-from its rows.  Links are written as they work in the repository; here they are turned into those of the site.
+README.md is the front page, CONTRIBUTING.md, CHANGELOG.md and SECURITY.md are pages, and so is the benchmark's report,
+which is made from its rows.  Links are written as they work in the repository; here they become those of the site.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # the path of [text](path#anchor), neither an address nor an anchor
 
 

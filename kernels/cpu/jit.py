@@ -19,6 +19,7 @@ import hashlib
 import os
 import pickle
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -153,16 +154,19 @@ def source_stamp() -> str:
 
 
 def _trusted(status: os.stat_result) -> bool:
-    """Whether only this user, or root, can have written a file: its content will be executed."""
-    return not hasattr(os, "getuid") or status.st_uid in (os.getuid(), 0)
+    """Whether nobody but this user, root, and whom they let, can have written a file: its content will be executed."""
+    if not hasattr(os, "getuid"):
+        return True
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & stat.S_IWOTH
 
 
 def _trusted_payload(path: Path) -> bytes | None:
     """The content of a file of the cache; None if the kernel has to be compiled again."""
     try:
-        if not _trusted(path.stat()):
-            return None
-        content = path.read_bytes()
+        with path.open("rb") as file:  # one file is looked at and read, whatever is put into its place meanwhile
+            if not _trusted(os.fstat(file.fileno())):
+                return None
+            content = file.read()
     except OSError:
         return None  # missing, or not readable
     digest, payload = content[:32], content[32:]

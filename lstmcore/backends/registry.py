@@ -18,6 +18,10 @@ from lstmcore.kernels.contract import Layer
 
 AUTO = "auto"
 OLDEST_TRITON = (3, 6)
+OLDEST_NUMBA = (
+    0,
+    62,
+)  # before, its LLVM wants the type that a pointer points to, which the kernels' intrinsics leave out
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -43,16 +47,24 @@ class Backend:
     torch_threads: bool = False  # on the CPU it waits for threads of torch's, which a forked child lacks
 
 
+def _too_old(name: str, found: str, oldest: tuple[int, int]) -> str | None:
+    """One sentence unless the version that was found is the oldest that serves, or a newer one."""
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) >= oldest:
+        return None
+    least = ".".join(map(str, oldest))
+    return f"it needs {name} {least} or newer, found {found}; pip install '{name.lower()}>={least}'"
+
+
 def _triton_missing() -> str | None:
     found = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
-    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
-        oldest = ".".join(map(str, OLDEST_TRITON))
-        return f"it needs Triton {oldest} or newer, found {found}; pip install triton"
-    return None
+    return _too_old("Triton", found, OLDEST_TRITON)
 
 
 def _numba_missing() -> str | None:
-    if importlib.import_module("numba").config.DISABLE_JIT:
+    numba = importlib.import_module("numba")
+    if (why := _too_old("Numba", numba.__version__, OLDEST_NUMBA)) is not None:
+        return why
+    if numba.config.DISABLE_JIT:
         return "Numba's compiler is switched off; unset NUMBA_DISABLE_JIT before Python starts"
     return None
 
@@ -130,6 +142,8 @@ def load(name: str) -> Any:
         module = importlib.import_module(backend.module) if reason is None else None
     except ModuleNotFoundError as error:
         raise ImportError(f"it needs a package that is missing ({error}); pip install {name}") from error
+    except OSError as error:  # a library that is damaged, or another's: llvmlite opens its own by path
+        raise ImportError(f"a library that it needs cannot be opened: {error}") from error
     if reason is not None:
         raise ImportError(reason)
     return module

@@ -5,9 +5,11 @@ T time, B batch, I input, H hidden.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 
+import numba
 import pytest
 import torch
 from torch import nn
@@ -124,3 +126,36 @@ def test_refused(toy):
         lstmcore.LSTM(I, 100, backend="toy")(torch.randn(T, B, I))
     with pytest.raises(ValueError, match="unknown backend 'toys': expected one of 'auto', 'toy', 'triton'"):
         lstmcore.LSTM(I, H, backend="toys")
+
+
+@pytest.mark.parametrize("found", ["0.61.2", "0.9.0"])
+def test_numba_too_old(found, fresh_choices, monkeypatch):
+    """By name an error with the command that helps; "auto" goes on."""
+    monkeypatch.setattr(numba, "__version__", found)
+    module, x = lstmcore.LSTM(3, 4, backend="numba"), torch.randn(40, 2, 3)
+    with pytest.raises(RuntimeError, match=rf"Numba 0\.62 or newer, found {found}; pip install 'numba>=0\.62'"):
+        module(x)
+    assert lstmcore.explain(lstmcore.LSTM(3, 4), x).name == "torch"
+
+
+def test_numba_is_new_enough(fresh_choices, monkeypatch):
+    """Versions are numbers: 0.100 is newer than 0.62."""
+    for found in ("0.62.0", "0.100.0", "1.0.0rc1"):
+        monkeypatch.setattr(numba, "__version__", found)
+        backends.load.cache_clear()
+        assert backends.load("numba").forward
+
+
+def test_a_library_that_cannot_be_opened(fresh_choices, monkeypatch):
+    """llvmlite opens LLVM by path: an OSError of it is no reason for "auto" to fail."""
+    real = importlib.import_module
+
+    def fail(name):
+        if name == "numba":
+            raise OSError("libllvmlite.so: cannot open shared object file")
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    assert lstmcore.LSTM(3, 4)(torch.randn(40, 2, 3))[0].shape == (40, 2, 4)
+    with pytest.raises(RuntimeError, match=r"cannot be opened: libllvmlite\.so"):
+        lstmcore.LSTM(3, 4, backend="numba")(torch.randn(40, 2, 3))

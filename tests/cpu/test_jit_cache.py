@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
+from lstmcore.kernels.cpu import jit
 
 pytestmark = pytest.mark.xdist_group("cache")  # filled once, for all
 
@@ -257,3 +260,36 @@ for key in ("one", "two"):
     assert "python -m lstmcore prewarm" in line
     assert said() == []
     assert said("closed") == []
+
+
+def cached(path: pathlib.Path, payload: bytes) -> pathlib.Path:
+    """A file as the cache writes them."""
+    path.write_bytes(hashlib.sha256(payload).digest() + payload)
+    return path
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="without users' numbers every file is trusted")
+@pytest.mark.parametrize(
+    ("owner", "mode", "trusted"),
+    [(0, 0o600, True), (7, 0o644, True), (7, 0o664, True), (7, 0o666, False), (0, 0o602, False), (8, 0o600, False)],
+)
+def test_a_file_that_others_can_have_written_is_not_executed(owner, mode, trusted, tmp_path, monkeypatch):
+    """Whoever can write a file of the cache can run code as who reads it."""
+    path = cached(tmp_path / "kernel.bin", b"machine code")
+    monkeypatch.setattr(os, "getuid", lambda: 7)
+    monkeypatch.setattr(os, "fstat", lambda number: types.SimpleNamespace(st_uid=owner, st_mode=0o100000 | mode))
+    assert jit._trusted_payload(path) == (b"machine code" if trusted else None)
+
+
+def test_the_file_that_was_looked_at_is_the_one_that_is_read(tmp_path, monkeypatch):
+    path, other = cached(tmp_path / "kernel.bin", b"ours"), cached(tmp_path / "other", b"theirs")
+    fstat = os.fstat
+
+    def looked_at(number: int) -> os.stat_result:
+        if other.exists():
+            os.replace(other, path)
+        return fstat(number)
+
+    monkeypatch.setattr(os, "fstat", looked_at)
+    assert jit._trusted_payload(path) == b"ours"
+    assert jit._trusted_payload(path) == b"theirs"

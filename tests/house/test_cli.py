@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from lstmcore.kernels import cell
 
 import lstmcore
 from lstmcore import cli
+from lstmcore.cli import parity
 
 
 def run_here(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -18,13 +18,6 @@ def run_here(capsys, *arguments: str) -> tuple[int, str, str]:
     except SystemExit as end:  # argparse
         status = end.code
     return status, *capsys.readouterr()
-
-
-def test_info(capsys):
-    status, output, errors = run_here(capsys, "info")
-    assert status == 0, errors
-    for text in (lstmcore.__version__, torch.__version__, "numba", "threads", "cache", "float32", "bfloat16", "auto"):
-        assert text in output
 
 
 def test_check(capsys):
@@ -37,7 +30,7 @@ def test_check(capsys):
 
 def test_check_fails_where_something_is_wrong(monkeypatch, capsys):
     """A self-test that cannot fail says nothing: spoil the reference's cell."""
-    monkeypatch.setattr(cli, "COMPARISONS", cli.COMPARISONS[:1])
+    monkeypatch.setattr(parity, "COMPARISONS", parity.COMPARISONS[:1])
     assert cli.main(["check", "--backend", "reference"]) == 0
     assert "FAILED" not in capsys.readouterr().out
     monkeypatch.setattr(cell, "hidden_state", lambda o, tanh_c: o * tanh_c * 1.0001)

@@ -25,7 +25,10 @@ import lstmcore
 import lstmcore.cli
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *ROOT.glob("docs/**/*.md")]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *ROOT.glob("docs/**/*.md"),
+]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in sorted(PAGES)}
 ELSEWHERE = ("docs/extending.md", "docs/libraries.md")  # run by test_extending.py, by tests/libraries
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")

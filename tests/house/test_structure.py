@@ -21,7 +21,7 @@ LAYERS = (
     "functional", "module", "explaining", "models", "opacus", "watching", "engines", "stream", "truncation", "flow",
     "cli",
 )  # fmt: skip
-PACKAGES = ("backends", "flow", "models")  # whose files may know each other
+PACKAGES = ("backends", "cli", "flow", "models")  # whose files may know each other
 FREE = ("_version",)  # holds a constant; anyone may
 HOUSE = {"lstmcore", "kernels", "bench", "tests", "examples", *(path.stem for path in (ROOT / "examples").iterdir())}
 SOURCES = {path: path.relative_to(ROOT) for name in ("lstmcore", "kernels") for path in (ROOT / name).rglob("*.py")}
@@ -72,11 +72,11 @@ def knows(paths: list[pathlib.Path]) -> dict[str, set[str]]:
     return {name: imported(path) & (names.keys() - {name}) for name, path in names.items()}
 
 
-@pytest.mark.parametrize("room", ["kernels", "flow", "models"])
+@pytest.mark.parametrize("room", ["kernels", "flow", "models", "cli"])
 def test_no_module_waits_for_itself(room):
     """Inside of a package, too, imports go one way: none comes back to where it started, not even one in a function."""
     modules = knows([path for path, relative in SOURCES.items() if room in relative.parts[:-1]])
-    assert len(modules) > 5
+    assert len(modules) > 3
     assert any(modules.values())
     graphlib.TopologicalSorter(modules).prepare()  # CycleError names the circle
 
@@ -170,12 +170,17 @@ def test_an_import_of_a_test_is_seen(tmp_path, line):
 
 
 def test_no_environment_variables_of_our_own():
-    """Behaviour is chosen by arguments.  Standard variables that say where a cache goes may be read."""
-    allowed = {"XDG_CACHE_HOME", "HOME", "LOCALAPPDATA"}
+    """Behaviour is chosen by arguments.  Standard variables that say where a cache goes may be read.
+
+    A report of a fault shows those of others, which one place lists, and nothing else depends on what it found.
+    """
+    allowed, lists_others = {"XDG_CACHE_HOME", "HOME", "LOCALAPPDATA"}, pathlib.PurePath("lstmcore/cli/facts.py")
     assert SOURCES
     for path, relative in SOURCES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             text = ast.unparse(node) if isinstance(node, (ast.Call, ast.Subscript, ast.Compare)) else ""
+            if relative == lists_others and text == "os.environ.items()":
+                continue
             if re.match(r"(os\.)?(environ\b|getenv\()", text):
                 named = set(re.findall(r"'(\w+)'", text))
                 assert named, f"{relative}: {text} reads a variable that cannot be told from here"

@@ -3,6 +3,8 @@
 The type is never written down here: torch's own module is given the same mistake first.
 """
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -236,6 +238,47 @@ def test_subclasses_that_hold_their_values_elsewhere(where, name):
     module.backend = "reference"
     output = torch.func.functional_call(module, params, arguments)[0]
     assert_library(output, module(X, (torch.zeros(GOOD), torch.zeros(GOOD)))[0])
+
+
+def nested(layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*prototype")  # torch's, about nested tensors of the older layout
+        return torch.nested.nested_tensor([torch.randn(4, 3), torch.randn(2, 3)], layout=layout)
+
+
+STRANGE = {  # a tensor of this shape whose values are not in strided memory, and what helps
+    "nested": (lambda *shape: nested(torch.strided), TypeError, r"plain tensor.*to_padded_tensor.*lengths="),
+    "jagged": (lambda *shape: nested(torch.jagged), TypeError, r"plain tensor.*to_padded_tensor.*lengths="),
+    "sparse": (lambda *shape: torch.ones(shape).to_sparse(), RuntimeError, r"dense.*sparse_coo.*to_dense"),
+    "mkldnn": (lambda *shape: torch.ones(shape).to_mkldnn(), RuntimeError, r"dense.*mkldnn.*to_dense"),
+}
+
+
+@pytest.mark.parametrize("name", ["auto", "numba", "torch", "reference"])
+@pytest.mark.parametrize("layout", STRANGE)
+def test_layouts_without_strides(layout, name):
+    """Each as input and as a state, and behind a call that is remembered."""
+    strange, error, text = STRANGE[layout]
+    module = lstmcore.LSTM(3, 4, backend=name)
+    module(X)  # a short call goes to ATen, the second time by the fast path
+    state = torch.zeros(1, 2, 4)
+    for call in (
+        lambda: module(strange(5, 2, 3)),
+        lambda: module(X, (strange(1, 2, 4), state)),
+        lambda: module(X, (state, strange(1, 2, 4))),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+
+
+@pytest.mark.parametrize("name", ["auto", "numba"])
+@pytest.mark.parametrize("layout", ["sparse", "mkldnn"])  # nested ones have three dimensions
+def test_layouts_without_strides_in_a_cell(layout, name):
+    strange, error, text = STRANGE[layout]
+    cell, row = lstmcore.LSTMCell(3, 4, backend=name), torch.zeros(2, 4)
+    for call in (lambda: cell(strange(2, 3)), lambda: cell(X[0], (row, strange(2, 4)))):
+        with pytest.raises(error, match=text):
+            call()
 
 
 class Named(torch.Tensor):

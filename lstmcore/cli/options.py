@@ -1,0 +1,27 @@
+"""Types of the commands' arguments."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from lstmcore.backends.registry import FLOATS
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+
+
+def size(text: str) -> int:
+    """A positive integer."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {value}")
+    return value
+
+
+def device(text: str) -> str:
+    """A device that is there."""
+    if torch.device(text).type == "cuda" and not torch.cuda.is_available():
+        message = f"torch {torch.__version__} finds no CUDA device here; use --device cpu"
+        raise argparse.ArgumentTypeError(message)
+    return text
