@@ -178,16 +178,6 @@ def test_options_that_change_no_result(tmp_path):
     close(state(tmp_path / "compiled"), plain)
 
 
-@pytest.mark.slow
-def test_it_learns(tmp_path, capsys):
-    """In seconds: a third of the loss it began with; the picture is there."""
-    assert run(tmp_path, "--iterations", 150, "--hidden-size", 32, "--learning-rate", 0.01) == 0
-    losses = state(tmp_path)["state"]["losses"]
-    assert sum(losses[-20:]) < sum(losses[:20]) / 3
-    assert (tmp_path / "train.png").stat().st_size > 10_000
-    assert "a table of the last" in capsys.readouterr().out
-
-
 @pytest.mark.serial
 def test_tensorboard(tmp_path, monkeypatch):
     """The event files, read back: every step's loss once, though it was stopped; and the gradient flow now and then."""
