@@ -103,10 +103,10 @@ check: $(VENV)/.ready  ## parity with torch.nn.LSTM on this machine
 	$(BIN)/python -m lstmcore check
 
 dist: $(VENV)/.release  ## wheel and sdist into dist/, looked into, and tried in a clean environment
-	$(BIN)/python -m release dist
+	$(BIN)/python -m tests.release dist
 
 matrix: $(VENV)/.release  ## the wheel and its tests on the oldest and newest torch, numba, triton and Python; ARGS="oldest"
-	$(BIN)/python -m release matrix $(ARGS)
+	$(BIN)/python -m tests.release matrix $(ARGS)
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist

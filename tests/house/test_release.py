@@ -8,8 +8,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from lstmcore import __version__
-from release import dist, environments
-from release.cells import CELLS, TOOLS
+
+from ..release import dist, environments
+from ..release.cells import CELLS, TOOLS
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text()

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from release import dist
-from release.cells import NAMES, TOOLS, Cell
-from release.environments import BUILD, ROOT, Absent, Environment
+from . import dist
+from .cells import NAMES, TOOLS, Cell
+from .environments import BUILD, ROOT, Absent, Environment
 
 # Tests of what a user calls, by what the versions have to do with it.  Those of tests/house are about the checkout.
 TESTS = ("tests/contract", "tests/module", "tests/torch", "tests/gpu")

@@ -12,8 +12,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from release.cells import CELLS, development
-from release.environments import BUILD, ROOT, Environment
+from .cells import CELLS, development
+from .environments import BUILD, ROOT, Environment
 
 DIST = ROOT / "dist"
 SMOKE = Path(__file__).parent / "smoke.py"

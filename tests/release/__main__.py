@@ -1,4 +1,4 @@
-"""``python -m release``: the two commands behind ``make dist`` and ``make matrix``."""
+"""``python -m tests.release``: the two commands behind ``make dist`` and ``make matrix``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from release import dist, matrix
-from release.cells import CELLS
+from . import dist, matrix
+from .cells import CELLS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, or 1 where something is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m release", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.release", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("dist", help="build wheel and sdist, look inside, and try both in a clean environment")
     across = commands.add_parser("matrix", help="try the wheel, with tests, on the oldest and newest versions")

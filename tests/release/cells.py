@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What the tests of a cell need; the last release of hypothesis for Python 3.10 serves all.
 TOOLS = ("pytest==9.1.1", "pytest-xdist==3.8.0", "hypothesis==6.168.5")
 NAMES = ("torch", "triton", "numba", "numpy")  # what a cell is about, in the order of its table
