@@ -104,9 +104,10 @@ def _inside(name: str) -> bool:
     return name.split(".")[0] in ("torch", "lstmcore")
 
 
-def _holds(value: Any) -> bool:
-    if type(value) in (list, tuple, set, frozenset):
-        return any(each is torchs for each in value for torchs in stock.BOTH)
+def _holds(value: Any, depth: int = 3) -> bool:
+    """Whether it is one of torch's classes, or a table that has one in it, at most so many tables deep."""
     if type(value) is dict:
-        return any(each is torchs for pair in list(value.items()) for each in pair for torchs in stock.BOTH)
+        value = [each for pair in list(value.items()) for each in pair]
+    if type(value) in (list, tuple, set, frozenset):
+        return depth > 0 and any(_holds(each, depth - 1) for each in list(value))
     return any(value is torchs for torchs in stock.BOTH)

@@ -143,6 +143,7 @@ def held(**names) -> types.ModuleType:
         ({"KINDS": {"GRU": nn.GRU, "LSTM": stock.LSTM}}, "some_library.KINDS"),
         ({"KINDS": {stock.LSTM: 1}}, "some_library.KINDS"),
         ({"KINDS": (nn.GRU, stock.LSTMCell)}, "some_library.KINDS"),
+        ({"KINDS": {"lstm": (stock.LSTM, 2)}}, "some_library.KINDS"),  # as flair's
     ],
 )
 @pytest.mark.parametrize("how", ["install", "installed"])
