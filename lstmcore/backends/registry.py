@@ -18,10 +18,7 @@ from lstmcore.kernels.contract import Layer
 
 AUTO = "auto"
 OLDEST_TRITON = (3, 6)
-OLDEST_NUMBA = (
-    0,
-    62,
-)  # before, its LLVM wants the type that a pointer points to, which the kernels' intrinsics leave out
+OLDEST_NUMBA = (0, 62)  # before, its LLVM wants the type that a pointer points to; the kernels name none
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
