@@ -42,11 +42,15 @@ _OURS = dict(zip(stock.BOTH, (own.LSTM, own.LSTMCell), strict=True))
 _BOTH = dict(zip(stock.BOTH, (LSTM, LSTMCell), strict=True))
 _TORCHS = {ours: torchs for classes in (_OURS, _BOTH) for torchs, ours in classes.items()}
 _made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()  # by the class each derives from
+_origins: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()  # by the class made of each
 _former: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()  # of those made for parametrized modules
 
 
 class _Quiet:
-    """First base of the classes made here: deriving them is no business of the ``__init_subclass__`` of another."""
+    """First base of a class made here from one with an ``__init_subclass__``, which that is not to be told of.
+
+    Not of others: Python lays an instance out by the first base, and would not give some modules a class with another.
+    """
 
     def __init_subclass__(cls) -> None:
         pass
@@ -77,7 +81,7 @@ def _moved(cls: type, subclass: bool, parametrized: bool) -> type[nn.Module]:
 
 def derived(module: nn.Module) -> bool:
     """Whether a module is of a class that was made here for a subclass, which only what moved has, and copies of it."""
-    return isinstance(module, _Quiet)
+    return any(cls in _origins for cls in type(module).__mro__)
 
 
 def back(module: nn.Module) -> type[nn.Module] | None:
@@ -89,8 +93,7 @@ def _back(cls: type, parametrized: bool) -> type[nn.Module] | None:
     if parametrized:
         base = _back(cls.__bases__[0], False)
         return None if base is None else _on(cls, base)
-    made = issubclass(cls, _Quiet) and _made.get(cls.__bases__[1]) is cls
-    return cls.__bases__[1] if made else _TORCHS.get(cls)
+    return _origins.get(cls, _TORCHS.get(cls))
 
 
 def _on(parametrized: type, base: type) -> type[nn.Module]:
@@ -122,10 +125,17 @@ def _derived(cls: type) -> type[nn.Module]:
             "__doc__": cls.__doc__,
             "__reduce_ex__": functools.partialmethod(_reduce, cls),
         }
-        found = _made[cls] = types.new_class(
-            cls.__name__, (_Quiet, cls, both), exec_body=lambda body: body.update(contents)
-        )
+        bases = (_Quiet, cls, both) if _told_of_subclasses(cls) else (cls, both)
+        found = _made[cls] = types.new_class(cls.__name__, bases, exec_body=lambda body: body.update(contents))
+        _origins[found] = cls
     return found
+
+
+def _told_of_subclasses(cls: type) -> bool:
+    """Whether code of a class runs when another derives from it; typing's does nothing that matters."""
+    return any(
+        "__init_subclass__" in vars(base) for base in cls.__mro__ if base.__module__ not in ("builtins", "typing")
+    )
 
 
 def _reduce(self: Any, cls: type, protocol: int) -> tuple[Any, ...]:

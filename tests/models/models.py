@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,7 +32,23 @@ class Mixin:
 
 
 class Mixed(Mixin, nn.LSTM):
-    """As pytorch-forecasting's: the forward comes from another base."""
+    """The forward comes from another base."""
+
+
+class Base(ABC, nn.RNNBase):
+    def forward(self, input, hx=None):
+        output, states = super().forward(input, hx)
+        return output + 1, states
+
+    @abstractmethod
+    def kind(self) -> str: ...
+
+
+class Concrete(Base, nn.LSTM):
+    """As pytorch-forecasting's: an abstract base, whose class has no ``__dict__`` of its own, before torch's."""
+
+    def kind(self) -> str:
+        return "LSTM"
 
 
 class Initialised(nn.LSTM):
@@ -117,6 +134,7 @@ class Kind:
 
     name: str
     make: Callable[[], nn.Module]
+    derived: bool = False  # from torch's class
 
     def __str__(self) -> str:
         return self.name
@@ -125,14 +143,15 @@ class Kind:
 MOVES = (
     Kind("plain", lambda: nn.LSTM(I, H)),
     Kind("all options", lambda: nn.LSTM(I, H, 2, bias=False, batch_first=True, bidirectional=True, proj_size=4)),
-    Kind("subclass", lambda: Doubled(I, H)),
-    Kind("mixed in", lambda: Mixed(I, H)),
-    Kind("initialised", lambda: Initialised(I, H)),
+    Kind("subclass", lambda: Doubled(I, H), derived=True),
+    Kind("mixed in", lambda: Mixed(I, H), derived=True),
+    Kind("abstract base", lambda: Concrete(I, H), derived=True),
+    Kind("initialised", lambda: Initialised(I, H), derived=True),
     Kind("hooks", _hooked),
     Kind("old weight_norm", lambda: nn.utils.weight_norm(nn.LSTM(I, H), "weight_hh_l0")),
     Kind("weight_norm", lambda: parametrizations.weight_norm(nn.LSTM(I, H), "weight_hh_l0")),
     Kind("two parametrizations", lambda: _parametrized(nn.LSTM(I, H))),
-    Kind("parametrized subclass", lambda: _parametrized(Doubled(I, H))),
+    Kind("parametrized subclass", lambda: _parametrized(Doubled(I, H)), derived=True),
     Kind("pruned", lambda: prune.l1_unstructured(nn.LSTM(I, H), "weight_hh_l0", 0.5)),
     Kind("WeightDropout", lambda: WeightDropout(nn.LSTM(I, H))),
     Kind("Sequential", lambda: nn.Sequential(nn.LSTM(I, H))),

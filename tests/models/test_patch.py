@@ -52,8 +52,7 @@ def test_outputs_and_gradients_stay(kind, subclass):
     assert not report.left
     for each in lstms(model):
         assert isinstance(each, lstmcore.LSTM)
-        assert isinstance(each, nn.LSTM) == (subclass or kind.name in ("subclass", "mixed in", "initialised")
-                                             or kind.name == "parametrized subclass")  # fmt: skip
+        assert isinstance(each, nn.LSTM) == (subclass or kind.derived)
         assert each.backend == "numba"
     assert {name: id(value) for name, value in model.named_parameters()} == before
     for got, wanted in zip(results_of(model), expected, strict=True):
