@@ -18,7 +18,7 @@ from .cells import NAMES, TOOLS, Cell
 from .environments import BUILD, ROOT, Absent, Environment
 
 # Tests of what a user calls, by what the versions have to do with it.  Those of tests/house are about the checkout.
-TESTS = ("tests/contract", "tests/module", "tests/torch", "tests/gpu")
+TESTS = ("tests/contract", "tests/module", "tests/torch", "tests/models", "tests/gpu")
 HOURS = 2 * 3600.0  # that the tests of a cell may take
 COMMAND = ("-m", "pytest", "-q", "-n", "auto", "--dist", "loadgroup", "--max-worker-restart", "0", "-m", "not slow")
 
