@@ -294,7 +294,7 @@ def test_checkpoint(call, use_reentrant, any_backend, x):
 
 
 def checkpoint_takes_packed() -> bool:
-    """torch 2.11's, and only that, builds a PackedSequence anew of nothing, to look at the devices in it."""
+    """torch 2.11's builds a PackedSequence anew, of nothing, to look at the devices in it."""
     packed = pack_padded_sequence(torch.ones(1, 1, 1, requires_grad=True), torch.tensor([1]))
     try:
         checkpoint(lambda given: given.data * 2, packed, use_reentrant=False)
