@@ -51,9 +51,10 @@ def stand_in(module: nn.Module, own: type[nn.Module], stock: type[nn.Module]) ->
         {name: value for name, value in vars(stock).items() if callable(value) and not name.startswith("__")}
         | {
             # where the compiler finds the source, and the overloads in it
+            **{name: value for name, value in vars(stock).items() if name == "__firstlineno__"},  # from Python 3.13 on
             "__module__": stock.__module__,
             "__qualname__": stock.__qualname__,
-            "__annotations__": next(filter(None, (vars(base).get("__annotations__") for base in stock.__mro__))),
+            "__annotations__": next(filter(None, (vars(base).get("__annotations__") for base in stock.__mro__)), {}),
             "__prepare_scriptable__": lambda self: self,
             "__call__": lambda self, *args, **kwargs: back(self)(*args, **kwargs),
             "__reduce_ex__": lambda self, protocol: back(self).__reduce_ex__(protocol),

@@ -691,6 +691,8 @@ def test_compiled_models_follow():
 @pytest.mark.parametrize("how", ["subclass", "derived", "installed"])
 def test_a_graph_breaks_at_a_torch_lstm_and_not_inside_of_it(how):
     """torch.compile refuses what is an instance of torch.nn.LSTM; it must not go on in our host code instead."""
+    if how == "derived" and not compiles(models.Doubled(I, H)):
+        pytest.skip("this torch's compiler fails at torch's own class, if a class is derived from it")
     model = nn.Sequential(models.Doubled(I, H) if how == "derived" else nn.LSTM(I, H), Output())
     lstmcore.patch(model, subclass=how == "subclass")
     expected, counter = model(X), Counter()
@@ -707,6 +709,16 @@ def test_a_graph_breaks_at_a_torch_lstm_and_not_inside_of_it(how):
     if how == "installed":  # which is over
         close(torch.compile(model, backend=counter, fullgraph=True)(X), expected)
         assert "lstmcore.layer" in counter.operators
+
+
+def compiles(module: nn.Module) -> bool:
+    """torch 2.15's compiler does not get over the call of torch's forward by ``super()``."""
+    torch.compiler.reset()
+    try:
+        torch.compile(module, backend=Counter())(X)
+    except torch._dynamo.exc.InternalTorchDynamoError:
+        return False
+    return True
 
 
 class Output(nn.Module):

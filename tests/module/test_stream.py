@@ -690,6 +690,8 @@ def test_chunks_of_many_lengths_need_no_more_memory():
     tables = tracemalloc.DomainFilter(
         True, np.lib.tracemalloc_domain
     )  # NumPy's memory, not what a compiler needs beside
+    multiples.cache_clear()  # what is traced is allocated from here on, not lent from what other calls left
+    buffers.clear()
     tracemalloc.start()
     try:
         for lengths in ([50], [*range(1, 51)]):

@@ -17,7 +17,9 @@ import lstmcore
 from ..support.modules import close
 
 I, H = 5, 7
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.torch.jit.:{kind}") for kind in ("DeprecationWarning", "FutureWarning")
+]
 
 
 class Padded(nn.Module):
@@ -168,6 +170,7 @@ def test_trace_of_packed_sequences(name, hx):
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="torch.")
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"lstmcore\.(functional|checks)")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".torch.jit.trace. is")
         warnings.simplefilter("error", append=True)
         traced = torch.jit.trace(net, given([9, 5, 4]), check_trace=False)
     for lengths in OTHERS:
