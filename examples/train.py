@@ -1,6 +1,6 @@
 """A training that has all that a long one needs, to copy from: on one process or several, stopped and gone on with.
 
-    python examples/train.py                                           # about two minutes on two cores
+    python examples/train.py                                           # half a minute on two cores
     torchrun --nproc-per-node 2 examples/train.py                      # the same training, shared by two processes
     torchrun --nproc-per-node 2 examples/train.py --parallel fsdp2     # which share the parameters, too
     python examples/train.py --resume                                  # goes on from the checkpoint, bit for bit
