@@ -19,6 +19,7 @@ training := skorch lightning accelerate opacus
 forecasting := pytorch_forecasting neuralforecast darts
 language := flair stanza
 speech := speechbrain encodec
+training_tests := $(foreach name,flops opacus tools,tests/torch/test_$(name).py)
 GROUPS ?= rl training forecasting language speech
 
 .PHONY: test-libraries bench-libraries bench bench-full report compare demo test test-fast gpu kernels lint docs site check dist matrix clean build/types
@@ -48,14 +49,14 @@ test: $(VENV)/.ready  ## the tests
 test-fast: $(VENV)/.ready  ## those that are not marked slow: nine of ten, in about a minute
 	$(BIN)/pytest $(PARALLEL) -q -m "not slow" tests
 
-# $(call libraries,COMMAND,FILES): the command in each group's environment, on its files, where there is one
+# $(call libraries,COMMAND,FILES,MORE): the command in each group's environment, where there is one, on its files and more
 define libraries
 @status=0; $(foreach group,$(GROUPS),if [ -e build/libraries/$(group)/.ready ]; then echo '$(group): $($(group))'; \
-	build/libraries/$(group)/bin/$(1) $($(group):%=$(2)) $(ARGS) || status=1; fi;) exit $$status
+	build/libraries/$(group)/bin/$(1) $($(group):%=$(2)) $($(group)_$(3)) $(ARGS) || status=1; fi;) exit $$status
 endef
 
 test-libraries: $(GROUPS:%=build/libraries/%/.ready)  ## public libraries, their LSTMs moved over; GROUPS=rl for some of them
-	$(call libraries,python -m pytest -q,tests/libraries/test_%.py)
+	$(call libraries,python -m pytest -q,tests/libraries/test_%.py,tests)
 
 bench-libraries: $(GROUPS:%=build/libraries/%/.ready)  ## the same, timed beside torch's LSTM, into bench/results/libraries
 	$(call libraries,python -m bench.libraries,%)
