@@ -92,7 +92,7 @@ def strike_at(path):
         raised, armed = False, True
         try:
             delays.put((attempt, random.uniform(0, 1.2 * duration)))
-            path.run()
+            start = time.perf_counter(); path.run(); took = time.perf_counter() - start
             armed = False
         except Struck:
             armed = False
@@ -100,6 +100,7 @@ def strike_at(path):
             path.check(f"interruption {struck}")
         else:
             assert not raised, "an exception was lost"
+            duration += 0.2 * (took - duration)  # on a busy machine, the first run says little of those to come
         if min(struck) >= 150:
             break
     assert min(struck) >= 150, struck
