@@ -16,7 +16,7 @@ from bench.tables import KEY_FIGURES
 
 
 def driver() -> str:
-    """The version of NVIDIA's driver, as its own tool says it."""
+    """The version of NVIDIA's driver, as its own tool says it; ``info`` asks alike, but needs the package for it."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return "unknown: nvidia-smi is not on the PATH"
     done = subprocess.run(
