@@ -20,11 +20,13 @@ class ForwardArgs(NamedTuple):
     borders_h: int  # (segments, B, P'): the states that enter each segment of steps; with ``resume`` an input
     borders_c: int  # (segments, B, H')
     # state and scratch
-    h: int  # (2, B, P')
+    h: int  # (2, B, P') operands
     c: int  # (B, H')
-    m: int  # (B, H'): o tanh(c), before the projection; 0 without one
+    o: int  # (members, rows of a block, lanes): the output gate of the rows of a block
+    m: int  # (B, H') operands: o tanh(c), before the projection; 0 without one
+    sums: int  # (B, P'): h in the compute dtype, as the projection adds it up; 0 without one
     z: int  # see the package; 0: gates hold it
-    x_stage: int  # (members, tokens of a chunk, I): x in the compute dtype; 0: x has it already
+    x_stage: int  # (members, tokens of a chunk, I): rows of operands; 0: those of x are
     table: int  # (members, 2, tokens of a chunk) int64: addresses of x and z
     # inputs
     x: int
@@ -63,6 +65,7 @@ class ForwardArgs(NamedTuple):
     h_rows: int  # (B,) int64 offsets in h
     h_half: int  # from h_{t-1} to h_t
     m_rows: int
+    sums_rows: int
     # partition
     row_begin: int
     row_end: int
@@ -91,13 +94,17 @@ class BackwardArgs(NamedTuple):
     dh: int  # (B, P'): in: dL/dh_n, out: dL/dh_0
     dc: int  # (B, H'): in: dL/dc_n, out: dL/dc_0
     dm: int  # (B, H'); 0 without projection
-    dz: int  # (U, tokens of a chunk, 4, lanes)
-    dh_chunk: int  # (column panels of P, tokens of a chunk, panel); 0 without projection
-    x_strips: int  # (strips of I, tokens of a chunk, columns of a strip); 0: no weights wanted
+    dz: int  # (U, tokens of a chunk, 4, lanes) operands
+    dz_terms: int  # (U, terms of the tokens of a chunk, 4, lanes), terms over tokens; the same as dz unless paired
+    dh_operands: int  # (B, P'); the same as dh unless paired; 0 without projection
+    dh_chunk: int  # (column panels of P, terms of the tokens of a chunk, panel); 0 without projection
+    x_strips: int  # (strips of I, terms of the tokens of a chunk, columns of a strip); 0: no weights wanted
     h_strips: int  # h_{t-1}, likewise
     m_strips: int  # likewise
+    m_stage: int  # (tokens of a chunk, H') of storage: o tanh(c)
+    ones: int  # a strip of a column of ones; 0 unless paired
     dx_stage: int  # (tokens of a chunk, I): dx in the compute dtype; 0: dx has it already
-    table: int  # (tokens of a chunk,) int64: addresses of dx
+    table: int  # (3, tokens of a chunk) int64: addresses of dx, of x and of h_{t-1}
     # inputs
     dy: int  # 0: none
     dcells: int  # (N, H') in the order of cells; 0: none
@@ -105,9 +112,9 @@ class BackwardArgs(NamedTuple):
     cells: int
     x: int
     y: int
-    h_0: int  # (B, P')
+    h_0: int  # the user's, (B, P); 0: zeros
     c_0: int  # (B, H')
-    zero: int  # zeros, as many as the widest state has columns
+    zero: int  # zeros, as many as the widest row has
     w_h: int  # column panels of W_hh, k in gate order
     w_x: int  # column panels of W_ih, k in gate order
     w_r: int  # column panels of W_hr
@@ -147,6 +154,8 @@ class BackwardArgs(NamedTuple):
     reset_rows: int
     h_rows: int
     m_rows: int
+    h_0_rows: int
+    dh_operand_rows: int
     panel_rows: int  # int64 offsets of the first rows of a panel of dz
     # partition
     row_begin: int

@@ -17,11 +17,12 @@ from .copying import row_functions
 from .jit import inline, kernel
 from .matmul import Left, Right, make_matrix_product
 from .memory import fetch, load_int, make_read, store_double, store_int
-from .microkernel import make_block
+from .microkernel import Around, make_block
 from .mode import flush_denormals, set_mode
 from .steps import active_rows, resets, row_start, user_index, walk
 from .sync import end_turn, meet, my_turn, opened
-from .variant import Variant
+from .tiles import tile_state
+from .variant import Variant, row_sizes
 
 JOINED_ROWS = 192  # tokens that are multiplied with a strip of W_ih while it is in the cache
 NORM_PANELS = 4  # panels per partial sum of a norm: those of a column panel, which belongs to one member
@@ -41,8 +42,12 @@ class Widths(NamedTuple):
     part: int  # rows of this part of the batch
     c_row: int
     h_row: int
+    dh_operand_row: int
     gates_row: int
+    dz_row: int  # of a panel
     dz_panel: int
+    terms: int  # of the tokens of the longest chunk
+    tokens: int  # in these
     h_first: int  # in vectors
     h_count: int
     norm_row: int
@@ -75,8 +80,9 @@ class Step(NamedTuple):
 
 def _make_walk(variant: Variant) -> Any:
     """(widths_of, last_chunk, chunk_of, step_of)."""
-    lanes, panel, stored = variant.block.lanes, variant.block.panel, variant.stored
-    vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
+    lanes, panel, stored, values = variant.block.lanes, variant.block.panel, variant.stored, variant.products.values
+    vector_bytes, dz_row = variant.vector_bytes, panel * variant.operand_size
+    terms, operand_row = row_sizes(variant)
 
     @inline
     def widths_of(a):
@@ -84,8 +90,9 @@ def _make_walk(variant: Variant) -> Any:
         first = 4 * a.column_begin
         norm_row = 8 * -(-max(panels, h_vectors) // NORM_PANELS)
         return Widths(
-            panels, a.part_end - a.part_begin, panels * vector_bytes, h_vectors * vector_bytes,
-            panels * panel * stored, a.chunk_tokens * gate_bytes, first, min(4 * a.column_end, h_vectors) - first,
+            panels, a.part_end - a.part_begin, panels * vector_bytes, h_vectors * vector_bytes, operand_row(a.width),
+            panels * panel * stored, dz_row, a.chunk_tokens * dz_row, terms(a.chunk_tokens),
+            terms(a.chunk_tokens) * values, first, min(4 * a.column_end, h_vectors) - first,
             norm_row, a.norms + a.steps * a.batch * norm_row,
         )  # fmt: skip
 
@@ -120,12 +127,42 @@ def _make_walk(variant: Variant) -> Any:
     return widths_of, last_chunk, chunk_of, step_of
 
 
+def _make_token_store(variant: Variant) -> Any:
+    """(store_token, clear_tokens): operands whose terms run over tokens, in panels."""
+    store, zeros, store_half = variant.ops.store, variant.ops.zeros, getattr(variant.ops, "store_half", None)
+    gate_bytes, values, terms = variant.gate_bytes, variant.products.values, row_sizes(variant)[0]
+
+    @inline
+    def store_value(panel, k, value):
+        """Writes a vector of token k; ``panel``: its place in the first token of the panel."""
+        store(panel + k * gate_bytes, value)
+
+    @inline
+    def store_in_pair(panel, k, value):
+        store_half(panel + (k >> 1) * gate_bytes, value, k & 1)
+
+    store_token = store_in_pair if variant.products.paired else store_value
+
+    @inline
+    def clear_tokens(panel, tokens):
+        """Zeroes what the terms have beyond their last token."""
+        for k in range(tokens, terms(tokens) * values):
+            store_token(panel, k, zeros())
+
+    return store_token, clear_tokens
+
+
 def _make_project_back(variant: Variant) -> Any:
     """(complete_dh, project_back, keep_hidden): the steps of a layer with a projection, h = W_hr m."""
-    ops, lanes, stored = variant.ops, variant.block.lanes, variant.stored
-    vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
+    ops, lanes, stored, vector_bytes, gate_bytes = (
+        variant.ops, variant.block.lanes, variant.stored, variant.vector_bytes, variant.gate_bytes
+    )  # fmt: skip
     load, store, square_sum, load_storage = ops.load, ops.store, ops.square_sum, ops.make_load(variant.storage)
-    matrix_product, copy_strips = make_matrix_product(variant), row_functions(variant).copy_strips
+    store_operand, operand_bytes, paired = (
+        ops.make_store(variant.operand), lanes * variant.operand_size, variant.products.paired
+    )  # fmt: skip
+    matrix_product, narrow_row = make_matrix_product(variant), row_functions(variant).narrow_row
+    (store_token, _), (terms, _) = _make_token_store(variant), row_sizes(variant)
 
     @inline
     def complete_dh(a, w, step):
@@ -145,16 +182,18 @@ def _make_project_back(variant: Variant) -> Any:
                         store_double(a.norms + norm, squares)
                         squares = 0.0
                 store(at, value)
+                if paired:
+                    store_operand(a.dh_operands + r * w.dh_operand_row + v * operand_bytes, value, lanes)
                 if a.dw_r != 0:
-                    row = a.dh_chunk + (v // 4 * a.chunk_tokens + step.k + r) * gate_bytes
-                    store(row + v % 4 * vector_bytes, value)
+                    panel = a.dh_chunk + v // 4 * w.terms * gate_bytes
+                    store_token(panel + v % 4 * vector_bytes, step.k + r, value)
 
     @inline
     def project_back(a, w, step):
         """dm = W_hr^T dh."""
         matrix_product(
             step.end - a.row_begin,
-            Left(a.dh, a.h_rows + 8 * a.row_begin, 1, 0, a.width),
+            Left(a.dh_operands, a.dh_operand_rows + 8 * a.row_begin, 1, 0, terms(a.width)),
             Right(a.w_r, -(-a.panel_begin // 4), -(-a.panel_end // 4), a.hidden, step.back),
             a.dm,
             a.m_rows + 8 * a.row_begin,
@@ -164,7 +203,7 @@ def _make_project_back(variant: Variant) -> Any:
     def keep_hidden(a, w, step):
         """Copies m_t, which the cell has written to dm, for dW_hr."""
         for r in range(a.row_begin, step.end):
-            copy_strips(a.m_strips, a.dm + r * w.c_row, a.hidden, step.k + r, a.chunk_tokens, False)
+            narrow_row(a.m_stage + (step.k + r) * a.hidden * stored, a.dm + r * w.c_row, a.hidden)
 
     return complete_dh, project_back, keep_hidden
 
@@ -173,7 +212,9 @@ def _make_vector_gradients(variant: Variant) -> Any:
     """Gradients of one vector of units of one row; returns those that arrive at h and c."""
     ops, lanes, stored, vector_bytes = variant.ops, variant.block.lanes, variant.stored, variant.vector_bytes
     load, store, tanh, first_lanes = ops.load, ops.store, ops.tanh, ops.first_lanes
-    load_storage = ops.make_load(variant.storage)
+    load_storage, store_operand = ops.make_load(variant.storage), ops.make_store(variant.operand)
+    (store_token, _), gate_bytes = _make_token_store(variant), variant.gate_bytes
+    operand_bytes, paired = lanes * variant.operand_size, variant.products.paired
     hidden_state, cell_grad = inline(cell.hidden_state), inline(cell.cell_grad)
     gate_grads, cell_grad_prev = inline(cell.gate_grads), inline(cell.cell_grad_prev)
 
@@ -206,11 +247,17 @@ def _make_vector_gradients(variant: Variant) -> Any:
             grad_c = first_lanes(grad_c, left)
             f = first_lanes(f, left)
         store(a.dc + r * w.c_row + at_vector, cell_grad_prev(grad_c, f))
-        at = a.dz + p * w.dz_panel + (step.k + r) * 4 * vector_bytes
-        store(at, dz_i)
-        store(at + vector_bytes, dz_f)
-        store(at + 2 * vector_bytes, dz_g)
-        store(at + 3 * vector_bytes, dz_o)
+        at = a.dz + p * w.dz_panel + (step.k + r) * w.dz_row
+        store_operand(at, dz_i, lanes)
+        store_operand(at + operand_bytes, dz_f, lanes)
+        store_operand(at + 2 * operand_bytes, dz_g, lanes)
+        store_operand(at + 3 * operand_bytes, dz_o, lanes)
+        if paired and a.dw_x != 0:
+            at = a.dz_terms + p * w.terms * gate_bytes
+            store_token(at, step.k + r, dz_i)
+            store_token(at + vector_bytes, step.k + r, dz_f)
+            store_token(at + 2 * vector_bytes, step.k + r, dz_g)
+            store_token(at + 3 * vector_bytes, step.k + r, dz_o)
         return grad_h, grad_c
 
     return vector_gradients
@@ -263,50 +310,80 @@ def _make_cell_gradients(variant: Variant) -> Any:
     return cell_gradients, reset_rows
 
 
-def _make_copy_operands(variant: Variant) -> Any:
-    """The tokens of a chunk: copies of x and h_{t-1} for the weight gradients, and the addresses of dx."""
-    rows, size = row_functions(variant), variant.size
-    copy_strips, clear_stored = rows.copy_strips, rows.clear_stored
+def _make_copy_operands(variant: Variant, step_of: Any) -> Any:
+    """(copy_operands, clear_beyond, clear_padding): the tokens of a chunk, once its steps are done.
+
+    Copies of x, h_{t-1} and m_t for the weight gradients, and the addresses of dx.
+    """
+    rows, size, stored, gate_bytes = row_functions(variant), variant.size, variant.stored, variant.gate_bytes
+    fill_strips, clear_stored, vector_bytes = rows.fill_strips, rows.clear_stored, variant.vector_bytes
+    _, clear_tokens = _make_token_store(variant)
+    whole = variant.products.values * variant.products.group  # tokens that are copied together
 
     @inline
-    def copy_row(a, w, step, r, active_before):
+    def list_token(a, w, step, r):
+        """Lists the addresses of a token's dx, x, h_{t-1} and m_t."""
         k = step.k + r
         if a.dx_stage != 0:
             store_int(a.table + 8 * k, a.dx_stage + k * a.inputs * size)
         else:
             store_int(a.table + 8 * k, a.dx + step.position * a.dx_step + load_int(a.dx_rows + 8 * r))
-        if a.dw_x != 0:
-            x_row = a.x + step.position * a.x_step + load_int(a.x_rows + 8 * r)
-            copy_strips(a.x_strips, x_row, a.inputs, k, a.chunk_tokens, True)
-            if resets(a, step.position, r):
-                copy_strips(a.h_strips, a.zero, a.width, k, a.chunk_tokens, False)
-            elif active_before:
-                y_prev = a.y + step.position_prev * a.y_step + load_int(a.y_rows + 8 * r)
-                copy_strips(a.h_strips, y_prev, a.width, k, a.chunk_tokens, True)
-            else:
-                copy_strips(a.h_strips, a.h_0 + r * w.h_row, a.width, k, a.chunk_tokens, False)
+        x = a.x + step.position * a.x_step + load_int(a.x_rows + 8 * r)
+        if resets(a, step.position, r):
+            h = a.zero
+        elif r < step.continued:
+            h = a.y + step.position_prev * a.y_step + load_int(a.y_rows + 8 * r)
+        else:
+            h = a.h_0 + load_int(a.h_0_rows + 8 * r) if a.h_0 != 0 else a.zero
+        store_int(a.table + 8 * (w.tokens + k), x)
+        store_int(a.table + 8 * (2 * w.tokens + k), h)
+        store_int(a.table + 8 * (3 * w.tokens + k), a.m_stage + k * a.hidden * stored)
 
     @inline
-    def copy_operands(a, w, step):
-        """The tokens of one step, for all rows of the part."""
-        active = active_rows(a.batch_sizes, a.batch, step.t)
-        for r in range(a.part_begin, min(a.part_end, active)):
-            copy_row(a, w, step, r, r < step.continued)
-        if a.dx != 0 and a.packed == 0:
-            for r in range(max(a.part_begin, active), a.part_end):  # padding
-                clear_stored(a.dx + step.position * a.dx_step + load_int(a.dx_rows + 8 * r), a.inputs)
+    def copy_operands(a, w, chunk):
+        """A member's range of the tokens, in whole groups."""
+        groups = -(-chunk.tokens // whole)
+        begin, end = groups * a.member // a.members * whole, groups * (a.member + 1) // a.members * whole
+        for s in range(chunk.first, chunk.last):
+            step = step_of(a, w, chunk, s)
+            active = min(a.part_end, active_rows(a.batch_sizes, a.batch, step.t))
+            for r in range(max(a.part_begin, begin - step.k), min(active, end - step.k)):
+                list_token(a, w, step, r)
+        if a.dw_x == 0:
+            return
+        for k in range(max(begin, chunk.tokens), end):  # no tokens, but terms have them
+            for which in range(1, 4):
+                store_int(a.table + 8 * (which * w.tokens + k), a.zero)
+        for k in range(begin, end, whole):
+            at = a.table + 8 * (w.tokens + k)
+            fill_strips(a.x_strips, at, a.inputs, k, w.terms)
+            fill_strips(a.h_strips, at + 8 * w.tokens, a.width, k, w.terms)
+            if a.dm != 0:
+                fill_strips(a.m_strips, at + 16 * w.tokens, a.hidden, k, w.terms)
 
-    return copy_operands
+    @inline
+    def clear_beyond(a, w, chunk):
+        """Zeroes the ends of the member's panels, which no token fills."""
+        for v in range(4 * a.panel_begin, 4 * a.panel_end):
+            clear_tokens(a.dz_terms + v // 4 * w.terms * gate_bytes + v % 4 * vector_bytes, chunk.tokens)
+        for v in range(w.h_first, w.h_first + w.h_count if a.dm != 0 else 0):
+            clear_tokens(a.dh_chunk + v // 4 * w.terms * gate_bytes + v % 4 * vector_bytes, chunk.tokens)
+
+    @inline
+    def clear_padding(a, w, step):
+        """Zeroes dx of the rows that are not active at a step."""
+        for r in range(max(a.part_begin, active_rows(a.batch_sizes, a.batch, step.t)), a.part_end):
+            clear_stored(a.dx + step.position * a.dx_step + load_int(a.dx_rows + 8 * r), a.inputs)
+
+    return copy_operands, clear_beyond, clear_padding
 
 
 def _make_weight_gradients(variant: Variant) -> Any:
     """The weight gradients of a chunk: a member's range of the tiles."""
     ops, block, size, gate_bytes = variant.ops, variant.block, variant.size, variant.gate_bytes
     load_four, store_vectors, zero_four = ops.load_four, ops.store_vectors, ops.zero_four
-    most, panel = block.rows, block.panel
-
-    def start_tile(row, e):
-        return zero_four()
+    most, panel, paired = block.rows, block.panel, variant.products.paired
+    terms, strip_begin = row_sizes(variant)[0], row_functions(variant).strip_begin
 
     def finish_tile(row, sums, e):
         at = e.weight + row * gate_bytes
@@ -315,21 +392,22 @@ def _make_weight_gradients(variant: Variant) -> Any:
             sums = (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2], before[3] + sums[3])
         store_vectors(at, sums, panel)
 
-    tile_block = make_block(
-        ops, block.row_choices(4), 4, start_tile, finish_tile, key=variant.key, registers=block.registers, by_strip=True
-    )
+    tile_block = make_block(variant, 4, Around(finish_tile), by_strip=True)
 
     @inline
-    def weight_tile(a, chunk, job, jobs, depth, columns, weight, strips):
-        """Tile ``job`` of ``jobs`` of a (depth, panel) gradient: a strip against a panel of dz (or dh)."""
-        begin, end = depth * job // jobs, depth * (job + 1) // jobs
-        strip = strips + begin * a.chunk_tokens * size
-        segment = (strip, 0, 1, 0, chunk.tokens, columns, columns)
+    def weight_tile(w, chunk, job, depth, columns, weight, strips):
+        """Tile ``job`` of a (depth, panel) gradient: a strip against a panel of dz (or dh)."""
+        begin, end = strip_begin(depth, job), strip_begin(depth, job + 1)
+        strip = strips + begin * w.terms * size
+        segment = (strip, 0, 1, 0, terms(chunk.tokens), columns, columns)
         tile_block(end - begin, segment, TileEnd(weight + begin * gate_bytes, chunk.add))
 
     @inline
-    def bias_tile(chunk, columns, at):
+    def bias_tile(a, chunk, columns, at):
         """The sum of a panel of dz over all tokens."""
+        if paired:
+            tile_block(1, (a.ones, 0, 1, 0, terms(chunk.tokens), columns, columns), TileEnd(at, chunk.add))
+            return
         i, f, g, o = zero_four()
         for k in range(chunk.tokens):
             row = load_four(columns + k * gate_bytes)
@@ -345,26 +423,26 @@ def _make_weight_gradients(variant: Variant) -> Any:
         jobs = tiles_x + tiles_h + 1
         for job in range(w.panels * jobs * a.member // a.members, w.panels * jobs * (a.member + 1) // a.members):
             p, j = job // jobs, job % jobs
-            dz = a.dz + p * w.dz_panel
+            dz = a.dz_terms + p * w.terms * gate_bytes
             if j < tiles_x:
-                weight_tile(a, chunk, j, tiles_x, a.inputs, dz, a.dw_x + p * a.inputs * gate_bytes, a.x_strips)
+                weight_tile(w, chunk, j, a.inputs, dz, a.dw_x + p * a.inputs * gate_bytes, a.x_strips)
             elif j < tiles_x + tiles_h:
                 dw_h = a.dw_h + p * a.width * gate_bytes
-                weight_tile(a, chunk, j - tiles_x, tiles_h, a.width, dz, dw_h, a.h_strips)
+                weight_tile(w, chunk, j - tiles_x, a.width, dz, dw_h, a.h_strips)
             else:
-                bias_tile(chunk, dz, a.db + p * gate_bytes)
+                bias_tile(a, chunk, dz, a.db + p * gate_bytes)
         jobs = -(-a.width // panel) * tiles_r if a.dm != 0 else 0
         for job in range(jobs * a.member // a.members, jobs * (a.member + 1) // a.members):
             q, j = job // tiles_r, job % tiles_r
-            dh = a.dh_chunk + q * w.dz_panel
-            weight_tile(a, chunk, j, tiles_r, a.hidden, dh, a.dw_r + q * a.hidden * gate_bytes, a.m_strips)
+            dh = a.dh_chunk + q * w.terms * gate_bytes
+            weight_tile(w, chunk, j, a.hidden, dh, a.dw_r + q * a.hidden * gate_bytes, a.m_strips)
 
     return weight_gradients
 
 
 def _make_input_gradients(variant: Variant) -> Any:
     """dx of a member's range of the tokens of a chunk."""
-    panel, size, gate_bytes = variant.block.panel, variant.size, variant.gate_bytes
+    panel, size, panel_terms = variant.block.panel, variant.size, variant.block.panel // variant.products.values
     matrix_product, narrow_row = make_matrix_product(variant), row_functions(variant).narrow_row
 
     @inline
@@ -387,7 +465,7 @@ def _make_input_gradients(variant: Variant) -> Any:
             n = min(JOINED_ROWS, end - done)
             matrix_product(
                 n,
-                Left(a.dz + done * gate_bytes, a.panel_rows, w.panels, w.dz_panel, panel),
+                Left(a.dz + done * w.dz_row, a.panel_rows, w.panels, w.dz_panel, panel_terms),
                 Right(a.w_x, 0, -(-a.inputs // panel), a.inputs, 0),
                 0,
                 a.table + 8 * done,
@@ -402,11 +480,12 @@ def _make_input_gradients(variant: Variant) -> Any:
 @functools.cache
 def backward_kernel(variant: Variant) -> Any:
     """The compiled backward kernel."""
-    panel, gate_bytes = variant.block.panel, variant.gate_bytes
+    panel_terms = variant.block.panel // variant.products.values
     widths_of, last_chunk, chunk_of, step_of = _make_walk(variant)
     complete_dh, project_back, keep_hidden = _make_project_back(variant)
     cell_gradients, reset_rows = _make_cell_gradients(variant)
-    copy_operands, weight_gradients = _make_copy_operands(variant), _make_weight_gradients(variant)
+    copy_operands, clear_beyond, clear_padding = _make_copy_operands(variant, step_of)
+    weight_gradients, (shape_tiles, release_tiles) = _make_weight_gradients(variant), tile_state(variant)
     input_gradients, matrix_product = _make_input_gradients(variant), make_matrix_product(variant)
     read = make_read(BackwardArgs)
 
@@ -415,7 +494,7 @@ def backward_kernel(variant: Variant) -> Any:
         """dh_{t-1} = W_hh^T dz."""
         matrix_product(
             step.end - a.row_begin,
-            Left(a.dz + (step.k + a.row_begin) * gate_bytes, a.panel_rows, w.panels, w.dz_panel, panel),
+            Left(a.dz + (step.k + a.row_begin) * w.dz_row, a.panel_rows, w.panels, w.dz_panel, panel_terms),
             Right(a.w_h, a.column_begin, a.column_end, a.width, step.back),
             a.dh,
             a.h_rows + 8 * a.row_begin,
@@ -439,6 +518,17 @@ def backward_kernel(variant: Variant) -> Any:
         return passed
 
     @inline
+    def finish_steps(a, w, chunk):
+        """What the products over all tokens of a chunk read, once its steps are done."""
+        copy_operands(a, w, chunk)
+        if a.dw_x != 0:
+            clear_beyond(a, w, chunk)
+        if a.dx != 0 and a.packed == 0 and a.batch_sizes != 0:
+            for s in range(chunk.first + a.member, chunk.last, a.members):
+                clear_padding(a, w, step_of(a, w, chunk, s))
+        shape_tiles(JOINED_ROWS)
+
+    @inline
     def run(a):
         """Processes a member's arguments; returns the address of those that come next on this thread."""
         if not my_turn(a):
@@ -451,12 +541,12 @@ def backward_kernel(variant: Variant) -> Any:
                 continue
             if chunk.last <= a.first:
                 break
+            shape_tiles(a.row_end - a.row_begin)
             for s in range(min(chunk.last, a.last) - 1, max(chunk.first, a.first) - 1, -1):
                 passed = step_back(a, w, step_of(a, w, chunk, s), passed)
             if chunk.first < a.first:  # the launch of the steps before completes it
                 break
-            for s in range(chunk.first + a.member, chunk.last, a.members):
-                copy_operands(a, w, step_of(a, w, chunk, s))
+            finish_steps(a, w, chunk)
             passed = meet(a, passed)
             if opened(a):  # a member did not start: the table of dx lacks its addresses
                 return 0
@@ -473,6 +563,7 @@ def backward_kernel(variant: Variant) -> Any:
         mode = flush_denormals()
         while address != 0:
             address = run(read(address))
+        release_tiles()
         set_mode(mode)
 
     return lstm_bwd_kernel

@@ -11,12 +11,13 @@ from .copying import row_functions
 from .jit import inline, kernel
 from .matmul import Left, Right, make_matrix_product
 from .memory import load_int, make_read, store_int
-from .microkernel import NEAR, make_block
+from .microkernel import NEAR, Around, make_block
 from .mode import flush_denormals, set_mode
 from .simd import simd
 from .steps import active_rows, block_size, resets, row_start, user_index, walk
 from .sync import end_turn, meet, my_turn
-from .variant import Variant
+from .tiles import tile_state
+from .variant import Variant, row_sizes
 from .vector import joining
 
 
@@ -29,6 +30,7 @@ class CellEnd(NamedTuple):
     c_row: int
     h: int
     h_row: int
+    o: int  # (rows, lanes): scratch
     y: int
     y_rows: int  # offsets of its rows
     left: int  # hidden units from this panel on
@@ -46,10 +48,16 @@ class ProjectionEnd(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """Derived from a member's arguments: bytes per row, and its range of a row of h in vectors."""
+    """Derived from a member's arguments: depths of products in terms, bytes per row, and its range of a row of h in
+    vectors."""
 
+    x_terms: int
+    h_terms: int
+    m_terms: int
+    x_row: int
     c_row: int
     h_row: int
+    m_row: int
     z_row: int
     gates_row: int
     z_base: int
@@ -71,14 +79,16 @@ class Step(NamedTuple):
 def _make_finish_hidden(variant: Variant) -> Any:
     """h of all rows of a block, from c and o: two rows at a time, because a tanh is one long dependency chain."""
     ops, pairs = variant.ops, simd(variant.scalar, 2 * variant.block.lanes, variant.fast_reciprocal)
-    load, store, tanh, store_storage = ops.load, ops.store, ops.tanh, ops.make_store(variant.storage)
+    load, tanh, store_storage, store_operand = (
+        ops.load, ops.tanh, ops.make_store(variant.storage), ops.make_store(variant.operand)
+    )  # fmt: skip
     tanh_pair, join_pair, split_pair = pairs.tanh, *joining(ops.vector, 2)
-    hidden_state = inline(cell.hidden_state)
+    hidden_state, lanes, vector_bytes = inline(cell.hidden_state), variant.block.lanes, variant.vector_bytes
 
     @inline
     def write(row, e, tanh_c):
-        h = hidden_state(load(e.h + row * e.h_row), tanh_c)
-        store(e.h + row * e.h_row, h)
+        h = hidden_state(load(e.o + row * vector_bytes), tanh_c)
+        store_operand(e.h + row * e.h_row, h, lanes)
         if e.y != 0:
             store_storage(e.y + load_int(e.y_rows + 8 * row), h, e.left)
 
@@ -96,19 +106,19 @@ def _make_finish_hidden(variant: Variant) -> Any:
 
 def make_cell_block(variant: Variant, near: int = NEAR) -> Any:
     """The recurrent product of some rows with one panel, and the cell; ``near``: see ``microkernel.NEAR``."""
-    ops, block, lanes, stored = variant.ops, variant.block, variant.block.lanes, variant.stored
-    load, store, load_four, activate = ops.load, ops.store, ops.load_four, ops.gates
+    ops, lanes, stored = variant.ops, variant.block.lanes, variant.stored
+    load, store, activate, vector_bytes = ops.load, ops.store, ops.gates, variant.vector_bytes
     store_storage, cell_state = ops.make_store(variant.storage), inline(cell.cell_state)
 
-    def start_cell(row, e):
-        return load_four(e.start + row * e.start_row)
+    def begin_cell(e):
+        return e.start, e.start_row
 
     def finish_cell(row, sums, e):
         i, f, g, o = activate(sums[0], sums[1], sums[2], sums[3])
         at_c = e.c + row * e.c_row
         c = cell_state(i, f, g, load(at_c))
         store(at_c, c)
-        store(e.h + row * e.h_row, o)  # kept here until all rows of the block have their c
+        store(e.o + row * vector_bytes, o)  # kept here until all rows of the block have their c
         if e.gates != 0:
             at = e.gates + row * e.gates_row
             store_storage(at, i, lanes)
@@ -118,32 +128,29 @@ def make_cell_block(variant: Variant, near: int = NEAR) -> Any:
         if e.cells != 0:
             store(e.cells + row * e.c_row, c)
 
-    return make_block(
-        ops, block.row_choices(4), 4, start_cell, finish_cell, key=f"{variant.key}_near{near}",
-        registers=block.registers, rolled=True, finish_rows=_make_finish_hidden(variant), near=near,
-    )  # fmt: skip
+    around = Around(finish_cell, begin_cell, _make_finish_hidden(variant), rolled=True)
+    return make_block(variant, 4, around, name=f"near{near}", near=near)
 
 
 def _make_project_chunk(variant: Variant) -> Any:
     """The input projection of a chunk of steps, before these steps."""
-    ops, block, size, gate_bytes = variant.ops, variant.block, variant.size, variant.gate_bytes
-    load_four, store_vectors, width, most = ops.load_four, ops.store_vectors, 4 * block.lanes, block.rows
-    widen_row = row_functions(variant).widen_row
+    block, gate_bytes, store_vectors = variant.block, variant.gate_bytes, variant.ops.store_vectors
+    width, most = 4 * block.lanes, block.rows
+    operand_row = row_functions(variant).operand_row
+    shape_tiles, _ = tile_state(variant)
 
-    def start_bias(row, e):
-        return load_four(e.bias)
+    def begin_bias(e):
+        return e.bias, 0
 
     def finish_projection(row, sums, e):
         store_vectors(e.offset + load_int(e.rows + 8 * row), sums, width)
 
-    projection_block = make_block(
-        ops, block.row_choices(4), 4, start_bias, finish_projection, key=variant.key, registers=block.registers
-    )
+    projection_block = make_block(variant, 4, Around(finish_projection, begin_bias))
 
     @inline
     def list_rows(a, w, s, x_table, z_table):
         """Lists the addresses of x and z of the member's tokens in the chunk from step ``s`` on; their number."""
-        stage = a.x_stage + a.member * a.chunk_tokens * a.inputs * size
+        stage = a.x_stage + a.member * a.chunk_tokens * w.x_row
         count = 0
         for later in range(s, min(s + a.chunk, a.last)):
             t = walk(a.reverse, a.steps, later)
@@ -153,8 +160,8 @@ def _make_project_chunk(variant: Variant) -> Any:
             for r in range(a.row_begin, min(a.row_end, active_rows(a.batch_sizes, a.batch, t))):
                 source = x_here + load_int(a.x_rows + 8 * r)
                 if a.x_stage != 0:
-                    widen_row(stage + count * a.inputs * size, source, a.inputs)
-                    source = stage + count * a.inputs * size
+                    operand_row(stage + count * w.x_row, source, a.inputs)
+                    source = stage + count * w.x_row
                 store_int(x_table + 8 * count, source)
                 store_int(z_table + 8 * count, w.z_base + (slot + r) * w.z_row)
                 count += 1
@@ -165,18 +172,20 @@ def _make_project_chunk(variant: Variant) -> Any:
         x_table = a.table + 16 * a.chunk_tokens * a.member
         z_table = x_table + 8 * a.chunk_tokens
         count = list_rows(a, w, s, x_table, z_table)
+        shape_tiles(count)
         for p in range(a.panel_begin, a.panel_end):
             done = 0
-            ahead = a.w_x + min(p + 1, a.panel_end - 1) * a.inputs * gate_bytes
+            ahead = a.w_x + min(p + 1, a.panel_end - 1) * w.x_terms * gate_bytes
             while done < count:
                 n = block_size(count - done, most)
                 projection_block(
                     n,
-                    (0, x_table + 8 * done, 1, 0, a.inputs, a.w_x + p * a.inputs * gate_bytes, ahead),
+                    (0, x_table + 8 * done, 1, 0, w.x_terms, a.w_x + p * w.x_terms * gate_bytes, ahead),
                     ProjectionEnd(a.bias + p * gate_bytes, p * gate_bytes, z_table + 8 * done),
                 )
                 done += n
-                ahead += a.inputs * 64
+                ahead += w.x_terms * 64
+        shape_tiles(a.row_end - a.row_begin)
 
     return project_chunk
 
@@ -184,7 +193,7 @@ def _make_project_chunk(variant: Variant) -> Any:
 def _make_compute_panels(variant: Variant) -> Any:
     """A step of a member's rows and panels."""
     lanes, stored, most = variant.block.lanes, variant.stored, variant.block.rows
-    vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
+    vector_bytes, gate_bytes, operand_bytes = variant.vector_bytes, variant.gate_bytes, lanes * variant.operand_size
     cell_block = make_cell_block(variant)
 
     @inline
@@ -192,11 +201,11 @@ def _make_compute_panels(variant: Variant) -> Any:
         """Panel p; ``ahead``: the weights that are needed next."""
         # Fused, the sums start from the bias, whose row stride is 0; else from z.
         if a.fused != 0:
-            start, start_row, depth = a.bias, 0, a.inputs
+            start, start_row, depth = a.bias, 0, w.x_terms
         else:
             slot = (step.s - a.first) % a.chunk * a.batch if a.z != 0 else step.n
             start, start_row, depth = w.z_base + (slot + a.row_begin) * w.z_row, w.z_row, 0
-        h_to, h_to_row = (a.m, w.c_row) if a.m != 0 else (step.h_out, w.h_row)
+        h_to, h_to_row = (a.m, w.m_row) if a.m != 0 else (step.h_out, w.h_row)
         y = 0 if a.m != 0 or a.y == 0 else a.y + step.position * a.y_step + p * lanes * stored
         done = a.row_begin
         while done < step.end:
@@ -205,20 +214,20 @@ def _make_compute_panels(variant: Variant) -> Any:
                 n,
                 (
                     a.x + step.position * a.x_step, a.x_rows + 8 * done, 1, 0, depth,
-                    a.w_x + p * a.inputs * gate_bytes, ahead,
-                    step.h_in, a.h_rows + 8 * done, 1, 0, a.width, a.w_h + p * a.width * gate_bytes, ahead,
+                    a.w_x + p * w.x_terms * gate_bytes, ahead,
+                    step.h_in, a.h_rows + 8 * done, 1, 0, w.h_terms, a.w_h + p * w.h_terms * gate_bytes, ahead,
                 ),
                 CellEnd(
                     start + p * gate_bytes + (done - a.row_begin) * start_row, start_row,
                     a.c + done * w.c_row + p * vector_bytes, w.c_row,
-                    h_to + done * h_to_row + p * vector_bytes, h_to_row,
+                    h_to + done * h_to_row + p * operand_bytes, h_to_row, a.o + a.member * most * vector_bytes,
                     y, a.y_rows + 8 * done, a.hidden - p * lanes,
                     0 if a.gates == 0 else a.gates + (step.n + done) * w.gates_row + p * lanes * 4 * stored,
                     w.gates_row, 0 if a.cells == 0 else a.cells + (step.n + done) * w.c_row + p * vector_bytes,
                 ),
             )  # fmt: skip
             done += n
-            ahead += a.width * 64
+            ahead += w.h_terms * 64
 
     @inline
     def compute_panels(a, w, step):
@@ -228,7 +237,7 @@ def _make_compute_panels(variant: Variant) -> Any:
         while a.panel_begin <= p < a.panel_end:
             # While a panel is multiplied, the next one is prefetched.
             following = min(max(p + forth, a.panel_begin), a.panel_end - 1)
-            compute_panel(a, w, step, p, a.w_h + following * a.width * gate_bytes)
+            compute_panel(a, w, step, p, a.w_h + following * w.h_terms * gate_bytes)
             p += forth
 
     return compute_panels
@@ -238,24 +247,27 @@ def _make_finish_step(variant: Variant) -> Any:
     """(project_hidden, clear_padding, reset_rows): what follows a step."""
     rows, matrix_product = row_functions(variant), make_matrix_product(variant)
     clear, clear_stored, narrow_row = rows.clear, rows.clear_stored, rows.narrow_row
+    narrow_operand, clear_operand = rows.narrow_operand, rows.clear_operand
     lanes, stored, vector_bytes = variant.block.lanes, variant.stored, variant.vector_bytes
+    operand_bytes = lanes * variant.operand_size
 
     @inline
     def project_hidden(a, w, step):
         """h = W_hr m, and y."""
         matrix_product(
             step.end - a.row_begin,
-            Left(a.m, a.m_rows + 8 * a.row_begin, 1, 0, a.hidden),
+            Left(a.m, a.m_rows + 8 * a.row_begin, 1, 0, w.m_terms),
             Right(a.w_r, a.column_begin, a.column_end, a.width, step.s & 1),
-            step.h_out,
-            a.h_rows + 8 * a.row_begin,
+            a.sums,
+            a.sums_rows + 8 * a.row_begin,
         )
-        for r in range(a.row_begin, step.end if a.y != 0 else a.row_begin):
-            narrow_row(
-                a.y + step.position * a.y_step + load_int(a.y_rows + 8 * r) + w.h_first * lanes * stored,
-                step.h_out + r * w.h_row + w.h_first * vector_bytes,
-                min(w.h_count * lanes, a.width - w.h_first * lanes),
-            )
+        count = min(w.h_count * lanes, a.width - w.h_first * lanes)
+        for r in range(a.row_begin, step.end):
+            source = a.sums + load_int(a.sums_rows + 8 * r) + w.h_first * vector_bytes
+            narrow_operand(step.h_out + r * w.h_row + w.h_first * operand_bytes, source, count)
+            if a.y != 0:
+                y = a.y + step.position * a.y_step + load_int(a.y_rows + 8 * r)
+                narrow_row(y + w.h_first * lanes * stored, source, count)
 
     @inline
     def clear_padding(a, w, step):
@@ -272,7 +284,7 @@ def _make_finish_step(variant: Variant) -> Any:
         h = a.h + (s & 1) * a.h_half
         for r in range(a.row_begin, min(a.row_end, active_rows(a.batch_sizes, a.batch, t))):
             if resets(a, index, r):
-                clear(h + r * w.h_row + w.h_first * vector_bytes, w.h_count)
+                clear_operand(h + r * w.h_row + w.h_first * operand_bytes, w.h_count)
                 clear(a.c + r * w.c_row + a.panel_begin * vector_bytes, a.panel_end - a.panel_begin)
 
     return project_hidden, clear_padding, reset_rows
@@ -280,15 +292,18 @@ def _make_finish_step(variant: Variant) -> Any:
 
 def _make_borders(variant: Variant) -> Any:
     """(keep_border, enter): the states between segments of steps; each member has the ranges that it writes itself."""
-    copy, vector_bytes = row_functions(variant).copy, variant.vector_bytes
+    rows, vector_bytes, operand_bytes = (
+        row_functions(variant), variant.vector_bytes, variant.block.lanes * variant.operand_size
+    )  # fmt: skip
+    copy, copy_operand = rows.copy, rows.copy_operand
 
     @inline
     def keep_border(a, w, s):
         """Writes the state that enters step ``s``, the first of a segment."""
-        h, at_h, at_c = a.h + (s & 1) * a.h_half, w.h_first * vector_bytes, a.panel_begin * vector_bytes
+        h, at_h, at_c = a.h + (s & 1) * a.h_half, w.h_first * operand_bytes, a.panel_begin * vector_bytes
         for r in range(a.row_begin, a.row_end):
             row = s // a.segment * a.batch + r
-            copy(a.borders_h + row * w.h_row + at_h, h + r * w.h_row + at_h, w.h_count)
+            copy_operand(a.borders_h + row * w.h_row + at_h, h + r * w.h_row + at_h, w.h_count)
             copy(a.borders_c + row * w.c_row + at_c, a.c + r * w.c_row + at_c, a.panel_end - a.panel_begin)
 
     @inline
@@ -298,12 +313,12 @@ def _make_borders(variant: Variant) -> Any:
         t_prev = walk(a.reverse, a.steps, a.first - 1)
         active = active_rows(a.batch_sizes, a.batch, t_prev) if a.first > 0 else 0
         n_prev = row_start(a.row_starts, a.batch, t_prev) if a.first > 0 else 0
-        at_h, at_c, panels = w.h_first * vector_bytes, a.panel_begin * vector_bytes, a.panel_end - a.panel_begin
+        at_h, at_c, panels = w.h_first * operand_bytes, a.panel_begin * vector_bytes, a.panel_end - a.panel_begin
         for r in range(a.row_begin, a.row_end):
             row = a.first // a.segment * a.batch + r
             from_c = a.borders_c + row * w.c_row + at_c
-            copy(a.h + r * w.h_row + at_h, a.borders_h + row * w.h_row + at_h, w.h_count)
-            copy(a.h + a.h_half + r * w.h_row + at_h, a.borders_h + row * w.h_row + at_h, w.h_count)
+            copy_operand(a.h + r * w.h_row + at_h, a.borders_h + row * w.h_row + at_h, w.h_count)
+            copy_operand(a.h + a.h_half + r * w.h_row + at_h, a.borders_h + row * w.h_row + at_h, w.h_count)
             copy(a.c + r * w.c_row + at_c, from_c, panels)
             if r < active:
                 copy(a.cells + (n_prev + r) * w.c_row + at_c, from_c, panels)
@@ -319,6 +334,8 @@ def forward_kernel(variant: Variant) -> Any:
     project_chunk, compute_panels = _make_project_chunk(variant), _make_compute_panels(variant)
     project_hidden, clear_padding, reset_rows = _make_finish_step(variant)
     keep_border, enter = _make_borders(variant)
+    terms, operand_row = row_sizes(variant)
+    shape_tiles, release_tiles = tile_state(variant)
     read = make_read(ForwardArgs)
 
     @inline
@@ -328,7 +345,8 @@ def forward_kernel(variant: Variant) -> Any:
         first = 4 * a.column_begin if a.m != 0 else a.panel_begin
         end = min(4 * a.column_end, h_vectors) if a.m != 0 else a.panel_end
         return Widths(
-            panels * vector_bytes, h_vectors * vector_bytes, panels * gate_bytes, panels * 4 * lanes * stored,
+            terms(a.inputs), terms(a.width), terms(a.hidden), operand_row(a.inputs), panels * vector_bytes,
+            operand_row(a.width), operand_row(a.hidden), panels * gate_bytes, panels * 4 * lanes * stored,
             a.z if a.z != 0 else a.gates, first, end - first,
         )  # fmt: skip
 
@@ -347,6 +365,7 @@ def forward_kernel(variant: Variant) -> Any:
             return 0
         w = widths_of(a)
         passed = 0
+        shape_tiles(a.row_end - a.row_begin)
         if a.resume != 0:
             enter(a, w)
         for s in range(a.first - 1, a.last):
@@ -375,6 +394,7 @@ def forward_kernel(variant: Variant) -> Any:
         mode = flush_denormals()
         while address != 0:
             address = run(read(address))
+        release_tiles()
         set_mode(mode)
 
     return lstm_fwd_kernel

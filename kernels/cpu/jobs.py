@@ -11,6 +11,9 @@ A panel is what a block of ``microkernel.py`` reads for one k: ``4 * lanes`` adj
 * column panels ``[panel][k][column]``: ``4 * lanes`` columns of any matrix; the last panel is 1, 2 or 4 vectors wide.
   Its k may run over gates in the order of gate panels: ``rows`` maps k to a row of the matrix, -1 stands for zeros.
 
+Where a term of a product is a pair (see ``products.py``), a panel has pairs of k in place of k: of two adjacent values
+of each column, the first one low.  There are as many as whole groups of terms take; those beyond K are zero.
+
 H hidden, K what the product sums over, U panels of ``lanes`` units.
 """
 
@@ -24,21 +27,21 @@ import numpy as np
 from ..integers import ceil_div
 from .jit import inline, kernel
 from .memory import load_int, make_read
-from .variant import Variant
+from .variant import Variant, row_sizes
 
 VALUES_WORTH_THREADS = 1 << 18  # values: some 100 microseconds of packing
 
-PACK_GATES, PACK_BIAS, PACK_COLUMNS, UNPACK_GATES, UNPACK_COLUMNS, ROWS_IN, ROWS_OUT = range(7)
+PACK_GATES, PACK_BIAS, PACK_COLUMNS, UNPACK_GATES, UNPACK_COLUMNS, ROWS_IN, ROWS_OUT, OPERANDS_IN, OPERANDS_OUT = range(9)
 
 
 class Job(NamedTuple):
-    """One job of a list; matrices are contiguous, in the compute dtype.
+    """One job of a list; matrices are contiguous, weights in the dtype of operands, the rest in the compute dtype.
 
     * PACK_GATES: (4H, K) to gate panels.  PACK_BIAS: the sum of two (4H,), or zeros, likewise, K = 1.
     * PACK_COLUMNS: (·, columns) to column panels.
     * UNPACK_GATES, UNPACK_COLUMNS: the inverse, all columns in whole panels; several parts are added up into the first.
     * ROWS_IN: rows of a tensor of the caller's dtype to rows of whole vectors, padded with zeros.  ROWS_OUT: the
-      inverse.
+      inverse.  OPERANDS_IN, OPERANDS_OUT: likewise, to and from rows of operands.
     """
 
     op: int  # PACK_GATES, ...
@@ -53,6 +56,7 @@ class Job(NamedTuple):
     part_stride: int = 0
     target_rows: int = 0  # ROWS_*: int64 offsets
     source_rows: int = 0
+    panel_bytes: int = 0  # PACK_GATES: from a panel to the next
 
 
 class JobsArgs(NamedTuple):
@@ -73,7 +77,7 @@ def gate_order(hidden: int, lanes: int) -> np.ndarray:
 
 
 def column_panels_size(depth: int, columns: int, lanes: int) -> int:
-    """Values in the column panels of a (depth, columns) matrix."""
+    """Terms in the column panels of a (depth, columns) matrix; ``depth`` in terms."""
     whole, rest = divmod(columns, 4 * lanes)
     return depth * lanes * (4 * whole + (0, 1, 2, 4, 4)[ceil_div(rest, lanes)])
 
@@ -102,26 +106,30 @@ def _gate_jobs(variant: Variant) -> Any:
     ops, lanes, size = variant.ops, variant.block.lanes, variant.size
     vector_bytes, panel_bytes = variant.vector_bytes, variant.gate_bytes
     store, zeros, transpose_tile, copy_one = ops.store, ops.zeros, ops.transpose_tile, ops.copy_one
+    copy_half, operand_size, values = ops.copy_half, variant.operand_size, variant.products.values
+    terms, _ = row_sizes(variant)
     load_first, add_parts = ops.make_load(variant.scalar), _make_add_parts(variant)
 
     @inline
     def pack_gates(job, begin, end):
-        row = job.depth * size
+        row, whole, odd = job.depth * operand_size, job.depth // values, job.depth % values
         for p in range(begin, end):
             units = min(lanes, job.columns - p * lanes)
             for gate in range(4):
-                target = job.target + p * job.depth * panel_bytes + gate * vector_bytes
+                target = job.target + p * job.panel_bytes + gate * vector_bytes
                 source = job.source + (gate * job.columns + p * lanes) * row
                 done = 0
                 if units == lanes:
-                    while done + lanes <= job.depth:
+                    while done + lanes <= whole:
                         transpose_tile(target + done * panel_bytes, panel_bytes, source + done * size, row)
                         done += lanes
-                for k in range(done, job.depth):
-                    if units < lanes:
+                for k in range(done, terms(job.depth)):
+                    if units < lanes or k >= whole:
                         store(target + k * panel_bytes, zeros())
-                    for u in range(units):
+                    for u in range(units if k < whole else 0):
                         copy_one(target + k * panel_bytes + u * size, source + u * row + k * size)
+                    for u in range(units if k == whole and odd != 0 else 0):  # half a pair
+                        copy_half(target + k * panel_bytes + u * size, source + u * row + k * size)
 
     @inline
     def pack_bias(job, begin, end):
@@ -159,10 +167,34 @@ def _gate_jobs(variant: Variant) -> Any:
 @functools.cache
 def _column_jobs(variant: Variant) -> Any:
     """(pack_columns, unpack_columns) of panels ``begin`` to ``end``."""
+    terms, operand_size, load_pairs = row_sizes(variant)[0], variant.operand_size, getattr(variant.ops, "load_pairs", None)
     ops, lanes, panel, size = variant.ops, variant.block.lanes, variant.block.panel, variant.size
     panel_bytes, store, zeros = variant.gate_bytes, ops.store, ops.zeros
     load_first, store_first = ops.make_load(variant.scalar), ops.make_store(variant.scalar)
     add_parts = _make_add_parts(variant)
+
+    @inline
+    def row_at(job, k):
+        return load_int(job.rows + 8 * k) if k < job.depth else -1
+
+    @inline
+    def pack_pairs(job, begin, end):
+        for q in range(begin, end):
+            first = q * panel
+            left = job.columns - first
+            width = lanes if left <= lanes else 2 * lanes if left <= 2 * lanes else panel
+            depth = terms(job.depth)
+            for k in range(depth):
+                target = job.target + (first * depth + k * width) * size
+                one, two = row_at(job, 2 * k), row_at(job, 2 * k + 1)
+                row_one = job.source + (one * job.columns + first) * operand_size
+                row_two = job.source + (two * job.columns + first) * operand_size
+                for j in range(0, width, lanes):
+                    pairs = load_pairs(
+                        row_one + j * operand_size, left - j if one >= 0 else 0,
+                        row_two + j * operand_size, left - j if two >= 0 else 0,
+                    )  # fmt: skip
+                    store(target + j * size, pairs)
 
     @inline
     def pack_columns(job, begin, end):
@@ -190,16 +222,38 @@ def _column_jobs(variant: Variant) -> Any:
                     left = job.columns - q * panel - j
                     store_first(target + j * size, load_first(source + j * size, left), left)
 
-    return pack_columns, unpack_columns
+    return pack_pairs if variant.products.paired else pack_columns, unpack_columns
 
 
 @functools.cache
 def _row_jobs(variant: Variant) -> Any:
-    """(rows_in, rows_out) of rows ``begin`` to ``end``."""
+    """(rows_in, rows_out, operands_in, operands_out) of rows ``begin`` to ``end``."""
     ops, lanes, size, stored = variant.ops, variant.block.lanes, variant.size, variant.stored
     store, zeros = ops.store, ops.zeros
     load_storage, store_storage = ops.make_load(variant.storage), ops.make_store(variant.storage)
-    load_scalar = ops.make_load(variant.scalar)
+    load_scalar, load_operand, store_operand = (
+        ops.make_load(variant.scalar), ops.make_load(variant.operand), ops.make_store(variant.operand)
+    )  # fmt: skip
+    operand_size, operand_row = variant.operand_size, row_sizes(variant)[1]
+
+    @inline
+    def operands_in(job, begin, end):
+        for r in range(begin, end):
+            target = job.target + load_int(job.target_rows + 8 * r)
+            for i in range(0, operand_row(job.columns) // operand_size, lanes):
+                value = zeros()
+                if job.source != 0:
+                    value = load_storage(job.source + load_int(job.source_rows + 8 * r) + i * stored, job.columns - i)
+                store_operand(target + i * operand_size, value, lanes)
+
+    @inline
+    def operands_out(job, begin, end):
+        for r in range(begin, end):
+            target = job.target + load_int(job.target_rows + 8 * r)
+            source = job.source + load_int(job.source_rows + 8 * r)
+            for i in range(0, job.columns, lanes):
+                left = job.columns - i
+                store_storage(target + i * stored, load_operand(source + i * operand_size, left), left)
 
     @inline
     def rows_in(job, begin, end):
@@ -220,7 +274,7 @@ def _row_jobs(variant: Variant) -> Any:
                 left = job.columns - i
                 store_storage(target + i * stored, load_scalar(source + i * size, left), left)
 
-    return rows_in, rows_out
+    return rows_in, rows_out, operands_in, operands_out
 
 
 @functools.cache
@@ -228,7 +282,7 @@ def jobs_kernel(variant: Variant) -> Any:
     """The compiled kernel."""
     pack_gates, pack_bias, unpack_gates = _gate_jobs(variant)
     pack_columns, unpack_columns = _column_jobs(variant)
-    rows_in, rows_out = _row_jobs(variant)
+    rows_in, rows_out, operands_in, operands_out = _row_jobs(variant)
     read, read_job, job_bytes = make_read(JobsArgs), make_read(Job), 8 * len(Job._fields)
 
     @kernel(variant.key)
@@ -249,7 +303,11 @@ def jobs_kernel(variant: Variant) -> Any:
                 unpack_columns(job, begin, end)
             elif job.op == ROWS_IN:
                 rows_in(job, begin, end)
-            else:
+            elif job.op == ROWS_OUT:
                 rows_out(job, begin, end)
+            elif job.op == OPERANDS_IN:
+                operands_in(job, begin, end)
+            else:
+                operands_out(job, begin, end)
 
     return lstm_jobs_kernel

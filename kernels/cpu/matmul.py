@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 from .jit import inline
 from .memory import load_int
-from .microkernel import make_block
+from .microkernel import Around, make_block
 from .steps import block_size
 from .variant import Variant
 
-NEAR_DEPTH = 512  # k per strip of a product
+NEAR_DEPTH = 512  # terms per strip of a product
 
 
 class Left(NamedTuple):
-    """Rows of a matrix: row r has ``panels`` panels of ``depth`` values, ``stride`` bytes apart, from its offset on."""
+    """Rows of a matrix: row r has ``panels`` panels of ``depth`` terms, ``stride`` bytes apart, from its offset on."""
 
     address: int
     offsets: int  # of rows
@@ -48,17 +48,14 @@ class MatrixEnd(NamedTuple):
 
 def _make_product(variant: Variant, vectors: int):
     """The product of any number of rows with one panel that is ``vectors`` vectors wide."""
-    ops, block = variant.ops, variant.block
-    none, add_vectors = ops.make_zeros(vectors), ops.add_vectors
-
-    def start(row, e):
-        return none()
+    block, tiled, add_vectors = variant.block, variant.products.tiled, variant.ops.add_vectors
 
     def finish_matrix(row, sums, e):
         add_vectors(e.base + load_int(e.offsets + 8 * row), sums, e.columns, e.add)
 
     choices = block.row_choices(vectors)
-    rows_block = make_block(ops, choices, vectors, start, finish_matrix, key=variant.key, registers=block.registers)
+    most = block.rows if tiled else choices[-1]
+    rows_block = make_block(variant, vectors, Around(finish_matrix))
 
     @inline
     def product(rows, left, w, ahead, end):
@@ -69,8 +66,8 @@ def _make_product(variant: Variant, vectors: int):
             for choice in choices:
                 if choice <= rows - done:
                     n = choice
-            if vectors == 4:
-                n = block_size(rows - done, choices[-1])
+            if vectors == 4 or tiled:
+                n = block_size(rows - done, most)
             rows_block(
                 n,
                 (left.address, left.offsets + 8 * done, left.panels, left.stride, left.depth, w, ahead),

@@ -241,6 +241,100 @@ def partial_vectors(vector: Vector) -> dict[str, Callable]:
     return {"first_lanes": first_lanes, "make_load": make_load, "make_store": make_store}
 
 
+def _load_bits(builder, address, count, lanes):
+    """``count`` 16-bit integers as lanes of 32 bits, the rest zero."""
+    memory = ir.VectorType(I16, lanes)
+    some, zero = _mask(builder, count, lanes), ir.Constant(memory, None)
+    pointer = builder.inttoptr(address, PTR)
+    bits = llvm_call(builder, f"llvm.masked.load.v{lanes}i16.p0", memory, [pointer, ir.Constant(I32, 2), some, zero])
+    return builder.zext(bits, ir.VectorType(I32, lanes))
+
+
+def pairs(vector: Vector) -> dict[str, Callable]:
+    """``load_pairs`` and ``store_half``: of vectors whose lanes are pairs of bfloat16 values, the first one low;
+    ``pair_tile``: of tiles of them.  Nothing but AMX and dot products reads a lane of these as a number."""
+    lanes, llvm = vector.lanes, vector.llvm
+    bits = ir.VectorType(I32, lanes)
+
+    def paired(builder, first, first_count, second, second_count):
+        low, high = (
+            _load_bits(builder, at, n, lanes) for at, n in ((first, first_count), (second, second_count))
+        )
+        both = builder.or_(low, builder.shl(high, splat(builder, I32(16), lanes)))
+        return builder.bitcast(both, llvm)
+
+    @intrinsic
+    def load_pairs(typingctx, first, first_count, second, second_count):
+        """Pairs of values of two rows of bfloat16, of which so many are read; the rest counts as zero."""
+
+        def codegen(context, builder, sig, args):
+            return paired(builder, *args)
+
+        return vector(*[types.int64] * 4), codegen
+
+    @intrinsic
+    def store_half(typingctx, address, value, second):
+        """Rounds ``value`` to bfloat16 and writes it as the first or, if ``second`` is 1, second values of pairs."""
+
+        def codegen(context, builder, sig, args):
+            address, value, second = args
+            wide = builder.zext(narrow(builder, value, "bfloat16", lanes), bits)
+            shift = splat(builder, builder.shl(builder.trunc(second, I32), I32(4)), lanes)
+            halves = builder.bitcast(builder.shl(wide, shift), ir.VectorType(I16, 2 * lanes))
+            mask = ir.VectorType(ir.IntType(1), 2 * lanes)
+            low, high = (ir.Constant(mask, [(lane + odd + 1) % 2 for lane in range(2 * lanes)]) for odd in (0, 1))
+            some = builder.select(builder.icmp_signed("==", second, I64(0)), low, high)
+            pointer, align = builder.inttoptr(address, PTR), ir.Constant(I32, 4)
+            llvm_call(builder, f"llvm.masked.store.v{2 * lanes}i16.p0", ir.VoidType(), [halves, pointer, align, some])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, vector, types.int64), codegen
+
+    @intrinsic
+    def pair_tile(typingctx, target, rows, offset, count):
+        """Writes a tile of pairs: row i has value ``i`` of each of ``2 * lanes`` rows of bfloat16.
+
+        ``rows``: where their addresses are, which are ``offset`` bytes before the first value; ``count`` values are
+        read, the rest counts as zero.
+        """
+
+        def codegen(context, builder, sig, args):
+            target, rows, offset, count = args
+            table = builder.inttoptr(rows, PTR)
+            at = [
+                builder.add(builder.load(builder.gep(table, [I64(i)], source_etype=I64), typ=I64, align=8), offset)
+                for i in range(2 * lanes)
+            ]
+            both = zip(at[::2], at[1::2], strict=True)
+            columns = [paired(builder, first, count, second, count) for first, second in both]
+            for i, row in enumerate(_transposed(builder, columns)):
+                builder.store(row, builder.inttoptr(builder.add(target, I64(4 * lanes * i)), PTR), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    return {"load_pairs": load_pairs, "store_half": store_half, "pair_tile": pair_tile}
+
+
+def _transposed(builder, rows):
+    """The columns of a tile of as many rows as they have lanes.
+
+    Swaps off-diagonal squares of one lane, then of two, four and so on: two shuffles per pair of rows.
+    """
+    rows, lanes, step = list(rows), len(rows), 1
+    order = ir.VectorType(I32, lanes)
+    while step < lanes:
+        upper = [j if not j & step else lanes + j - step for j in range(lanes)]
+        lower = [j + step if not j & step else lanes + j for j in range(lanes)]
+        for i in range(lanes):
+            if not i & step:
+                a, b = rows[i], rows[i + step]
+                rows[i] = builder.shuffle_vector(a, b, ir.Constant(order, upper))
+                rows[i + step] = builder.shuffle_vector(a, b, ir.Constant(order, lower))
+        step *= 2
+    return rows
+
+
 def adjacent_vectors(vector: Vector) -> dict[str, Callable]:
     """``add_vectors`` and ``store_vectors``: of a tuple of vectors, to adjacent memory."""
     scalar, lanes, size, llvm = vector.scalar, vector.lanes, SIZE[vector.scalar], vector.llvm
@@ -288,31 +382,17 @@ def tiles(vector: Vector) -> dict[str, Callable]:
 
     @intrinsic
     def transpose_tile(typingctx, target, target_row, source, source_row):
-        """Writes the transpose of a (lanes, lanes) tile; rows are ``source_row`` and ``target_row`` bytes apart.
-
-        Swaps off-diagonal squares of one lane, then of two, four and so on: two shuffles per pair of rows.
-        """
+        """Writes the transpose of a (lanes, lanes) tile; rows are ``source_row`` and ``target_row`` bytes apart."""
 
         def codegen(context, builder, sig, args):
             target, target_row, source, source_row = args
             rows = [
                 builder.load(
-                    builder.inttoptr(builder.add(source, builder.mul(source_row, I64(i))), PTR), typ=llvm, align=size
+                    builder.inttoptr(builder.add(source, builder.mul(source_row, I64(i))), PTR), typ=llvm, align=2
                 )
                 for i in range(lanes)
             ]
-            step = 1
-            while step < lanes:
-                upper = [j if not j & step else lanes + j - step for j in range(lanes)]
-                lower = [j + step if not j & step else lanes + j for j in range(lanes)]
-                for i in range(lanes):
-                    if not i & step:
-                        a, b = rows[i], rows[i + step]
-                        order = ir.VectorType(I32, lanes)
-                        rows[i] = builder.shuffle_vector(a, b, ir.Constant(order, upper))
-                        rows[i + step] = builder.shuffle_vector(a, b, ir.Constant(order, lower))
-                step *= 2
-            for i, row in enumerate(rows):
+            for i, row in enumerate(_transposed(builder, rows)):
                 at = builder.add(target, builder.mul(target_row, I64(i)))
                 builder.store(row, builder.inttoptr(at, PTR), align=size)
             return context.get_dummy_value()
@@ -324,10 +404,21 @@ def tiles(vector: Vector) -> dict[str, Callable]:
         """Copies one value."""
 
         def codegen(context, builder, sig, args):
-            value = builder.load(builder.inttoptr(args[1], PTR), typ=llvm.element, align=size)
+            value = builder.load(builder.inttoptr(args[1], PTR), typ=llvm.element, align=2)
             builder.store(value, builder.inttoptr(args[0], PTR), align=size)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), codegen
 
-    return {"transpose_tile": transpose_tile, "copy_one": copy_one}
+    @intrinsic
+    def copy_half(typingctx, target, source):
+        """Copies a value of 16 bits."""
+
+        def codegen(context, builder, sig, args):
+            value = builder.load(builder.inttoptr(args[1], PTR), typ=I16, align=2)
+            builder.store(value, builder.inttoptr(args[0], PTR), align=2)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    return {"transpose_tile": transpose_tile, "copy_one": copy_one, "copy_half": copy_half}

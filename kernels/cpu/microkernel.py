@@ -34,7 +34,9 @@ from numba.core.compiler import Flags
 from numba.core.extending import intrinsic
 from numba.core.typing import signature
 
-from .vector import I32, I64, PTR, fma, llvm_call, splat
+from . import tiles
+from .variant import Variant
+from .vector import I32, I64, PTR, dot_pairs, fma, llvm_call, pair_values, splat
 
 SEGMENT = 7  # values of a segment
 # Bytes ahead of the product at which W is prefetched into the first-level cache.  Without it 6 rows reach 0.7 of the
@@ -42,46 +44,59 @@ SEGMENT = 7  # values of a segment
 NEAR = 1024
 
 
-def make_block(
-    simd,
-    rows: Sequence[int],
-    vectors: int,
-    start: Callable,
-    finish: Callable,
-    *,
-    key: str,
-    registers: int,
-    by_strip: bool = False,
-    rolled: bool = False,
-    finish_rows: Callable | None = None,
-    near: int = NEAR,
-):
-    """An intrinsic ``block(count, segments, extra)``: ``count`` (one of ``rows``) rows of ``vectors`` vectors.
+class Around(NamedTuple):
+    """What a block does before and after its products; all are Numba functions, inlined.
 
-    ``segments``: a tuple of int64 of seven times the number of sums to add up: ``a, offsets, panels, stride, depth,
-    w, ahead`` (``by_strip``: ``offsets`` and ``stride`` are not used; ``panels`` is 1).  ``ahead`` is memory that will
-    be needed soon: one cache line of it per k is prefetched into the second-level cache.  ``registers``: of the
-    processor, for vectors.  ``key`` names everything that ``start`` and ``finish`` close over: blocks of the same
-    function name and key are taken to be the same code.  ``extra``: a NamedTuple of int64 for ``start(row, extra) ->
-    tuple of vectors`` and ``finish(row, accumulators, extra)``.
+    ``begin(extra) -> (address, bytes per row)``: where the sums of each row start from, adjacent vectors; None: zeros.
+    ``finish(row, accumulators, extra)``.  ``finish_rows(rows, extra)``: called after that, once.
     ``rolled``: finish is a loop over rows, which reads the sums back from the stack; for a long ``finish``, whose
     constants and temporaries would otherwise spill the sums of the other rows one at a time.
-    ``finish_rows(rows, extra)``: called after that, once.  ``near``: see ``NEAR``.
     """
-    block_of = _Block(simd, vectors, start, finish, finish_rows, registers, by_strip, rolled, near)
-    name = f"lstmcore_{finish.__name__}_{key}_{vectors}"
+
+    finish: Callable
+    begin: Callable | None = None
+    finish_rows: Callable | None = None
+    rolled: bool = False
+
+
+def make_block(
+    variant: Variant,
+    vectors: int,
+    around: Around,
+    *,
+    name: str = "",
+    rows: Sequence[int] | None = None,
+    by_strip: bool = False,
+    near: int = NEAR,
+):
+    """An intrinsic ``block(count, segments, extra)``: ``count`` rows of ``vectors`` vectors.
+
+    ``segments``: a tuple of int64 of seven times the number of sums to add up: ``a, offsets, panels, stride, depth,
+    w, ahead`` (``by_strip``: ``offsets`` and ``stride`` are not used; ``panels`` is 1); ``depth``: in terms.  ``ahead``
+    is memory that will be needed soon: one cache line of it per term is prefetched into the second-level cache.
+    ``extra``: a NamedTuple of int64 for the functions of ``around``.  ``name``: of everything that these close over
+    beyond the variant: blocks of the same function and name are taken to be the same code.  ``rows``: the counts to
+    compile for, if not all that the variant has.  ``near``: see ``NEAR``.
+    """
+    tiled = variant.products.tiled
+    block_of = (_TileBlock if tiled else _Block)(variant, vectors, around, by_strip, near)
+    counts = [0] if tiled else list(rows or variant.block.row_choices(vectors))  # tiles: of any number of rows
+    symbol = f"lstmcore_{around.finish.__name__}_{variant.key}_{name}_{vectors}"
 
     @intrinsic
     def block(typingctx, count, segments, extra):
         def codegen(context, builder, sig, args):
             count, segments, extra = args
             sums = sig.args[1].count // SEGMENT
-            values = [builder.extract_value(segments, i) for i in range(SEGMENT * sums)]
+            values = [count] + [builder.extract_value(segments, i) for i in range(SEGMENT * sums)]
             values += [builder.extract_value(extra, i) for i in range(sig.args[2].count)]
+            functions = [block_of.emit(context, builder.module, f"{symbol}_{n}", n, sums, sig.args[2]) for n in counts]
+            if tiled:
+                builder.call(functions[0], values)
+                return context.get_dummy_value()
             end = builder.append_basic_block("block_end")
             switch = builder.switch(count, end)
-            for n in rows:
-                function = block_of.emit(context, builder.module, f"{name}_{n}", n, sums, sig.args[2])
+            for n, function in zip(counts, functions, strict=True):
                 case = builder.append_basic_block(f"rows_{n}")
                 switch.add_case(I64(n), case)
                 with builder.goto_block(case):
@@ -95,82 +110,178 @@ def make_block(
     return block
 
 
-class _Block(NamedTuple):
-    """The parameters of :func:`make_block`, and the code generation."""
+class _Emitter(NamedTuple):
+    """The parameters of :func:`make_block`."""
 
-    simd: Any
+    variant: Variant
     vectors: int
-    start: Callable
-    finish: Callable
-    finish_rows: Callable | None
-    registers: int
+    around: Around
     by_strip: bool
-    rolled: bool
     near: int
+
+
+class _Emitted(_Emitter):
+    """What the code of all kinds of blocks has in common."""
 
     def emit(self, context, module, symbol, n, sums, extra_type):
         """The function for ``n`` rows, of ``sums`` segments and the values of an ``extra_type``."""
         known = module.globals.get(symbol)
         if known is not None:
             return known
-        arity = SEGMENT * sums + extra_type.count
+        arity = 1 + SEGMENT * sums + extra_type.count
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arity), symbol)
         function.linkage = "linkonce_odr"  # one copy, even if several libraries of device functions contain it
         function.attributes.add("noinline")
         builder = ir.IRBuilder(function.append_basic_block("entry"))
-        segments, extra_values = function.args[: SEGMENT * sums], function.args[SEGMENT * sums :]
+        count, *values = function.args
+        segments = [values[SEGMENT * i : SEGMENT * (i + 1)] for i in range(sums)]
         extra = ir.Constant(context.get_value_type(extra_type), ir.Undefined)
-        for i, value in enumerate(extra_values):
+        for i, value in enumerate(values[SEGMENT * sums :]):
             extra = builder.insert_value(extra, value, i)
-
-        accumulators = self._started(context, builder, n, extra, extra_type)
-        step = (_by_strip if self.by_strip else _by_rows)(builder, self.simd, n, self.vectors, self.near)
-        for part in vectors_together(n, self.vectors, self.registers):
-            for i in range(sums):
-                step(*segments[SEGMENT * i : SEGMENT * (i + 1)], accumulators, part)
-        (self._finished_in_a_loop if self.rolled else self._finished)(context, builder, accumulators, extra, extra_type)
-        if self.finish_rows is not None:
+        count = I64(n) if n else count
+        self.multiply(context, builder, count, segments, extra, extra_type)
+        if self.around.finish_rows is not None:
             sig = signature(types.void, types.int64, extra_type)
-            call_inline(context, builder, self.finish_rows, sig, [I64(n), extra])
+            call_inline(context, builder, self.around.finish_rows, sig, [count, extra])
         builder.ret_void()
         return function
 
     @property
-    def _tuple(self) -> types.Type:
-        return types.UniTuple(self.simd.vector, self.vectors)
+    def llvm(self) -> ir.Type:
+        """LLVM's type of a vector of sums."""
+        return self.variant.ops.vector.llvm
 
-    def _started(self, context, builder, n, extra, extra_type):
-        """The initial sums of each row: variables on the stack, which LLVM keeps in registers."""
-        llvm = self.simd.vector.llvm
-        accumulators = [[builder.alloca(llvm) for _ in range(self.vectors)] for _ in range(n)]
-        sig = signature(self._tuple, types.int64, extra_type)
+    def begin(self, context, builder, extra, extra_type):
+        """(address, bytes per row) of the initial sums, or None."""
+        if self.around.begin is None:
+            return None
+        pair = call_inline(
+            context, builder, self.around.begin, signature(types.UniTuple(types.int64, 2), extra_type), [extra]
+        )
+        return builder.extract_value(pair, 0), builder.extract_value(pair, 1)
+
+    def start_row(self, builder, begin, row):
+        """The initial sums of a row."""
+        if begin is None:
+            return [ir.Constant(self.llvm, None)] * self.vectors
+        address, stride = begin
+        at = builder.add(address, builder.mul(row, stride))
+        bytes_wide = self.variant.vector_bytes
+        pointers = [builder.inttoptr(builder.add(at, I64(v * bytes_wide)), PTR) for v in range(self.vectors)]
+        return [builder.load(pointer, typ=self.llvm, align=self.variant.size) for pointer in pointers]
+
+    def finish_row(self, context, builder, row, values, extra, extra_type):
+        several = types.UniTuple(self.variant.ops.vector, self.vectors)
+        sig = signature(types.void, types.int64, several, extra_type)
+        result = context.make_tuple(builder, several, values)
+        call_inline(context, builder, self.around.finish, sig, [row, result, extra])
+
+    def finish_stored(self, context, builder, count, memory, order, extra, extra_type):
+        """Finishes ``count`` rows, whose sums lie on the stack: ``order``: vectors from a row, and a vector, to next."""
+        with _Loop(builder, count, 1, "row") as r:
+            first = builder.mul(r, I64(order[0]))
+            places = [builder.add(first, I64(v * order[1])) for v in range(self.vectors)]
+            at = [builder.gep(memory, [place], source_etype=self.llvm) for place in places]
+            values = [builder.load(address, typ=self.llvm) for address in at]
+            self.finish_row(context, builder, r, values, extra, extra_type)
+
+
+class _Block(_Emitted):
+    """Sums in vector registers: the number of rows is known when it is compiled."""
+
+    def multiply(self, context, builder, count, segments, extra, extra_type):
+        n, begin = count.constant, self.begin(context, builder, extra, extra_type)
+        # Variables on the stack, which LLVM keeps in registers.
+        accumulators = [[builder.alloca(self.llvm) for _ in range(self.vectors)] for _ in range(n)]
         for r, row in enumerate(accumulators):
-            first = call_inline(context, builder, self.start, sig, [I64(r), extra])
-            for v, accumulator in enumerate(row):
-                builder.store(builder.extract_value(first, v), accumulator)
-        return accumulators
+            for accumulator, value in zip(row, self.start_row(builder, begin, I64(r)), strict=True):
+                builder.store(value, accumulator)
+        step = (_by_strip if self.by_strip else _by_rows)(builder, self.variant, n, self.vectors, self.near)
+        for part in vectors_together(n, self.vectors, self.variant.block.registers):
+            for segment in segments:
+                step(*segment, accumulators, part)
+        sums = [[builder.load(each, typ=self.llvm) for each in row] for row in accumulators]
+        if not self.around.rolled:
+            for r, values in enumerate(sums):
+                self.finish_row(context, builder, I64(r), values, extra, extra_type)
+            return
+        memory = builder.alloca(self.llvm, size=n * self.vectors)
+        for i, value in enumerate(value for row in sums for value in row):
+            builder.store(value, builder.gep(memory, [I64(i)], source_etype=self.llvm))
+        self.finish_stored(context, builder, count, memory, (self.vectors, 1), extra, extra_type)
 
-    def _finish_row(self, context, builder, row, values, extra, extra_type):
-        result = context.make_tuple(builder, self._tuple, values)
-        sig = signature(types.void, types.int64, self._tuple, extra_type)
-        call_inline(context, builder, self.finish, sig, [row, result, extra])
 
-    def _finished(self, context, builder, accumulators, extra, extra_type):
-        for r, row in enumerate(accumulators):
-            values = [builder.load(each, typ=self.simd.vector.llvm) for each in row]
-            self._finish_row(context, builder, I64(r), values, extra, extra_type)
+class _TileBlock(_Emitted):
+    """Sums in AMX's tiles, or as if they were: up to 16 rows, of which a tile may read more than there are.
 
-    def _finished_in_a_loop(self, context, builder, accumulators, extra, extra_type):
-        llvm, vectors = self.simd.vector.llvm, self.vectors
-        sums = [builder.load(each, typ=llvm) for row in accumulators for each in row]
-        memory = builder.alloca(llvm, size=len(sums))
-        for i, value in enumerate(sums):
-            builder.store(value, builder.gep(memory, [I64(i)], source_etype=llvm))
-        with _Loop(builder, I64(len(accumulators)), 1, "row") as r:
-            first = builder.mul(r, I64(vectors))
-            at = [builder.gep(memory, [builder.add(first, I64(v))], source_etype=llvm) for v in range(vectors)]
-            values = [builder.load(address, typ=llvm) for address in at]
-            self._finish_row(context, builder, r, values, extra, extra_type)
+    The rows of ``by_rows`` are equally far apart.  ``tiles.shape_tiles`` says how many rows a tile has; the results of
+    those beyond ``count`` are ignored, and what they are computed from has to be readable.
+    """
+
+    def multiply(self, context, builder, count, segments, extra, extra_type):
+        begin = self.begin(context, builder, extra, extra_type)
+        memory = builder.alloca(self.llvm, size=self.vectors * tiles.ROWS)
+        memory.align = 64
+        if self.variant.products.emulated:
+            with _Loop(builder, count, 1, "emulated") as r:
+                values = self._emulated(builder, segments, count, r, self.start_row(builder, begin, r))
+                for v, value in enumerate(values):
+                    place = builder.add(r, I64(v * tiles.ROWS))
+                    builder.store(value, builder.gep(memory, [place], source_etype=self.llvm))
+        else:
+            tiles.start(builder, begin, self.vectors)
+            for segment in segments:
+                self._each_group(builder, segment, count, tiles.multiply)
+            tiles.store(builder, memory, self.llvm, self.vectors)
+        self.finish_stored(context, builder, count, memory, (1, tiles.ROWS), extra, extra_type)
+
+    def _each_group(self, builder, segment, count, multiply):
+        """Calls ``multiply(builder, a, bytes per row of a, w, vectors, ahead)`` for each group of terms."""
+        a, offsets, panels, stride, depth, w, ahead = segment
+        width, rows_apart, group = self.vectors * 64, I64(64), tiles.TERMS
+        group_apart = 4 * group * (tiles.ROWS if self.by_strip else 1)
+        if not self.by_strip:
+            several = builder.icmp_signed(">", count, I64(1))
+            first, second = (
+                builder.load(builder.inttoptr(builder.add(offsets, of_row), PTR), typ=I64, align=8)
+                for of_row in (I64(0), builder.select(several, I64(8), I64(0)))
+            )
+            a = builder.add(a, first)
+            rows_apart = builder.select(several, builder.sub(second, first), I64(64))
+        with _Loop(builder, panels, 1, "panel") as panel:
+            a_panel = builder.add(a, builder.mul(panel, stride))
+            done = builder.mul(panel, depth)
+            w_panel = builder.add(w, builder.mul(done, I64(width)))
+            ahead_panel = builder.add(ahead, builder.mul(done, I64(64)))
+            with _Loop(builder, depth, group, "group") as k:
+                here = builder.add(a_panel, builder.mul(builder.sdiv(k, I64(group)), I64(group_apart)))
+                w_k = builder.add(w_panel, builder.mul(k, I64(width)))
+                ahead_k = builder.add(ahead_panel, builder.mul(k, I64(64)))
+                multiply(builder, here, rows_apart, w_k, self.vectors, ahead_k)
+
+    def _emulated(self, builder, segments, count, r, start):
+        """The sums of row r, by vectors of float32: those of first and of second values of a group, and then both."""
+        sums = [builder.alloca(self.llvm) for _ in range(self.vectors)]
+        for place, value in zip(sums, start, strict=True):
+            builder.store(value, place)
+
+        def multiply(builder, a, rows_apart, w, vectors, ahead):
+            row, zero = builder.add(a, builder.mul(r, rows_apart)), ir.Constant(self.llvm, None)
+            halves = [[zero, zero] for _ in range(vectors)]
+            for k in range(tiles.TERMS):
+                at = builder.inttoptr(builder.add(row, I64(4 * k)), PTR)
+                pair = splat(builder, builder.load(at, typ=self.llvm.element, align=4), self.llvm.count)
+                of_row = pair_values(builder, pair)
+                for v, half in enumerate(halves):
+                    place = builder.add(w, I64((k * vectors + v) * 64))
+                    of_w = builder.load(builder.inttoptr(place, PTR), typ=self.llvm, align=4)
+                    half[:] = [fma(builder, *both) for both in zip(of_row, pair_values(builder, of_w), half, strict=True)]
+            for place, half in zip(sums, halves, strict=True):
+                builder.store(builder.fadd(builder.load(place, typ=self.llvm), builder.fadd(*half)), place)
+
+        for segment in segments:
+            self._each_group(builder, segment, count, multiply)
+        return [builder.load(place, typ=self.llvm) for place in sums]
 
 
 def call_inline(context, builder, function, sig, args):
@@ -225,55 +336,63 @@ def vectors_together(rows, vectors, registers):
     return [range(first, first + together) for first in range(0, vectors, together)]
 
 
-def _multiply(builder, simd, near, a_addresses, w_address, accumulators, part):
-    """One k: acc[r, v] += A[r] W[v] for v in ``part``."""
-    vector = simd.vector.llvm
-    bytes_wide = simd.lanes * simd.size
+def _multiply(builder, variant, near, a_addresses, w_address, accumulators, part):
+    """One term: acc[r, v] += A[r] W[v] for v in ``part``."""
+    vector, size, bytes_wide, products = variant.ops.vector.llvm, variant.size, variant.vector_bytes, variant.products
     w = [
-        builder.load(builder.inttoptr(builder.add(w_address, I64(v * bytes_wide)), PTR), typ=vector, align=simd.size)
+        builder.load(builder.inttoptr(builder.add(w_address, I64(v * bytes_wide)), PTR), typ=vector, align=size)
         for v in part
     ]
     for line in range(part[0] * bytes_wide, (part[-1] + 1) * bytes_wide, 64):
         _fetch(builder, builder.add(w_address, I64(near + line)), near=True)
     for r, a_address in enumerate(a_addresses):
-        value = builder.load(builder.inttoptr(a_address, PTR), typ=vector.element, align=simd.size)
-        a = splat(builder, value, simd.lanes)
+        value = builder.load(builder.inttoptr(a_address, PTR), typ=vector.element, align=variant.operand_size)
+        a = splat(builder, value, vector.count)
         for v, of_vector in zip(part, w, strict=True):
             accumulator = accumulators[r][v]
-            builder.store(fma(builder, a, of_vector, builder.load(accumulator, typ=vector)), accumulator)
+            before = builder.load(accumulator, typ=vector)
+            if products.paired:
+                after = dot_pairs(builder, a, of_vector, before, products.emulated)
+            else:
+                after = fma(builder, a, of_vector, before)
+            builder.store(after, accumulator)
 
 
-def _by_rows(builder, simd, n, vectors, near):
+def _by_rows(builder, variant, n, vectors, near):
+    size = variant.size
+
     def step(a, offsets, panels, stride, depth, w, ahead, accumulators, part):
-        width = vectors * simd.lanes  # of W, in values
+        width = vectors * variant.block.lanes  # of W, in terms
         rows = [
             builder.add(a, builder.load(builder.inttoptr(builder.add(offsets, I64(8 * r)), PTR), typ=I64, align=8))
             for r in range(n)
         ]
-        bytes_deep = builder.mul(depth, I64(simd.size))
+        bytes_deep = builder.mul(depth, I64(size))
         with _Loop(builder, panels, 1, "panel") as panel:
             jump = builder.mul(panel, stride)
             here = [builder.add(row, jump) for row in rows]
             w_panel = builder.add(w, builder.mul(panel, builder.mul(bytes_deep, I64(width))))
             ahead_panel = builder.add(ahead, builder.mul(panel, builder.mul(depth, I64(64))))
-            with _Loop(builder, bytes_deep, simd.size, "k") as k:
+            with _Loop(builder, bytes_deep, size, "k") as k:
                 if part[0] == 0:
-                    _fetch(builder, builder.add(ahead_panel, builder.mul(k, I64(64 // simd.size))), near=False)
+                    _fetch(builder, builder.add(ahead_panel, builder.mul(k, I64(64 // size))), near=False)
                 addresses = [builder.add(row, k) for row in here]
                 w_k = builder.add(w_panel, builder.mul(k, I64(width)))
-                _multiply(builder, simd, near, addresses, w_k, accumulators, part)
+                _multiply(builder, variant, near, addresses, w_k, accumulators, part)
 
     return step
 
 
-def _by_strip(builder, simd, n, vectors, near):
+def _by_strip(builder, variant, n, vectors, near):
+    size = variant.size
+
     def step(a, offsets, panels, stride, depth, w, ahead, accumulators, part):
-        width = vectors * simd.lanes * simd.size
+        width = vectors * variant.vector_bytes
         with _Loop(builder, depth, 1, "k") as k:
             if part[0] == 0:
                 _fetch(builder, builder.add(ahead, builder.mul(k, I64(64))), near=False)
-            row = builder.add(a, builder.mul(k, I64(n * simd.size)))
-            addresses = [builder.add(row, I64(r * simd.size)) for r in range(n)]
-            _multiply(builder, simd, near, addresses, builder.add(w, builder.mul(k, I64(width))), accumulators, part)
+            row = builder.add(a, builder.mul(k, I64(n * size)))
+            addresses = [builder.add(row, I64(r * size)) for r in range(n)]
+            _multiply(builder, variant, near, addresses, builder.add(w, builder.mul(k, I64(width))), accumulators, part)
 
     return step

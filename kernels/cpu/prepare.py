@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..contract import Call, Layer, Needs
+from ..integers import ceil_div
 from . import tiling
 from .arguments import BackwardArgs, ForwardArgs
 from .backward import JOINED_ROWS
@@ -96,17 +97,21 @@ def forward_stage(p: Problem, form: ForwardForm, before: Jobs, after: Jobs) -> S
         p.steps, p.batch, p.hidden, p.width, p.inputs, p.block, p.size, max(1, p.available // p.directions)
     )
     groups = p.row_groups(plan, 0, p.batch)
-    h_half = p.state_bytes(p.padded_width, groups)
+    h_row, m_row = p.operand_row(p.width), p.operand_row(p.hidden)
+    h_half = p.state_bytes(h_row, groups)
     fused = plan.fused and not p.kernels.staged
     shared = p.shape | _geometry(p, form) | {
         "x": at("x"), "reset": at("reset") if form.reset else 0, "h_half": h_half,
         "chunk": plan.chunk, "chunk_tokens": plan.chunk * p.batch, "fused": int(fused),
         "segment": p.layer.segment * form.borders, "resume": int(form.again),
+        "h_rows": p.multiples(p.batch, h_row).address, "m_rows": p.multiples(p.batch, m_row).address,
+        "sums_rows": p.multiples(p.batch, p.padded_width * p.size).address,
     }  # fmt: skip
     structs = []
     for direction in range(p.directions):
         scratch = _forward_scratch(p, plan, groups, fused, form.gates)
         _pack_forward(p, scratch, direction, before)
+        _clear_padding(p, scratch, form, before)
         if not form.again:
             _forward_states(p, form, scratch, groups, direction, before, after)
         borders = {name: at((name, direction)) if form.borders else 0 for name in ("borders_h", "borders_c")}
@@ -128,35 +133,46 @@ def _pack_forward(p: Problem, scratch: dict[str, int], direction: int, before: J
         before.pack_columns(scratch["w_r"], ("weight_hr.T", direction), p.width, p.multiples(p.hidden, 1))
 
 
+def _clear_padding(p: Problem, scratch: dict[str, int], form: ForwardForm, before: Jobs) -> None:
+    """Appends the jobs for what rows of operands have beyond whole vectors: nothing writes it, and products read it."""
+    if p.kernels.variant.operand_lanes > p.block.lanes:
+        if p.projected:
+            before.clear(scratch["m"], scratch["sums"] - scratch["m"])
+        if form.again:
+            before.clear(scratch["h"], scratch["c"] - scratch["h"])
+
+
 def _forward_states(
     p: Problem, form: ForwardForm, scratch: dict[str, int], groups: list[int], direction: int,
     before: Jobs, after: Jobs,
 ) -> None:  # fmt: skip
     """Appends the jobs for the states of one direction."""
-    stored, h_half = p.layer.dtype.itemsize, p.state_bytes(p.padded_width, groups)
-    h_rows, c_rows = p.state_rows(p.padded_width, groups), p.state_rows(p.padded_hidden, groups)
+    stored, h_half = p.layer.dtype.itemsize, p.state_bytes(p.operand_row(p.width), groups)
+    h_rows, c_rows = p.state_rows(p.operand_row(p.width), groups), p.state_rows(p.padded_hidden * p.size, groups)
     for half in (0, h_half):
-        before.rows_in(scratch["h"] + half, h_rows, "h_0", form.h_0, direction, p.width)
+        before.rows_in(scratch["h"] + half, h_rows, "h_0", form.h_0, direction, p.width, operands=True)
     before.rows_in(scratch["c"], c_rows, "c_0", form.c_0, direction, p.hidden)
     after.rows_out(scratch["c"], c_rows, "c_n", stored, direction, p.hidden)
     last, last_rows = p.last_rows(scratch["h"], h_rows, h_half, direction)
-    after.rows_out(last, last_rows, "h_n", stored, direction, p.width)
+    after.rows_out(last, last_rows, "h_n", stored, direction, p.width, operands=True)
 
 
 def _forward_scratch(p: Problem, plan: tiling.Plan, groups: list[int], fused: bool, gates: bool) -> dict[str, int]:
     """The scratch of one direction; see ``ForwardArgs``."""
     size, staged, chunk_tokens, gate_bytes = p.size, p.kernels.staged, plan.chunk * p.batch, p.padded_gates * p.size
-    state = p.state_bytes(p.padded_hidden, groups)
+    x_row, h_row, m_row, beyond = *map(p.operand_row, (p.inputs, p.width, p.hidden)), p.rows_beyond
     return p.buffers.reserve(
-        h=2 * p.state_bytes(p.padded_width, groups),
-        c=state,
-        m=state * p.projected,
-        z=chunk_tokens * gate_bytes * (not fused and (not gates or staged)),
-        x_stage=plan.members * chunk_tokens * p.inputs * size * staged,
+        h=2 * p.state_bytes(h_row, groups) + beyond * h_row,
+        c=p.state_bytes(p.padded_hidden * size, groups),
+        m=(p.state_bytes(m_row, groups) + beyond * m_row) * p.projected,
+        sums=p.batch * p.padded_width * size * p.projected,
+        o=plan.members * p.block.rows * p.block.lanes * size,
+        z=(chunk_tokens + beyond) * gate_bytes * (not fused and (not gates or staged)),
+        x_stage=(plan.members * chunk_tokens + beyond) * x_row * staged,
         table=plan.members * 2 * chunk_tokens * 8 * (not fused),
-        w_x=gate_bytes * p.inputs,
-        w_h=gate_bytes * p.width,
-        w_r=column_panels_size(p.hidden, p.width, p.block.lanes) * size * p.projected,
+        w_x=gate_bytes * p.terms(p.inputs),
+        w_h=gate_bytes * p.terms(p.width),
+        w_r=column_panels_size(p.terms(p.hidden), p.width, p.block.lanes) * size * p.projected,
         bias=gate_bytes,
     )
 
@@ -184,7 +200,12 @@ def backward_stage(p: Problem, form: BackwardForm, before: Jobs, after: Jobs) ->
     shared = p.shape | _geometry(p, form) | {
         "x": at("x"), "reset": at("reset") if form.reset else 0,
         "chunk": plan.chunk, "chunk_tokens": plan.chunk * most,
-        "panel_rows": p.multiples(max(p.batch, JOINED_ROWS), p.block.panel * p.size).address,
+        "panel_rows": p.multiples(max(p.batch, JOINED_ROWS), p.block.panel * p.operand_bytes).address,
+        "h_rows": p.multiples(p.batch, p.padded_width * p.size).address,
+        "m_rows": p.multiples(p.batch, p.padded_hidden * p.size).address,
+        "dh_operand_rows": p.multiples(p.batch, p.operand_row(p.width)).address,
+        "h_0_rows": p.offsets(form.h_0[1] * p.stored).address if form.h_0 else 0,
+        "ones": p.ones(p.terms(plan.chunk * most)) if p.kernels.products.paired else 0,
     }  # fmt: skip
     structs: list[np.ndarray] = []
     # Parts that do not run at the same time use the same memory, unless they are interrupted between segments.
@@ -200,6 +221,7 @@ def backward_stage(p: Problem, form: BackwardForm, before: Jobs, after: Jobs) ->
             "norms": at(("norms", direction)) if form.needs.norms else 0,
             "dy": at("dy", direction * p.width * stored) if form.dy else 0,
             "dcells": at(("dcells", direction)) if form.dcells else 0,
+            "h_0": at("h_0", direction * form.h_0[0] * stored) if form.h_0 else 0,
             "gates": at(("gates", direction)), "cells": at(("cells", direction)),
             "y": at("y", direction * p.width * stored), "reverse": direction,
         }  # fmt: skip
@@ -223,12 +245,13 @@ def _backward_jobs(
 ) -> None:  # fmt: skip
     """Appends the jobs for the states and weights of one direction."""
     needs, stored = form.needs, p.layer.dtype.itemsize
-    dh_rows, dc_rows = p.state_rows(p.padded_width, borders), p.state_rows(p.padded_hidden, borders)
-    h_rows, c_rows = p.multiples(p.batch, p.padded_width * p.size), p.multiples(p.batch, p.padded_hidden * p.size)
-    before.clear(scratch["zero"], max(p.padded_hidden, p.padded_width))
+    dh_rows, dc_rows = (p.state_rows(padded * p.size, borders) for padded in (p.padded_width, p.padded_hidden))
+    c_rows = p.multiples(p.batch, p.padded_hidden * p.size)
+    before.clear(scratch["zero"], _zero_bytes(p))
+    if scratch["dh_operands"] != scratch["dh"] and p.projected:
+        before.clear(scratch["dh_operands"], p.state_bytes(p.operand_row(p.width), borders))
     before.rows_in(scratch["dh"], dh_rows, "dh_n", form.dh_n, direction, p.width)
     before.rows_in(scratch["dc"], dc_rows, "dc_n", form.dc_n, direction, p.hidden)
-    before.rows_in(scratch["h_0"], h_rows, "h_0", form.h_0, direction, p.width)
     before.rows_in(scratch["c_0"], c_rows, "c_0", form.c_0, direction, p.hidden)
     order = p.table(gate_order(p.hidden, p.block.lanes))
     before.pack_columns(scratch["w_h"], ("weight_hh", direction), p.width, order)
@@ -259,19 +282,25 @@ def _unpack_gradients(p: Problem, after: Jobs, sums: dict[str, int], parts: int,
 
 def _backward_scratch(p: Problem, borders: list[int], needs: Needs) -> dict[str, int]:
     """The scratch that the parts of one direction share; see ``BackwardArgs``."""
-    size, lanes, gates = p.size, p.block.lanes, p.padded_gates
-    state = p.state_bytes(p.padded_hidden, borders)
-    return p.buffers.reserve(
-        zero=max(p.padded_hidden, p.padded_width) * size,
-        dh=p.state_bytes(p.padded_width, borders),
+    size, lanes, gates, h_row = p.size, p.block.lanes, p.terms(p.padded_gates), p.operand_row(p.width)
+    state, own = p.state_bytes(p.padded_hidden * size, borders), p.projected and p.kernels.products.paired
+    scratch = p.buffers.reserve(
+        zero=_zero_bytes(p),
+        dh=p.state_bytes(p.padded_width * size, borders),
+        dh_operands=(p.state_bytes(h_row, borders) + p.rows_beyond * h_row) * own,
         dc=state,
-        h_0=p.batch * p.padded_width * size,
         c_0=p.batch * p.padded_hidden * size,
         dm=state * p.projected,
         w_h=column_panels_size(gates, p.width, lanes) * size,
         w_x=column_panels_size(gates, p.inputs, lanes) * size * needs.input,
-        w_r=column_panels_size(p.width, p.hidden, lanes) * size * p.projected,
+        w_r=column_panels_size(p.terms(p.width), p.hidden, lanes) * size * p.projected,
     )
+    return scratch if own else scratch | {"dh_operands": scratch["dh"] * p.projected}
+
+
+def _zero_bytes(p: Problem) -> int:
+    """Bytes of zeros that stand for the widest row."""
+    return max(p.padded_hidden, p.padded_width, p.block.padded(p.inputs)) * p.size
 
 
 def _gradient_scratch(p: Problem, parts: int, needs: Needs) -> tuple[dict[str, int], int]:
@@ -288,13 +317,17 @@ def _gradient_scratch(p: Problem, parts: int, needs: Needs) -> tuple[dict[str, i
 
 def _part_scratch(p: Problem, chunk_tokens: int, needs: Needs) -> dict[str, int]:
     """The scratch of one part of the batch; see ``BackwardArgs``."""
-    column = chunk_tokens * p.size
-    return p.buffers.reserve(
-        dz=column * p.padded_gates,
+    column, products = p.terms(chunk_tokens) * p.size, p.kernels.products
+    strips = {"x_strips": p.inputs, "h_strips": p.width, "m_strips": p.hidden * p.projected}
+    if products.tiled:
+        strips = {name: ceil_div(count, p.block.rows) * p.block.rows for name, count in strips.items()}
+    scratch = p.buffers.reserve(
+        dz=(chunk_tokens + p.rows_beyond) * p.padded_gates * p.operand_bytes,
+        dz_terms=column * p.padded_gates * needs.weights * products.paired,
         dh_chunk=column * p.columns * p.block.panel * p.projected,
-        x_strips=column * p.inputs * needs.weights,
-        h_strips=column * p.width * needs.weights,
-        m_strips=column * p.hidden * p.projected * needs.weights,
-        dx_stage=column * p.inputs * p.kernels.staged,
-        table=chunk_tokens * 8,
+        **{name: column * count * needs.weights for name, count in strips.items()},
+        m_stage=chunk_tokens * p.hidden * p.stored * p.projected * needs.weights,
+        dx_stage=chunk_tokens * p.inputs * p.size * p.kernels.staged,
+        table=4 * p.terms(chunk_tokens) * products.values * 8,
     )
+    return scratch if products.paired else scratch | {"dz_terms": scratch["dz"]}

@@ -13,6 +13,8 @@ import numpy as np
 from ..integers import ceil_div
 from . import buffers, threads
 from .jobs import (
+    OPERANDS_IN,
+    OPERANDS_OUT,
     PACK_BIAS,
     PACK_COLUMNS,
     PACK_GATES,
@@ -44,7 +46,8 @@ class Jobs:
     def pack_gates(self, packed: int, weight: object, depth: int) -> None:
         """The weight (4H, depth) into gate panels."""
         p = self.problem
-        self.jobs.append(Job(PACK_GATES, p.panels, packed, p.at(weight), depth, p.hidden))
+        panel = p.terms(depth) * p.kernels.variant.gate_bytes
+        self.jobs.append(Job(PACK_GATES, p.panels, packed, p.at(weight), depth, p.hidden, panel_bytes=panel))
         self.values += p.layer.gates * depth
 
     def pack_bias(self, packed: int, bias_ih: object, bias_hh: object) -> None:
@@ -82,26 +85,32 @@ class Jobs:
         )  # fmt: skip
         self.values += parts * depth * columns
 
-    def rows_in(self, target: int, rows: Table, state: object, strides: Strides, direction: int, columns: int) -> None:
-        """A user's state (D, B, columns), or zeros, to rows of whole vectors in sorted order."""
+    def rows_in(
+        self, target: int, rows: Table, state: object, strides: Strides, direction: int, columns: int,
+        operands: bool = False,
+    ) -> None:  # fmt: skip
+        """A user's state (D, B, columns), or zeros, to rows of whole vectors, or of operands, in sorted order."""
         p, source, source_rows = self.problem, 0, rows
         if strides is not None:
             source = p.at(state, direction * strides[0] * p.stored)
             source_rows = p.offsets(strides[1] * p.stored)
         self.jobs.append(
             Job(
-                ROWS_IN, p.batch, target, source, columns=columns,
+                OPERANDS_IN if operands else ROWS_IN, p.batch, target, source, columns=columns,
                 target_rows=rows.address, source_rows=source_rows.address,
             )
         )  # fmt: skip
 
-    def rows_out(self, source: int, rows: Table, state: object, itemsize: int, direction: int, columns: int) -> None:
-        """Rows in sorted order to a new state (D, B, columns)."""
+    def rows_out(
+        self, source: int, rows: Table, state: object, itemsize: int, direction: int, columns: int,
+        operands: bool = False,
+    ) -> None:  # fmt: skip
+        """Rows in sorted order, of operands or not, to a new state (D, B, columns)."""
         p = self.problem
         target = p.at(state, direction * p.batch * columns * itemsize)
         self.jobs.append(
             Job(
-                ROWS_OUT, p.batch, target, source, columns=columns,
+                OPERANDS_OUT if operands else ROWS_OUT, p.batch, target, source, columns=columns,
                 target_rows=p.offsets(columns * itemsize).address, source_rows=rows.address,
             )
         )  # fmt: skip
@@ -111,7 +120,9 @@ class Jobs:
         self.jobs += other.jobs
         self.values += other.values
 
-    def clear(self, target: int, values: int) -> None:
+    def clear(self, target: int, size: int) -> None:
+        """Zeroes ``size`` bytes, and those up to a whole vector."""
+        values = ceil_div(size, self.problem.size)
         rows = self.problem.multiples(1, 1)
         self.jobs.append(Job(ROWS_IN, 1, target, 0, columns=values, target_rows=rows.address))
 

@@ -15,7 +15,7 @@ import torch
 
 from ..contract import GATES, Layer, Rows, state_dtype
 from ..integers import ceil_div, starts_of
-from . import buffers, threads, tiling
+from . import buffers, products, threads, tiling
 from .arguments import BackwardArgs, ForwardArgs
 from .backward import backward_kernel
 from .forward import forward_kernel
@@ -55,15 +55,23 @@ def multiples(count: int, stride: int) -> Table:
     return _table(np.arange(count, dtype=np.int64) * stride)
 
 
+@functools.lru_cache(maxsize=64)
+def _ones(pairs: int) -> Table:
+    """Pairs of ones in bfloat16."""
+    return _table(np.full(ceil_div(pairs, 2), 0x3F80_3F80_3F80_3F80, np.int64))
+
+
 class Kernels:
     """The kernels of a dtype, each compiled when it is first needed, and the parameters they are compiled with."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         isa, self.compute = tiling.cpu_isa(), state_dtype(dtype)
-        self.block = tiling.block_shape(isa, self.compute)
+        self.products = products.this_machines(dtype, isa)
+        self.block = tiling.block_shape(isa, self.compute, self.products)
         self.variant = Variant(DTYPES[self.compute], DTYPES[dtype], self.block, isa == "avx512")
         self.size = self.variant.size
-        self.staged = self.compute != dtype  # rows are copied into the compute dtype
+        self.operand = dtype if self.products.paired else self.compute  # what products read
+        self.staged = self.compute != dtype  # rows of x and dx are converted from and to the tensors' dtype
 
     def jobs(self) -> Any:
         return jobs_kernel(self.variant)
@@ -163,6 +171,7 @@ class Problem:
         self.kernels = kernels = kernels_of(layer.dtype)
         self.layer, self.available, self.block = layer, available, kernels.block
         self.size, self.stored = kernels.size, layer.dtype.itemsize  # bytes of a value: computed, in tensors
+        self.operand_bytes = kernels.variant.operand_size
         self.steps, self.batch, self.directions = layer.steps, layer.batch, layer.directions
         self.inputs, self.hidden, self.width = layer.input_size, layer.hidden_size, layer.width
         self.projected, self.packed = layer.projected, active is not None and active.packed
@@ -170,6 +179,9 @@ class Problem:
         self.padded_hidden, self.padded_width = self.block.padded(self.hidden), self.block.padded(self.width)
         self.padded_gates = GATES * self.padded_hidden
         self.columns = ceil_div(self.width, self.block.panel)
+        self.terms, self.operand_row = kernels.products.terms, kernels.variant.operand_row
+        # rows that a block may read beyond those it has
+        self.rows_beyond = products.TILE_ROWS - 1 if kernels.products.tiled else 0
         self.buffers: Buffers = Buffers() if stack is None else stack.buffers
         self._index = None if stack is None else index
         self._tables: list[Table] = []
@@ -183,8 +195,6 @@ class Problem:
             "turn": 0, "done": 0, "done_before": 0,
             "inputs": self.inputs, "hidden": self.hidden, "width": self.width,
             "batch_sizes": sizes, "row_starts": starts, "packed": int(self.packed),
-            "h_rows": self.multiples(self.batch, self.padded_width * self.size).address,
-            "m_rows": self.multiples(self.batch, self.padded_hidden * self.size).address,
             **dict.fromkeys((*PARTITION, *LATE), 0),
         }  # fmt: skip
 
@@ -204,6 +214,12 @@ class Problem:
         self._tables.append(table)
         return table
 
+    def ones(self, terms: int) -> int:
+        """The address of a strip of a column of ones, of so many terms of pairs."""
+        table = _ones(terms * self.block.rows)
+        self._tables.append(table)
+        return table.address
+
     def offsets(self, stride: int) -> Table:
         """Offset of each sorted row among rows in the user's order that are ``stride`` bytes apart."""
         return self.multiples(self.batch, stride) if self.order is None else self.table(self.order * stride)
@@ -215,14 +231,14 @@ class Problem:
         rows = self.offsets(strides[0 if self.packed else 1] * itemsize)
         return {f"{name}_step": strides[0] * itemsize, f"{name}_rows": rows.address}
 
-    def state_bytes(self, columns: int, borders: list[int]) -> int:
-        """Bytes of a state (B, columns) of whole vectors; a gap follows each of several row groups."""
+    def state_bytes(self, row: int, borders: list[int]) -> int:
+        """Bytes of a state of B rows of ``row`` bytes; a gap follows each of several row groups."""
         groups = len(borders) - 1
-        return self.batch * columns * self.size + groups * GAP * (groups > 1)
+        return self.batch * row + groups * GAP * (groups > 1)
 
-    def state_rows(self, columns: int, borders: list[int]) -> Table:
+    def state_rows(self, row: int, borders: list[int]) -> Table:
         """Offsets of the rows of such a state."""
-        rows = self.multiples(self.batch, columns * self.size)
+        rows = self.multiples(self.batch, row)
         if len(borders) <= 2:
             return rows
         groups = np.repeat(np.arange(len(borders) - 1), np.diff(borders))
@@ -281,7 +297,7 @@ class Problem:
         structs[:] = arguments
         structs[:, -len(PARTITION) - len(LATE) : -len(LATE)] = ranges
         if groups_before or plan.row_groups > 1:
-            for name in ("dh", "dc", "dm") if backward else ("h", "c", "m"):
+            for name in ("dh", "dc", "dm", "dh_operands") if backward else ("h", "c", "m"):
                 address = getattr(arguments, name)
                 if address:
                     structs[:, arguments._fields.index(name)] = address + (groups_before + groups) * GAP

@@ -6,7 +6,7 @@ import functools
 from types import SimpleNamespace
 
 from .activations import activations
-from .memory import adjacent_vectors, partial_vectors, tiles, whole_vectors
+from .memory import adjacent_vectors, pairs, partial_vectors, tiles, whole_vectors
 from .vector import SIZE, Vector
 
 
@@ -21,5 +21,6 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
     return SimpleNamespace(
         vector=vector, lanes=lanes, size=SIZE[scalar],
         **whole_vectors(vector), **partial_vectors(vector), **adjacent_vectors(vector), **tiles(vector),
+        **(pairs(vector) if scalar == "float32" else {}),
         **activations(vector, fast_reciprocal),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from ..integers import ceil_div
 from . import buffers, process, threads, tiling
 from .jobs import PACK_BIAS, PACK_COLUMNS, PACK_GATES, Job, JobsArgs, column_panels_size
 from .prepared import LINE
+from .products import TILE_ROWS
 from .problem import PARTITION, Table, kernels_of, multiples, partition
 from .streaming import StreamArgs, StreamLayer, shared_stream_kernel, stream_kernel
 
@@ -152,31 +153,40 @@ class Stepper:
         self.entry = _entry_point(stream_kernel(kernels.variant))
         self.most_members = threads.count()
         self._block, self._size = kernels.block, kernels.size
+        self._terms, self.operand = kernels.products.terms, kernels.operand
         padded, padded_width = self._block.padded(first.hidden_size), self._block.padded(first.width)
         self._panels, count, gates = padded // self._block.lanes, len(layers), GATES * padded * self._size
-        columns = column_panels_size(first.hidden_size, first.width, self._block.lanes) * self._size * first.projected
+        columns = column_panels_size(self._terms(first.hidden_size), first.width, self._block.lanes) * self._size
+        x_row, h_row, m_row = map(
+            kernels.variant.operand_row, (max(layer.input_size for layer in layers), first.width, first.hidden_size)
+        )
+        beyond = TILE_ROWS * kernels.products.tiled  # rows that a block may read beyond its own
         self._between = BAND * self.batch * first.width * first.dtype.itemsize
-        self._stage = self.batch * max(layer.input_size for layer in layers) * self._size * kernels.staged
-        self._half = self.batch * padded_width * self._size
+        self._stage = self.batch * x_row * kernels.staged
+        self._half, self._o = self.batch * h_row, self._block.rows * self._block.lanes * self._size
         strides = {
-            "between_rows": first.width * first.dtype.itemsize, "m_rows": padded * self._size,
-            "stage_rows": self._stage // self.batch, "h_rows": padded_width * self._size,
+            "between_rows": first.width * first.dtype.itemsize, "m_rows": m_row, "stage_rows": x_row, "h_rows": h_row,
+            "sums_rows": padded_width * self._size,
         }  # fmt: skip
         self._tables = {name: multiples(self.batch, stride) for name, stride in strides.items()}
         pieces = {
             f"{name}{index}": size
             for index, layer in enumerate(layers)
-            for name, size in (("w", gates * (layer.input_size + layer.width)), ("bias", gates), ("w_r", columns))
-        }
+            for name, size in (
+                ("w", gates * (self._terms(layer.input_size) + self._terms(layer.width))), ("bias", gates),
+                ("w_r", columns * first.projected),
+            )
+        }  # fmt: skip
         self._memory = memory = Memory(
             **pieces, layers=count * 8 * len(StreamLayer._fields), turns=self.most_members * 8 * LINE,
             h=count * 2 * self._half, c=count * self.batch * padded * self._size,
-            m=self.batch * padded * self._size * first.projected, between=2 * self._between * (count > 1),
-            x_stage=self.most_members * self._stage,
+            m=self.batch * m_row * first.projected, between=2 * self._between * (count > 1),
+            sums=self.batch * padded_width * self._size * first.projected, o=self.most_members * self._o,
+            x_stage=self.most_members * self._stage, beyond=beyond * max(x_row, h_row, m_row),
         )  # fmt: skip
         memory.clear()
-        h = memory.tensor("h", self.compute, count, 2, self.batch, padded_width)
-        self.h = h[:, 0, :, : first.width]  # (L, B, P), in the compute dtype
+        h = memory.tensor("h", self.operand, count, 2, self.batch, h_row // self.operand.itemsize)
+        self.h = h[:, 0, :, : first.width]  # (L, B, P), in the dtype of operands
         self.c = memory.tensor("c", self.compute, count, self.batch, padded)[..., : first.hidden_size]  # (L, B, H)
         memory.array("layers", "int64", count, -1)[:] = [
             StreamLayer(
@@ -197,14 +207,14 @@ class Stepper:
         shared = {
             "layers": at["layers"], "layer_count": len(self.layers), "x": 0, "reset": 0, "between": at["between"],
             "between_half": self._between, "between_step": self._between // BAND,
-            "m": at["m"], "band": BAND if len(self.layers) > 1 else 1 << 40, "hidden": first.hidden_size,
+            "m": at["m"], "sums": at["sums"], "band": BAND if len(self.layers) > 1 else 1 << 40, "hidden": first.hidden_size,
             "width": first.width, "h_half": self._half,
             **{name: table.address for name, table in self._tables.items()},
         }  # fmt: skip
         structs = [
             StreamArgs(
                 **(shared | fields), turns=at["turns"] + 8 * LINE * member,
-                x_stage=at["x_stage"] and at["x_stage"] + member * self._stage,
+                x_stage=at["x_stage"] and at["x_stage"] + member * self._stage, o=at["o"] + member * self._o,
                 **dict(zip(PARTITION, map(int, own), strict=True)), counter=0,
             )
             for member, own in enumerate(ranges)
@@ -217,20 +227,24 @@ class Stepper:
         jobs, kept, at, block = list[Job](), list[Any](), self._memory.at, self._block
         with torch.no_grad():
             for index, (layer, own) in enumerate(zip(self.layers, weights, strict=True)):
-                others = (own.bias_ih, own.bias_hh, own.weight_hr)
-                *biases, w_hr = (None if w is None else w.to(self.compute).contiguous() for w in others)
-                w = torch.cat([own.weight_ih, own.weight_hh], 1).to(self.compute)
+                biases = [None if b is None else b.to(self.compute).contiguous() for b in (own.bias_ih, own.bias_hh)]
                 b_ih, b_hh = (0 if bias is None else bias.data_ptr() for bias in biases)
-                hidden, depth = layer.hidden_size, layer.input_size + layer.width
-                jobs.append(Job(PACK_GATES, self._panels, at[f"w{index}"], w.data_ptr(), depth, hidden))
+                hidden, target = layer.hidden_size, at[f"w{index}"]
+                panel = GATES * self._block.lanes * self._size
+                both = panel * (self._terms(layer.input_size) + self._terms(layer.width))
+                for w, depth in ((own.weight_ih, layer.input_size), (own.weight_hh, layer.width)):
+                    w = w.to(self.operand).contiguous()
+                    jobs.append(Job(PACK_GATES, self._panels, target, w.data_ptr(), depth, hidden, panel_bytes=both))
+                    target += panel * self._terms(depth)
+                    kept.append(w)
                 jobs.append(Job(PACK_BIAS, self._panels, at[f"bias{index}"], b_ih, 1, hidden, other=b_hh))
-                if w_hr is not None:
-                    transposed = w_hr.T.contiguous()  # (H, P)
+                if own.weight_hr is not None:
+                    transposed = own.weight_hr.to(self.operand).T.contiguous()  # (H, P)
                     columns, rows = ceil_div(layer.width, block.panel), multiples(hidden, 1)
                     source, target = transposed.data_ptr(), at[f"w_r{index}"]
                     jobs.append(Job(PACK_COLUMNS, columns, target, source, hidden, layer.width, rows.address))
                     kept += [transposed, rows]
-                kept += [w, *biases]
+                kept += biases
         table = np.array(jobs, np.int64)
         arguments = np.array(JobsArgs(buffers.address_of(table), len(jobs), 0, 1), np.int64)
         kernels_of(self.dtype).jobs()(buffers.address_of(arguments))

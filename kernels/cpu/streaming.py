@@ -26,7 +26,8 @@ from .memory import load_byte, load_int, make_read, store_int
 from .mode import flush_denormals, set_mode
 from .steps import block_size
 from .sync import meet
-from .variant import Variant
+from .tiles import tile_state
+from .variant import Variant, row_sizes
 
 # As NEAR of microkernel.py.  One row at H = I = 512, whose weights come from the third-level cache: 96 microseconds at
 # 256 and 512 bytes, 121 to 126 at 768 and 1024, 113 to 120 beyond; from the second-level cache all are equal.  (An AMD
@@ -40,7 +41,7 @@ class StreamLayer(NamedTuple):
     w: int  # gate panels of (W_ih, W_hh), k over I and then P
     bias: int  # (U, 4, lanes)
     w_r: int  # column panels of W_hr^T; 0 without a projection
-    h: int  # (2, B, P')
+    h: int  # (2, B, P') operands
     c: int  # (B, H')
     inputs: int
 
@@ -66,10 +67,13 @@ class StreamArgs(NamedTuple):
     between_half: int
     between_step: int
     between_rows: int
-    x_stage: int  # (B, most of I and P), this member's: x in the compute dtype; 0: x has it already
+    x_stage: int  # (B, most of I and P), this member's: rows of operands; 0: those of x are
     stage_rows: int
-    m: int  # (B, H'): o tanh(c), before the projection; 0 without one
+    o: int  # (rows of a block, lanes), this member's: the output gate of the rows of a block
+    m: int  # (B, H') operands: o tanh(c), before the projection; 0 without one
     m_rows: int
+    sums: int  # (B, P'): h in the compute dtype, as the projection adds it up; 0 without one
+    sums_rows: int
     # sizes
     steps: int
     band: int
@@ -110,10 +114,14 @@ class Stage(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """Derived from a member's arguments: bytes per row, and its range of a row of h in vectors."""
+    """Derived from a member's arguments: depths of products in terms, bytes per row, and its range of a row of h in
+    vectors."""
 
+    h_terms: int
+    m_terms: int
     c_row: int
     h_row: int
+    m_row: int
     h_first: int
     h_count: int
 
@@ -121,14 +129,15 @@ class Widths(NamedTuple):
 def _make_compute_panels(variant: Variant) -> Any:
     """A step of one layer, of a member's rows and panels."""
     lanes, stored, most = variant.block.lanes, variant.stored, variant.block.rows
-    vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
-    cell_block = make_cell_block(variant, NEAR)
+    vector_bytes, gate_bytes, operand_bytes = variant.vector_bytes, variant.gate_bytes, lanes * variant.operand_size
+    cell_block, (terms, _) = make_cell_block(variant, NEAR), row_sizes(variant)
 
     @inline
     def compute_panel(a, w, layer, at, p, ahead):
         """Panel p; ``ahead``: the weights that are needed next."""
-        inputs, panel = layer.inputs, layer.w + p * (layer.inputs + a.width) * gate_bytes
-        h_to, h_row = (a.m, w.c_row) if a.m != 0 else (at.h_out, w.h_row)
+        inputs = terms(layer.inputs)
+        panel = layer.w + p * (inputs + w.h_terms) * gate_bytes
+        h_to, h_row = (a.m, w.m_row) if a.m != 0 else (at.h_out, w.h_row)
         y = 0 if a.m != 0 else at.y + p * lanes * stored
         done = a.row_begin
         while done < a.row_end:
@@ -137,16 +146,16 @@ def _make_compute_panels(variant: Variant) -> Any:
                 n,
                 (
                     at.x, at.x_rows + 8 * done, 1, 0, inputs, panel, ahead,
-                    at.h_in, a.h_rows + 8 * done, 1, 0, a.width, panel + inputs * gate_bytes, ahead + inputs * 64,
+                    at.h_in, a.h_rows + 8 * done, 1, 0, w.h_terms, panel + inputs * gate_bytes, ahead + inputs * 64,
                 ),
                 CellEnd(
                     layer.bias + p * gate_bytes, 0, layer.c + done * w.c_row + p * vector_bytes, w.c_row,
-                    h_to + done * h_row + p * vector_bytes, h_row, y, at.y_rows + 8 * done, a.hidden - p * lanes,
+                    h_to + done * h_row + p * operand_bytes, h_row, a.o, y, at.y_rows + 8 * done, a.hidden - p * lanes,
                     0, 0, 0,
                 ),
             )  # fmt: skip
             done += n
-            ahead += (inputs + a.width) * 64
+            ahead += (inputs + w.h_terms) * 64
 
     @inline
     def compute_panels(a, w, layer, at):
@@ -155,25 +164,25 @@ def _make_compute_panels(variant: Variant) -> Any:
         p = a.panel_begin if forth > 0 else a.panel_end - 1
         while a.panel_begin <= p < a.panel_end:
             following = min(max(p + forth, a.panel_begin), a.panel_end - 1)
-            compute_panel(a, w, layer, at, p, layer.w + following * (layer.inputs + a.width) * gate_bytes)
+            compute_panel(a, w, layer, at, p, layer.w + following * (terms(layer.inputs) + w.h_terms) * gate_bytes)
             p += forth
 
     return compute_panels
 
 
 def _make_around_step(variant: Variant) -> Any:
-    """(widen_input, project_hidden, reset_rows, keep_state): what a step needs in addition to its panels."""
+    """(stage_input, project_hidden, reset_rows, keep_state): what a step needs in addition to its panels."""
     rows, matrix_product = row_functions(variant), make_matrix_product(variant)
-    clear, widen_row, narrow_row = rows.clear, rows.widen_row, rows.narrow_row
-    load, store, lanes, stored, vector_bytes = (
-        variant.ops.load, variant.ops.store, variant.block.lanes, variant.stored, variant.vector_bytes
-    )  # fmt: skip
+    clear, operand_row, narrow_row = rows.clear, rows.operand_row, rows.narrow_row
+    clear_operand, copy_operand, narrow_operand = rows.clear_operand, rows.copy_operand, rows.narrow_operand
+    lanes, stored, vector_bytes = variant.block.lanes, variant.stored, variant.vector_bytes
+    operand_bytes = lanes * variant.operand_size
 
     @inline
-    def widen_input(a, layer, at):
-        """Copies the member's rows of x into the compute dtype."""
+    def stage_input(a, layer, at):
+        """Copies the member's rows of x into rows of operands."""
         for r in range(a.row_begin, a.row_end):
-            widen_row(a.x_stage + load_int(a.stage_rows + 8 * r), at.x + load_int(at.x_rows + 8 * r), layer.inputs)
+            operand_row(a.x_stage + load_int(a.stage_rows + 8 * r), at.x + load_int(at.x_rows + 8 * r), layer.inputs)
         return Stage(a.x_stage, a.stage_rows, at.y, at.y_rows, at.h_in, at.h_out, at.back)
 
     @inline
@@ -181,17 +190,16 @@ def _make_around_step(variant: Variant) -> Any:
         """h = W_hr m, and y."""
         matrix_product(
             a.row_end - a.row_begin,
-            Left(a.m, a.m_rows + 8 * a.row_begin, 1, 0, a.hidden),
+            Left(a.m, a.m_rows + 8 * a.row_begin, 1, 0, w.m_terms),
             Right(layer.w_r, a.column_begin, a.column_end, a.width, at.back),
-            at.h_out,
-            a.h_rows + 8 * a.row_begin,
+            a.sums,
+            a.sums_rows + 8 * a.row_begin,
         )
+        count = min(w.h_count * lanes, a.width - w.h_first * lanes)
         for r in range(a.row_begin, a.row_end):
-            narrow_row(
-                at.y + load_int(at.y_rows + 8 * r) + w.h_first * lanes * stored,
-                at.h_out + r * w.h_row + w.h_first * vector_bytes,
-                min(w.h_count * lanes, a.width - w.h_first * lanes),
-            )
+            source = a.sums + load_int(a.sums_rows + 8 * r) + w.h_first * vector_bytes
+            narrow_operand(at.h_out + r * w.h_row + w.h_first * operand_bytes, source, count)
+            narrow_row(at.y + load_int(at.y_rows + 8 * r) + w.h_first * lanes * stored, source, count)
 
     @inline
     def reset_rows(a, w, layer, reset, t):
@@ -199,25 +207,25 @@ def _make_around_step(variant: Variant) -> Any:
         h = layer.h + (t & 1) * a.h_half
         for r in range(a.row_begin, a.row_end):
             if load_byte(reset + t * a.reset_step + load_int(a.reset_rows + 8 * r)) != 0:
-                clear(h + r * w.h_row + w.h_first * vector_bytes, w.h_count)
+                clear_operand(h + r * w.h_row + w.h_first * operand_bytes, w.h_count)
                 clear(layer.c + r * w.c_row + a.panel_begin * vector_bytes, a.panel_end - a.panel_begin)
 
     @inline
     def keep_state(a, w, layer):
         """After an odd number of steps: h_t into the first half, from where the next call reads it."""
         for r in range(a.row_begin, a.row_end):
-            at = layer.h + r * w.h_row + w.h_first * vector_bytes
-            for v in range(w.h_count):
-                store(at + v * vector_bytes, load(at + a.h_half + v * vector_bytes))
+            at = layer.h + r * w.h_row + w.h_first * operand_bytes
+            copy_operand(at, at + a.h_half, w.h_count)
 
-    return widen_input, project_hidden, reset_rows, keep_state
+    return stage_input, project_hidden, reset_rows, keep_state
 
 
 def _make_run(variant: Variant) -> Any:
     """All steps of a call, for one member."""
     lanes, vector_bytes, layer_bytes = variant.block.lanes, variant.vector_bytes, 8 * len(StreamLayer._fields)
     compute_panels, read_layer = _make_compute_panels(variant), make_read(StreamLayer)
-    widen_input, project_hidden, reset_rows, keep_state = _make_around_step(variant)
+    terms, operand_row_bytes = row_sizes(variant)
+    stage_input, project_hidden, reset_rows, keep_state = _make_around_step(variant)
 
     @inline
     def widths_of(a):
@@ -225,7 +233,10 @@ def _make_run(variant: Variant) -> Any:
         # The range of a row of h that this member writes: its panels, or its columns of a projection.
         first = 4 * a.column_begin if a.m != 0 else a.panel_begin
         end = min(4 * a.column_end, h_vectors) if a.m != 0 else a.panel_end
-        return Widths(-(-a.hidden // lanes) * vector_bytes, h_vectors * vector_bytes, first, end - first)
+        return Widths(
+            terms(a.width), terms(a.hidden), -(-a.hidden // lanes) * vector_bytes, operand_row_bytes(a.width),
+            operand_row_bytes(a.hidden), first, end - first,
+        )  # fmt: skip
 
     @inline
     def stage_of(a, layer, x_first, index, t, back):
@@ -250,7 +261,7 @@ def _make_run(variant: Variant) -> Any:
         for t in range(begin, end):
             at = stage_of(a, layer, tensors.x, index, t, (t + turn) & 1)
             if a.x_stage != 0:
-                at = widen_input(a, layer, at)
+                at = stage_input(a, layer, at)
             compute_panels(a, w, layer, at)
             if a.m != 0:
                 if a.lockstep != 0:
@@ -283,11 +294,15 @@ STEP = types.void(types.int64, types.int64, types.int64)  # (arguments, x, reset
 def stream_kernel(variant: Variant) -> Any:
     """The compiled kernel for one thread, called with the addresses of its arguments, of x and of reset (0: none)."""
     run, read = _make_run(variant), make_read(StreamArgs)
+    shape_tiles, release_tiles = tile_state(variant)
 
     @kernel(variant.key, STEP)
     def lstm_stream_kernel(address, x, reset):
         mode = flush_denormals()
-        run(read(address), Tensors(x, reset))
+        a = read(address)
+        shape_tiles(a.row_end - a.row_begin)
+        run(a, Tensors(x, reset))
+        release_tiles()
         set_mode(mode)
 
     return lstm_stream_kernel
@@ -297,12 +312,15 @@ def stream_kernel(variant: Variant) -> Any:
 def shared_stream_kernel(variant: Variant) -> Any:
     """The compiled kernel that each thread of a launch runs; x and reset are in the arguments."""
     run, read = _make_run(variant), make_read(StreamArgs)
+    shape_tiles, release_tiles = tile_state(variant)
 
     @kernel(variant.key)
     def lstm_shared_stream_kernel(address):
         mode = flush_denormals()
         a = read(address)
+        shape_tiles(a.row_end - a.row_begin)
         run(a, Tensors(a.x, a.reset))
+        release_tiles()
         set_mode(mode)
 
     return lstm_shared_stream_kernel

@@ -41,8 +41,8 @@ def saves(layer: Layer, room: int) -> list[tuple[tuple[int], torch.dtype]]:
     padded = kernels.block.padded(layer.hidden_size)
     sizes = (GATES * padded, layer.dtype), (padded, kernels.compute)
     if layer.segment:
-        room = layer.segments * layer.batch
-        sizes = (kernels.block.padded(layer.width), kernels.compute), (padded, kernels.compute)
+        room, row = layer.segments * layer.batch, kernels.variant.operand_row(layer.width)
+        sizes = (row // kernels.operand.itemsize, kernels.operand), (padded, kernels.compute)
     return [((room * width,), dtype) for width, dtype in sizes for _ in range(layer.directions)]
 
 
@@ -74,7 +74,7 @@ class ForwardTensors(NamedTuple):
         form = ForwardForm(*strides, gates=whole, cells=bool(kept), borders=save and not whole)
         named: Named = {
             "x": x, "y": output, "reset": flags, "h_0": h_0, "c_0": c_0, "h_n": h_n, "c_n": c_n,
-            **_parameters(call.weights, kernels.compute, forward=True),
+            **_parameters(call.weights, kernels, forward=True),
             **by_direction("cells", kept), **_by_name(layer, saved),
         }  # fmt: skip
         return ForwardTensors(call, form, named, output, h_n, c_n, kept, saved)
@@ -119,7 +119,7 @@ class BackwardTensors(NamedTuple):
         named: Named = {
             "x": x, "y": y, "dy": dy, "reset": flags, "h_0": h_0, "c_0": c_0, "dh_n": dh_n, "dc_n": dc_n,
             "grad_h": grad_h, "grad_c": grad_c,
-            **_parameters(call.weights, kernels.compute, forward=layer.segment > 0), **_by_name(layer, saved),
+            **_parameters(call.weights, kernels, forward=layer.segment > 0), **_by_name(layer, saved),
             **by_direction("dx", dx), **by_direction("norms", squares), **by_direction("dcells", dcells),
             **{(f"grad of {name}", d): g for d, each in enumerate(gradients) for name, g in each._asdict().items()},
         }  # fmt: skip
@@ -151,8 +151,8 @@ def _flags(reset: Tensor | None) -> Tensor | None:
     return None if reset is None else reset.contiguous().view(torch.uint8)
 
 
-def _parameters(weights: tuple[Weights, ...], compute: torch.dtype, forward: bool) -> dict[object, Tensor | None]:
-    """The weights as the jobs read them, by (name, direction): contiguous and in the compute dtype.
+def _parameters(weights: tuple[Weights, ...], kernels: Any, forward: bool) -> dict[object, Tensor | None]:
+    """The weights as the jobs read them, by (name, direction): contiguous, and in the dtypes of sums and operands.
 
     ``forward``: also the transpose of weight_hr, which forward reads.
     """
@@ -162,8 +162,9 @@ def _parameters(weights: tuple[Weights, ...], compute: torch.dtype, forward: boo
         if forward and parameters.weight_hr is not None:
             each["weight_hr.T"] = parameters.weight_hr.T
         for name, weight in each.items():
-            if weight is not None and (weight.dtype != compute or not weight.is_contiguous()):
-                weight = weight.detach().to(compute).contiguous()
+            dtype = kernels.compute if name.startswith("bias") else kernels.operand
+            if weight is not None and (weight.dtype != dtype or not weight.is_contiguous()):
+                weight = weight.detach().to(dtype).contiguous()
             named[name, direction] = weight
     return named
 

@@ -16,6 +16,7 @@ import torch
 
 from ..integers import ceil_div
 from . import caches
+from .products import FMA, TILE_ROWS, TILE_TERMS, Products
 
 # Bytes of vector register and number of registers.
 REGISTERS = {"avx512": (64, 32), "avx2": (32, 16), "neon": (16, 32), "generic": (16, 16)}
@@ -40,6 +41,7 @@ class Block:
     lanes: int  # values in a vector
     rows: int  # of a block as wide as a panel: four vectors, one per gate
     registers: int = 32  # of the processor, for vectors
+    products: Products = FMA
 
     @property
     def panel(self) -> int:
@@ -62,14 +64,17 @@ class Block:
         return tuple(r for r in (1, 2, 4, 6, 12) if r <= most)  # not all of them: each takes time to compile
 
 
-def block_shape(isa: str, dtype: torch.dtype) -> Block:
+def block_shape(isa: str, dtype: torch.dtype, products: Products = FMA) -> Block:
     """The register block for computing in ``dtype`` (16-bit types compute in float32).
 
     32 registers hold 6 rows x 4 vectors, the 4 vectors of weights and a broadcast; a seventh row makes them spill
     (measured: 7 rows 105 GF/s, 6 rows 137).  16 registers hold half of that: 6 rows x 2 vectors at a time.
     """
     width, registers = REGISTERS[isa]
-    return Block(lanes=width // (8 if dtype == torch.float64 else 4), rows=6, registers=registers)
+    lanes = width // (8 if dtype == torch.float64 else 4)
+    if products.paired:  # such blocks are those of AVX-512, whatever emulates them
+        lanes, registers = TILE_TERMS, REGISTERS["avx512"][1]
+    return Block(lanes, TILE_ROWS if products.tiled else 6, registers, products)
 
 
 class Core(NamedTuple):
@@ -81,6 +86,7 @@ class Core(NamedTuple):
     peak: float  # multiply-adds per nanosecond; the scale of the model, not a promise
     cache: float  # bytes of weights that stay in the second-level cache next to everything else
     far: float  # bytes per nanosecond that a core reads from beyond that cache
+    cell: float = 0.0  # nanoseconds of the cell of a unit of a row, where products do not outweigh it
 
 
 def core_of(isa: str, found: caches.Caches) -> Core:
@@ -95,9 +101,27 @@ def core_of(isa: str, found: caches.Caches) -> Core:
     return Core(rate, min(64.0, 1.5 * width), 0.6 * found.second_level, far)
 
 
+# AMX: nanoseconds in which a block of 16 rows of four vectors multiplies a group of terms, whose 4 KiB of weights come
+# from the first-level cache; from the second they take 39 (a Xeon of 2.5 GHz).  Fewer rows take as long.
+TILE_TIME = 27.0
+# Nanoseconds of the cell, for a unit of a row.
+CELL_TIME = 1.4
+
+
+def tile_core(found: caches.Caches) -> Core:
+    """Rates of AMX, in terms; a block takes as long for one row as for 16."""
+    rate = tuple((rows + 1) / TILE_ROWS for rows in range(TILE_ROWS))
+    peak = TILE_ROWS * 64 * TILE_TERMS / TILE_TIME
+    return Core(rate, peak, 0.6 * found.second_level, 12.0, CELL_TIME)
+
+
 @functools.cache
-def this_core() -> Core:
-    return core_of(cpu_isa(), caches.read())
+def this_core(products: Products = FMA) -> Core:
+    found = caches.read()
+    if products.tiled:
+        return tile_core(found)
+    core = core_of(cpu_isa(), found)
+    return core._replace(peak=2 * core.peak) if products.paired else core
 
 
 # A barrier in each step costs: nanoseconds with two threads, including the transfer of the other thread's h; the factor
@@ -128,14 +152,15 @@ class Plan:
 
 
 def step_time(rows: int, units: int, depth: int, size: int, core: Core) -> float:
-    """Modelled nanoseconds of one thread in a step: ``rows`` x 4 ``units`` sums of ``depth`` terms."""
+    """Modelled nanoseconds of one thread in a step: ``rows`` x 4 ``units`` sums of ``depth`` terms of ``size`` bytes."""
     count = ceil_div(rows, len(core.rate))  # blocks, as equal as possible
     smaller, larger = rows // count, rows % count
     blocks = (count - larger) * smaller / core.rate[smaller - 1]
     blocks += larger * (smaller + 1) / core.rate[smaller] if larger else 0.0
     arithmetic = blocks * 4 * units * depth / (core.peak * 4 / size)
     weight_bytes = 4 * units * depth * size
-    return arithmetic if weight_bytes <= core.cache else max(arithmetic, weight_bytes / core.far)
+    time = arithmetic if weight_bytes <= core.cache else max(arithmetic, weight_bytes / core.far)
+    return time + rows * units * core.cell
 
 
 def shared_step_time(
@@ -150,6 +175,7 @@ def shared_step_time(
     core: Core,
 ) -> float:
     """Modelled nanoseconds of a step that is divided into so many groups."""
+    depth, inputs = block.products.terms(depth), block.products.terms(inputs)
     rows = ceil_div(batch, row_groups)
     units = ceil_div(ceil_div(hidden, block.lanes), unit_groups) * block.lanes
     time = step_time(rows, units, depth, size, core)
@@ -178,7 +204,7 @@ def plan(
     and a barrier joins them in each step.  The results do not depend on the choice, and the chunk does not depend on
     ``threads``.  ``core``: this machine's if None.
     """
-    core = core or this_core()
+    core = core or this_core(block.products)
     panels = ceil_div(hidden, block.lanes)
     best = (float("inf"), 1, 1)
     for members in range(1, threads + 1):

@@ -18,11 +18,29 @@ from numba.core.extending import intrinsic, lower_builtin, models, register_mode
 from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, infer_global
 
+from .products import native_bfloat16
+
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 PTR = ir.PointerType()
 LLVM_SCALAR = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
 SIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 CONTRACT = ("contract",)
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for: the element of what instructions of bfloat16 take and give."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _BFloat)
+
+    def __hash__(self):
+        return hash(_BFloat)
+
+
+_BFLOAT = _BFloat()
 
 
 class Vector(types.Type):
@@ -62,6 +80,25 @@ def fma(builder, a, b, c):
     """a * b + c, rounded once."""
     width = f"v{a.type.count}f{32 if a.type.element == ir.FloatType() else 64}"
     return llvm_call(builder, f"llvm.fma.{width}", a.type, [a, b, c])
+
+
+def pair_values(builder, pairs):
+    """(first, second) values as float32 lanes, of float32 lanes that hold pairs of bfloat16."""
+    count, vector = pairs.type.count, pairs.type
+    bits = builder.bitcast(pairs, ir.VectorType(I32, count))
+    first = builder.shl(bits, splat(builder, I32(16), count))
+    second = builder.and_(bits, splat(builder, I32(-65536), count))
+    return builder.bitcast(first, vector), builder.bitcast(second, vector)
+
+
+def dot_pairs(builder, a, b, c, emulated):
+    """c + a . b of float32 lanes that hold pairs of bfloat16, as VDPBF16PS rounds it: the second product first."""
+    if emulated:
+        (a_first, a_second), (b_first, b_second) = pair_values(builder, a), pair_values(builder, b)
+        return fma(builder, a_first, b_first, fma(builder, a_second, b_second, c))
+    pairs = ir.VectorType(_BFLOAT, 2 * a.type.count)
+    operands = [c, builder.bitcast(a, pairs), builder.bitcast(b, pairs)]
+    return llvm_call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", c.type, operands)
 
 
 def _operator(op, emit):
@@ -126,6 +163,9 @@ def narrow(builder, value, storage, lanes):
     if storage == "float16":
         half = builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes))
         return builder.bitcast(half, ir.VectorType(I16, lanes))
+    if lanes == 16 and native_bfloat16():
+        rounded = llvm_call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFLOAT, 16), [value])
+        return builder.bitcast(rounded, ir.VectorType(I16, lanes))
     wide = ir.VectorType(I32, lanes)
     bits = builder.bitcast(value, wide)
     odd = builder.and_(builder.lshr(bits, splat(builder, I32(16), lanes)), splat(builder, I32(1), lanes))

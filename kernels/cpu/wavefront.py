@@ -153,7 +153,7 @@ def _wavefront(
         stages.reverse()
     steps = _range(layers[-1], len(layers), backward)
     progress = whole.buffers.reserve(progress=8 * LINE * len(layers))["progress"]
-    before.clear(progress, 8 * LINE * len(layers) // whole.size)
+    before.clear(progress, 8 * LINE * len(layers))
     return _Wavefront(whole, before, [_waves(stages, layers[0].steps, steps, progress, backward)], after, problems)
 
 
