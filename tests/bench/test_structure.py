@@ -80,7 +80,7 @@ def test_options_for_what_measures_are_refused_elsewhere(capsys):
     assert cli.main(["--device", "cuda", "report"]) == 2
     assert "report does not take --device" in capsys.readouterr().err
     assert cli.main(["--quick", "speed", "--case", "call-h16", "--list"]) == 0  # before and after the word
-    assert "1 of 93 cases" in capsys.readouterr().out
+    assert "1 of 128 cases" in capsys.readouterr().out
 
 
 def test_a_device_has_a_main_experiment_and_a_group_one_that_exists():
