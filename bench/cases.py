@@ -308,7 +308,7 @@ class Group:
 
     title: str
     device: str = "cpu"
-    experiment: str = "speed"  # which measures them; "speed" and "after-torch" have theirs in common, and "flow" some
+    experiment: str = "speed"  # which measures them; those of "speed" are also for the experiments in ``OF_SPEED``
     kind: str = ""  # of call, in the README's summary; empty where that leaves the group out
 
 
@@ -355,6 +355,7 @@ GROUPS = {
     "handoff": Group("what blocks of threads hand over in a step", "cuda", "handoff"),
     "smoke": Group("each design once, as small as it gets", "cuda", "smoke"),
 }
+OF_SPEED = ("after-torch", "bfloat16-gain", "flow")  # have all or some cases of "speed"
 # Means that are taken over several groups, because a user does not choose between them.
 UNIONS: dict[str, tuple[str, ...]] = {"dense, all": ("dense", "dense-i1")}
 
@@ -393,9 +394,9 @@ def select(
 ) -> list[Case]:
     """The cases of an experiment: of a group, whose names match a shell pattern (or contain it), of the quick subset.
 
-    "flow" has those tagged for it, or with a pattern any of "speed".
+    "flow" has those tagged for it, or with a pattern any of "speed"; "bfloat16-gain" those in bfloat16.
     """
-    source = "speed" if experiment in ("after-torch", "flow") else experiment
+    source = "speed" if experiment in OF_SPEED else experiment
     return [
         case
         for case in CASES.values()
@@ -404,4 +405,5 @@ def select(
         and (pattern is None or fnmatchcase(case.name, pattern) or pattern in case.name)
         and (not quick or case.quick)
         and (experiment != "flow" or pattern is not None or "flow" in case.tags)
+        and (experiment != "bfloat16-gain" or case.dtype == "bfloat16")
     ]

@@ -25,8 +25,8 @@ QUICK_RESULTS, GPU_RESULTS = Path("out/bench"), Path("out/gpu")
 DESCRIPTION = """\
 Times lstmcore.LSTM against torch.nn.LSTM by turns, on cases whose outputs and gradients were just checked: each call
 behind an operation of torch's, as in a model, and alone, then also against onnxruntime where it is installed and covers
-the case. That is what happens without a command; the full run takes about three quarters of an hour. Ctrl-C keeps what
-has been measured."""
+the case; in bfloat16 also ours against ours in float32. That is what happens without a command; the full run takes
+about three quarters of an hour. Ctrl-C keeps what has been measured."""
 # Beside the experiments: a sentence each, and the function that does it, imported when it is wanted.
 COMMANDS = {
     "gpu": ("all that a visit to a machine with a CUDA GPU is for: what make gpu runs", "bench.gpu.visit:run"),

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from bench import curves, findings, plots
 from bench.findings import Table
 from bench.rows import COST, Row
-from bench.summary import entries
+from bench.summary import PUBLISHED, entries
 
 TEMPLATE = Path(__file__).with_name("page.html")
-EXPERIMENTS = ("after-torch", "speed", "long", "stream")  # that the page is about
+EXPERIMENTS = (*PUBLISHED, "long", "stream")  # that the page is about
 # What is drawn in black stands on the page itself, and so does text, which has no colour of its own; ours is too dark.
 DARK = (
     "<style>@media (prefers-color-scheme: dark) {"
@@ -161,7 +161,7 @@ def slower(rows: Sequence[Row]) -> tuple[Table, int]:
         (
             f"{row.case}{f', {row.variant}' if row.variant else ''} ({row.runs})",
             row.mode,
-            "behind torch" if row.experiment == "after-torch" else "alone",
+            "behind torch" if row.experiment in ("after-torch", "bfloat16-gain") else "alone",
             row.peer,
             f"{row.speed:.2f}×",
         )

@@ -17,7 +17,7 @@ from bench.libraries import table as libraries
 from bench.machine import counted
 from bench.measure import NOTHING
 from bench.rows import RESULTS, Row, read
-from bench.summary import entries
+from bench.summary import PUBLISHED, entries
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ROOT / "docs" / "libraries.md"
@@ -90,7 +90,7 @@ def run(out: Path | None) -> int:
 
 def _published(path: Path) -> list[Row]:
     """The rows of a file that the tables are about."""
-    return [row for row in read(path) if row.experiment in ("speed", "after-torch")]
+    return [row for row in read(path) if row.experiment in PUBLISHED]
 
 
 def _relative(path: Path, page: Path) -> str:
