@@ -282,6 +282,26 @@ def _other_cases() -> Iterator[Case]:
     ):
         name = f"stream-h{hidden}-i{features}-b{batch}" + f"-layers{layers}" * (layers > 1)
         yield Case(name, "stream", features, hidden, batch, 10_000, num_layers=layers, modes=("inference",))
+    # How far 16 bits are off, in both types: one step and a thousand, one row and 32, and each kind of layer.
+    for hidden, batch, steps, kind, rest in (
+        (16, 1, 1, "", {}),
+        (512, 32, 1, "", {}),
+        (64, 8, 10, "", {}),
+        (64, 32, 30, "", {}),
+        (256, 1, 100, "", {}),
+        (512, 32, 100, "", {}),
+        (128, 1, 1000, "", {}),
+        (64, 8, 1000, "", {}),
+        (16, 32, 1000, "", {}),
+        (128, 32, 100, "packed-", {"mean_length": 0.5}),
+        (128, 8, 100, "bidirectional-", {"bidirectional": True}),
+        (128, 16, 100, "proj-", {"proj_size": 64}),
+        (128, 16, 100, "layers2-", {"num_layers": 2}),
+        (128, 16, 20, "last-", {"loss": "last"}),  # with more steps it vanishes below what float16 has
+    ):
+        name = f"rounding-{kind}h{hidden}-b{batch}-t{steps}"
+        given: dict[str, Any] = {"dtype": "bfloat16", "modes": ("training",)} | rest
+        yield Case(name, "rounding", hidden, hidden, batch, steps, **given)
     on_gpu: dict[str, Any] = {"dtype": "bfloat16", "device": "cuda"}
     for batch, hidden in product((16, 64, 1), HIDDEN):  # what matters most comes first: a time limit may cut the end
         yield Case(f"step-h{hidden}-b{batch}", "step", hidden, hidden, batch, 1024, **on_gpu)
@@ -349,6 +369,7 @@ GROUPS = {
     "rollout": Group("training on a rollout with resets, against torch.nn", experiment="control"),
     "long": Group("from 1,024 steps to a million", experiment="long"),
     "stack": Group("4 layers of a few rows, against one layer", experiment="layers"),
+    "rounding": Group("errors in 16 bits against float64, beside torch's", experiment="rounding"),
     "stream": Group("single steps, each after the one before", experiment="stream"),
     "step": Group("the time of one step, bfloat16", "cuda", "steps"),
     "design": Group("one step by each design of the tiling, bfloat16", "cuda", "designs"),
