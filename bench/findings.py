@@ -89,7 +89,7 @@ def groups(rows: Sequence[Row], speeds_only: bool) -> Table:
             return _with_alone(training), memory, _speed(inference)
         return _with_alone(training), _shares(training), memory, _with_alone(inference), _shares(inference)
 
-    share = [] if rows[0].on_gpu else ["share of FMA peak"]
+    share = [] if rows[0].on_gpu else ["share of peak"]
     full = ["training: speed", *share, "peak memory", "inference: speed", *share]
     lines = []
     for group, modes in by_group.items():
@@ -203,7 +203,10 @@ def said(rows: Sequence[Row], speeds_only: bool) -> str:
     peaks = {each.main.dtype: each.main.peak_gflops for each in every if each.main.peak_gflops is not None}
     if peaks and not speeds_only:
         share = ", ".join(f"{value:.0f} GF/s in {dtype}" for dtype, value in peaks.items())
-        text += f"Share of FMA peak is ours / torch's, of {share}. "
+        text += (
+            "Share of peak is ours / torch's, of the measured peak of the instruction that our kernels multiply with "
+            f"(torch's may be a faster one): {share}. "
+        )
     if not speeds_only:
         text += "Peak memory is ours over torch's, of one training step, where it was measured."
     return text.rstrip()

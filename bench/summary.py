@@ -36,7 +36,7 @@ class Summary:
     ratio: float  # the geometric mean
     lowest: float
     highest: float
-    ours_share: float | None  # mean share of the FMA peak, where that was measured
+    ours_share: float | None  # mean share of the peak, where that was measured
     peer_share: float | None
     memory_ratio: float | None  # ours over the peer's, geometric mean of the cases that have both
     alone: float | None = None  # the ratio alone, where ``ratio`` is that behind an operation of torch's
