@@ -105,6 +105,7 @@ def _fit(case: Case, limit_gflop: float) -> Case:
 FUSED_GFLOP = 103
 LOOP_GFLOP = 11
 
+GRID = tuple(product((16, 64, 128, 256, 512, 1024), (1, 8, 32, 64)))  # H, B
 SHORT = (  # T, B, I, H
     (16, 128, 64, 64),
     (20, 24, 80, 80),
@@ -145,8 +146,8 @@ TAGS: dict[str, tuple[str, ...]] = {
     "quick": (  # in the quick subset
         "dense-h16-b32", "dense-h64-b8", "dense-h128-b1", "dense-h128-b32", "dense-h256-b8", "dense-h512-b8",
         "i1-h64-b32", "i1-h128-b32", "steps-t100", "steps-t4096", "bidirectional-h128-b32", "layers4-h64-b8",
-        "packed-h128-b32", "proj-h128-p64-b32", "float64-h128-b32", "bfloat16-h128-b32", "last-h128-b32",
-        "short-h64-b32-t30", "short-h128-b16-t100", "call-h16-b1-t1",
+        "packed-h128-b32", "proj-h128-p64-b32", "float64-h128-b32", "bfloat16-h128-b32",
+        "bfloat16-short-h64-b32-t30", "last-h128-b32", "short-h64-b32-t30", "short-h128-b16-t100", "call-h16-b1-t1",
         "reset-h64-b32", "reset-h16-b8", "lengths-h64-b32", "lengths-h16-b8", "cells-h16-b8", "rollout-h256-i64-b8",
         "long-h256-b16-t1024", "long-h64-b1-t16384",
         *GPU_QUICK,
@@ -180,7 +181,15 @@ def _cpu_cases() -> Iterator[Case]:
         for hidden, batch in shapes:
             yield _fit(Case(f"{group}-h{hidden}-b{batch}", group, hidden, hidden, batch, 0, **rest), limit)
 
-    for hidden, batch in product((16, 64, 128, 256, 512, 1024), (1, 8, 32, 64)):
+    def projected(group: str, hidden: int, proj: int, **rest: Any) -> Case:
+        name = f"{group}-h{hidden}-p{proj}-b32"
+        return _fit(Case(name, group, hidden, hidden, 32, 0, proj_size=proj, **rest), LOOP_GFLOP)
+
+    def short(group: str, shapes: Iterable[tuple[int, int, int, int]], **rest: Any) -> Iterator[Case]:
+        for steps, batch, inputs, hidden in shapes:
+            yield Case(f"{group}-h{hidden}-b{batch}-t{steps}", group, inputs, hidden, batch, steps, **rest)
+
+    for hidden, batch in GRID:
         yield from square("dense", [(hidden, batch)])
         yield _fit(Case(f"i1-h{hidden}-b{batch}", "dense-i1", 1, hidden, batch, 0), FUSED_GFLOP)
     for steps in (100, 256, 512, 1024, 2048, 4096, 8192, 16384):
@@ -190,18 +199,25 @@ def _cpu_cases() -> Iterator[Case]:
     yield from square("bidirectional", shapes, bidirectional=True)
     yield from square("layers4", shapes[:3], num_layers=4)
     yield from square("packed", shapes, LOOP_GFLOP, mean_length=0.5)
-    for hidden, proj, batch in ((128, 64, 32), (512, 128, 32)):
-        case = Case(f"proj-h{hidden}-p{proj}-b{batch}", "proj", hidden, hidden, batch, 0, proj_size=proj)
-        yield _fit(case, LOOP_GFLOP)
-    for dtype, limit in (("float64", LOOP_GFLOP), ("bfloat16", FUSED_GFLOP), ("float16", LOOP_GFLOP)):
-        yield from square(dtype, shapes, limit, dtype=dtype)
+    yield from (projected("proj", hidden, proj) for hidden, proj in ((128, 64), (512, 128)))
+    yield from square("float64", shapes, LOOP_GFLOP, dtype="float64")
+    # The shapes of float32, with as many steps: ours in bfloat16 is held against ours in float32 as well.
+    half: dict[str, Any] = {"dtype": "bfloat16"}
+    yield from square("bfloat16", GRID, **half)
+    yield from square("bfloat16-layers4", shapes[1:2], num_layers=4, **half)
+    yield from square("bfloat16-packed", shapes[1:3], LOOP_GFLOP, mean_length=0.5, **half)
+    yield projected("bfloat16-proj", 128, 64, **half)
+    yield from short("bfloat16-short", SHORT, **half)
+    half = {"dtype": "float16"}
+    yield from square("float16", shapes, LOOP_GFLOP, **half)
+    yield from square("float16-packed", shapes[1:2], LOOP_GFLOP, mean_length=0.5, **half)
+    yield from short("float16-short", (SHORT[2], SHORT[6]), **half)
     # As a classifier trains: the gradient comes from the last step, and vanishes on its way back.
     for hidden, batch in ((32, 32), (128, 32), (256, 8)):
         name = f"last-h{hidden}-b{batch}-t1000"
         yield Case(name, "last", hidden, hidden, batch, 1000, modes=("training",), loss="last")
     # What libraries feed their models: windows of a series, sentences, rollouts.
-    for steps, batch, inputs, hidden in SHORT:
-        yield Case(f"short-h{hidden}-b{batch}-t{steps}", "short", inputs, hidden, batch, steps)
+    yield from short("short", SHORT)
     # One step of one row: what a call costs before any arithmetic.
     yield Case("call-h16-b1-t1", "call", 16, 16, 1, 1)
 
@@ -266,6 +282,26 @@ def _other_cases() -> Iterator[Case]:
     ):
         name = f"stream-h{hidden}-i{features}-b{batch}" + f"-layers{layers}" * (layers > 1)
         yield Case(name, "stream", features, hidden, batch, 10_000, num_layers=layers, modes=("inference",))
+    # How far 16 bits are off, in both types: one step and a thousand, one row and 32, and each kind of layer.
+    for hidden, batch, steps, kind, rest in (
+        (16, 1, 1, "", {}),
+        (512, 32, 1, "", {}),
+        (64, 8, 10, "", {}),
+        (64, 32, 30, "", {}),
+        (256, 1, 100, "", {}),
+        (512, 32, 100, "", {}),
+        (128, 1, 1000, "", {}),
+        (64, 8, 1000, "", {}),
+        (16, 32, 1000, "", {}),
+        (128, 32, 100, "packed-", {"mean_length": 0.5}),
+        (128, 8, 100, "bidirectional-", {"bidirectional": True}),
+        (128, 16, 100, "proj-", {"proj_size": 64}),
+        (128, 16, 100, "layers2-", {"num_layers": 2}),
+        (128, 16, 20, "last-", {"loss": "last"}),  # with more steps it vanishes below what float16 has
+    ):
+        name = f"rounding-{kind}h{hidden}-b{batch}-t{steps}"
+        given: dict[str, Any] = {"dtype": "bfloat16", "modes": ("training",)} | rest
+        yield Case(name, "rounding", hidden, hidden, batch, steps, **given)
     on_gpu: dict[str, Any] = {"dtype": "bfloat16", "device": "cuda"}
     for batch, hidden in product((16, 64, 1), HIDDEN):  # what matters most comes first: a time limit may cut the end
         yield Case(f"step-h{hidden}-b{batch}", "step", hidden, hidden, batch, 1024, **on_gpu)
@@ -292,11 +328,12 @@ class Group:
 
     title: str
     device: str = "cpu"
-    experiment: str = "speed"  # which measures them; "speed" and "after-torch" have theirs in common, and "flow" some
+    experiment: str = "speed"  # which measures them; those of "speed" are also for the experiments in ``OF_SPEED``
     kind: str = ""  # of call, in the README's summary; empty where that leaves the group out
 
 
-DENSE, PACKED, SHORT_CALLS, HALF = "dense, float32", "packed", "short", "dense, 16-bit"
+DENSE, PACKED, SHORT_CALLS = "dense, float32", "packed", "short"
+HALF, PACKED_HALF, SHORT_HALF = "dense, 16-bit", "packed, 16-bit", "short, 16-bit"
 GROUPS = {
     "dense": Group("one layer, one direction, I = H, float32", kind=DENSE),
     "dense-i1": Group("the same with I = 1", kind=DENSE),
@@ -306,8 +343,14 @@ GROUPS = {
     "packed": Group("packed, ragged: half of the steps alive", kind=PACKED),
     "proj": Group("with a projection"),
     "float64": Group("float64"),
-    "bfloat16": Group("bfloat16", kind=HALF),
-    "float16": Group("float16", kind=HALF),
+    "bfloat16": Group("one layer, one direction, I = H, bfloat16", kind=HALF),
+    "bfloat16-layers4": Group("4 layers", kind=HALF),
+    "bfloat16-packed": Group("packed, ragged: half of the steps alive", kind=PACKED_HALF),
+    "bfloat16-proj": Group("with a projection"),
+    "bfloat16-short": Group("16 to 100 steps, as libraries feed their models", kind=SHORT_HALF),
+    "float16": Group("one layer, one direction, I = H, float16", kind=HALF),
+    "float16-packed": Group("packed, ragged: half of the steps alive", kind=PACKED_HALF),
+    "float16-short": Group("30 and 100 steps", kind=SHORT_HALF),
     "last": Group("a loss of the last step alone: the gradient vanishes on its way", kind=DENSE),
     "short": Group("16 to 100 steps, as libraries feed their models", kind=SHORT_CALLS),
     "call": Group("one step of one row: the overhead of a call", kind=SHORT_CALLS),
@@ -326,12 +369,14 @@ GROUPS = {
     "rollout": Group("training on a rollout with resets, against torch.nn", experiment="control"),
     "long": Group("from 1,024 steps to a million", experiment="long"),
     "stack": Group("4 layers of a few rows, against one layer", experiment="layers"),
+    "rounding": Group("errors in 16 bits against float64, beside torch's", experiment="rounding"),
     "stream": Group("single steps, each after the one before", experiment="stream"),
     "step": Group("the time of one step, bfloat16", "cuda", "steps"),
     "design": Group("one step by each design of the tiling, bfloat16", "cuda", "designs"),
     "handoff": Group("what blocks of threads hand over in a step", "cuda", "handoff"),
     "smoke": Group("each design once, as small as it gets", "cuda", "smoke"),
 }
+OF_SPEED = ("after-torch", "bfloat16-gain", "flow")  # have all or some cases of "speed"
 # Means that are taken over several groups, because a user does not choose between them.
 UNIONS: dict[str, tuple[str, ...]] = {"dense, all": ("dense", "dense-i1")}
 
@@ -370,9 +415,9 @@ def select(
 ) -> list[Case]:
     """The cases of an experiment: of a group, whose names match a shell pattern (or contain it), of the quick subset.
 
-    "flow" has those tagged for it, or with a pattern any of "speed".
+    "flow" has those tagged for it, or with a pattern any of "speed"; "bfloat16-gain" those in bfloat16.
     """
-    source = "speed" if experiment in ("after-torch", "flow") else experiment
+    source = "speed" if experiment in OF_SPEED else experiment
     return [
         case
         for case in CASES.values()
@@ -381,4 +426,5 @@ def select(
         and (pattern is None or fnmatchcase(case.name, pattern) or pattern in case.name)
         and (not quick or case.quick)
         and (experiment != "flow" or pattern is not None or "flow" in case.tags)
+        and (experiment != "bfloat16-gain" or case.dtype == "bfloat16")
     ]

@@ -25,8 +25,8 @@ QUICK_RESULTS, GPU_RESULTS = Path("out/bench"), Path("out/gpu")
 DESCRIPTION = """\
 Times lstmcore.LSTM against torch.nn.LSTM by turns, on cases whose outputs and gradients were just checked: each call
 behind an operation of torch's, as in a model, and alone, then also against onnxruntime where it is installed and covers
-the case. That is what happens without a command; the full run takes about half an hour. Ctrl-C keeps what has been
-measured."""
+the case; in bfloat16 also ours against ours in float32. That is what happens without a command; the full run takes
+about three quarters of an hour. Ctrl-C keeps what has been measured."""
 # Beside the experiments: a sentence each, and the function that does it, imported when it is wanted.
 COMMANDS = {
     "gpu": ("all that a visit to a machine with a CUDA GPU is for: what make gpu runs", "bench.gpu.visit:run"),
@@ -35,6 +35,7 @@ COMMANDS = {
     "environment": ("device, driver and versions", "bench.gpu.environment:run"),
     "kernels": ("compiles every GPU kernel, without a GPU, and reports on its code", "bench.gpu.kernels:run"),
     "scaling": ("what the model of the CPU kernels predicts of more threads", "bench.experiments.scaling:run"),
+    "rounding": ("how far results in 16 bits are off, ours and torch's, against float64", "bench.rounding:run"),
     "report": (
         "rewrites README's table, docs/benchmarks.md, the plots and build/report.html from bench/results",
         "bench.report:run",
@@ -123,6 +124,11 @@ def parser() -> argparse.ArgumentParser:
     kernels("--workers", type=int, default=os.cpu_count(), help="processes that compile (default: %(default)s)")
     kernels("--csv", type=Path, help="also write the rows here")
     kernels("--json", action="store_true", help="print the rows as JSON, and no table")
+    rounding = own["rounding"].add_argument
+    rounding("--case", metavar="PATTERN", help="only cases whose name matches or contains this")
+    rounding("--threads", type=_positive, metavar="N", help="of torch, and so of all (default: torch's choice)")
+    rounding("--out", type=Path, metavar="DIR", help="where the rows go (default: bench/results/rounding)")
+    rounding("--no-save", action="store_true", help="write no file")
     own["report"].add_argument("--out", type=Path, metavar="DIR", help="only draw the plots of the rows in this folder")
     compare = own["compare"].add_argument
     for name in ("a", "b"):

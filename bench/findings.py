@@ -10,7 +10,17 @@ from typing import NamedTuple
 
 from bench.cases import GROUPS, MODES
 from bench.rows import Row
-from bench.summary import LONG, Entry, Summary, by_algorithm, entries, has_onnxruntime, summaries, summarise
+from bench.summary import (
+    LONG,
+    Entry,
+    Summary,
+    by_algorithm,
+    entries,
+    has_float32,
+    has_onnxruntime,
+    summaries,
+    summarise,
+)
 from bench.tables import counted, percent
 
 
@@ -54,6 +64,12 @@ def _shares(line: Summary | None) -> str:
     return f"{percent(line.ours_share)} / {percent(line.peer_share)}" if line else ""
 
 
+def _gains(training: Summary | None, inference: Summary | None) -> str:
+    """Ours in float32 over ours in bfloat16, in both modes; nothing where neither was measured."""
+    ratios = [_times(line.float32 if line else None) for line in (training, inference)]
+    return " / ".join(ratio or "-" for ratio in ratios) if any(ratios) else ""
+
+
 def groups(rows: Sequence[Row], speeds_only: bool) -> Table:
     """The table by group: speeds in both modes; unless it is of speeds only, what else was measured.
 
@@ -63,6 +79,7 @@ def groups(rows: Sequence[Row], speeds_only: bool) -> Table:
     for line in summaries(rows):
         by_group.setdefault(line.group, {})[line.mode] = line
     beside = ["vs onnxruntime"] if has_onnxruntime(entries(rows)) else []
+    gain = [] if speeds_only or not has_float32(entries(rows)) else ["vs our float32"]
 
     def cells(training: Summary | None, inference: Summary | None) -> Sequence[str]:
         if speeds_only:
@@ -72,7 +89,7 @@ def groups(rows: Sequence[Row], speeds_only: bool) -> Table:
             return _with_alone(training), memory, _speed(inference)
         return _with_alone(training), _shares(training), memory, _with_alone(inference), _shares(inference)
 
-    share = [] if rows[0].on_gpu else ["share of FMA peak"]
+    share = [] if rows[0].on_gpu else ["share of peak"]
     full = ["training: speed", *share, "peak memory", "inference: speed", *share]
     lines = []
     for group, modes in by_group.items():
@@ -81,8 +98,9 @@ def groups(rows: Sequence[Row], speeds_only: bool) -> Table:
         assert line is not None
         onnxruntime = [_times(inference.onnxruntime if inference else None) for _ in beside]
         name = group if speeds_only else f"{group}: {line.title}"
-        lines.append((name, line.cases, *cells(training, inference), *onnxruntime))
-    return Table(["group", "cases", *(["training", "inference"] if speeds_only else full), *beside], lines)
+        float32 = [_gains(training, inference) for _ in gain]
+        lines.append((name, line.cases, *cells(training, inference), *onnxruntime, *float32))
+    return Table(["group", "cases", *(["training", "inference"] if speeds_only else full), *beside, *gain], lines)
 
 
 def algorithms(rows: Sequence[Row]) -> Table:
@@ -156,8 +174,19 @@ def onnxruntime(every: Sequence[Entry]) -> str:
     if not has_onnxruntime(every):
         return ""
     return (
-        "The last column is the time of onnxruntime's LSTM over ours in inference, the geometric mean: its threads "
-        "spin between calls, so it was timed in a block of its own, and against ours alone. "
+        'The column "vs onnxruntime" is the time of onnxruntime\'s LSTM over ours in inference, the geometric mean: '
+        "its threads spin between calls, so it was timed in a block of its own, and against ours alone. "
+    )
+
+
+def float32(every: Sequence[Entry]) -> str:
+    """What the column of our own float32 says, where there is one."""
+    if not has_float32(every):
+        return ""
+    return (
+        'The column "vs our float32" is the time of our kernels in float32 over their time in bfloat16, training / '
+        "inference, the geometric mean: the same shapes by turns, behind an operation of torch's, our kernels also "
+        "where the default leaves bfloat16 to torch. "
     )
 
 
@@ -170,10 +199,14 @@ def said(rows: Sequence[Row], speeds_only: bool) -> str:
     """What stands above the table by group: when and how the rows were taken, and what its columns are."""
     every = entries(rows)
     text = f"{measured(every)}{SPEED} {'' if speeds_only else settings(every)}{onnxruntime(every)}"
+    text += "" if speeds_only else float32(every)
     peaks = {each.main.dtype: each.main.peak_gflops for each in every if each.main.peak_gflops is not None}
     if peaks and not speeds_only:
         share = ", ".join(f"{value:.0f} GF/s in {dtype}" for dtype, value in peaks.items())
-        text += f"Share of FMA peak is ours / torch's, of {share}. "
+        text += (
+            "Share of peak is ours / torch's, of the measured peak of the instruction that our kernels multiply with "
+            f"(torch's may be a faster one): {share}. "
+        )
     if not speeds_only:
         text += "Peak memory is ours over torch's, of one training step, where it was measured."
     return text.rstrip()

@@ -88,7 +88,7 @@ def forget() -> None:
 
 @cache
 def fma_peak(dtype: str, threads: int) -> float:
-    """What the machine's FMA units do at most: GF/s with so many threads.
+    """The peak of the instruction that the kernels multiply with in a dtype: GF/s with so many threads.
 
     There is no float16 arithmetic in the kernels, which compute it in float32; so that is its limit too.
     """

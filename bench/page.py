@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from bench import curves, findings, plots
 from bench.findings import Table
 from bench.rows import COST, Row
-from bench.summary import entries
+from bench.summary import PUBLISHED, entries
 
 TEMPLATE = Path(__file__).with_name("page.html")
-EXPERIMENTS = ("after-torch", "speed", "long", "stream")  # that the page is about
+EXPERIMENTS = (*PUBLISHED, "long", "stream")  # that the page is about
 # What is drawn in black stands on the page itself, and so does text, which has no colour of its own; ours is too dark.
 DARK = (
     "<style>@media (prefers-color-scheme: dark) {"
@@ -39,7 +39,7 @@ sequences on fewer steps. The two run by turns in one process; a figure is the m
 On a CPU a call is timed behind an operation of torch's, as in a model, and alone, after a pause. onnxruntime's LSTM is
 timed in calls of its own, since its threads spin. Peak memory is what one training step adds to a process of its own,
 which may take most of what the machine has to spare: where a side needs more, it has no figure, and a cross says so.
-The limit is what the machine's FMA units do at most, measured too."""
+The limit is the peak of the instruction that our kernels multiply with in the dtype, measured too."""
 MADE_BY = """\
 This page is made from the rows in `bench/results` by `make report`: no figure is typed. Where a machine has no rows of
 something, a sentence says so."""
@@ -112,7 +112,7 @@ PARTS: Mapping[str, tuple[Sequence[Drawing], str]] = {
         "Memory was not measured with several numbers of steps on this machine.",
     ),
     "Share of the limit": (
-        (Drawing("Share of the FMA peak by shape", _limit),),
+        (Drawing("Share of the peak by shape", _limit),),
         "The limit was not measured on this machine.",
     ),
     "Latency of a single step": (
@@ -161,7 +161,7 @@ def slower(rows: Sequence[Row]) -> tuple[Table, int]:
         (
             f"{row.case}{f', {row.variant}' if row.variant else ''} ({row.runs})",
             row.mode,
-            "behind torch" if row.experiment == "after-torch" else "alone",
+            "behind torch" if row.experiment in ("after-torch", "bfloat16-gain") else "alone",
             row.peer,
             f"{row.speed:.2f}×",
         )

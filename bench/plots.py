@@ -1,6 +1,6 @@
 """The figures, from rows alone.
 
-Of a CPU: speed by shape, time per step as T grows, and share of the FMA peak.  Of a GPU: speed by shape for each dtype,
+Of a CPU: speed by shape, time per step as T grows, and share of the peak.  Of a GPU: speed by shape for each dtype,
 and time per step as H grows.
 """
 
@@ -161,7 +161,7 @@ def time_per_step(rows: Sequence[Row]) -> Figure | None:
 
 
 def peak_share(rows: Sequence[Row]) -> Figure | None:
-    """Each dense shape's share of the FMA peak, ours joined with torch's."""
+    """Each dense shape's share of the peak, ours joined with torch's."""
     dense = [row for row in rows if row.group == "dense"]
     if not dense:
         return None
@@ -185,7 +185,7 @@ def peak_share(rows: Sequence[Row]) -> Figure | None:
         axes.set_ylim(len(shapes) - 0.5, -0.5)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set(title=mode, xlabel="share of the FMA peak")
+        axes.set(title=mode, xlabel="share of the peak")
         axes.grid(axis="x", alpha=0.3)
         axes.tick_params(axis="y", length=0)
     handles = [
@@ -193,8 +193,8 @@ def peak_share(rows: Sequence[Row]) -> Figure | None:
         for provider in (PEER, OURS)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    peak = dense[0].peak_gflops
-    figure.suptitle(f"Share of the machine's FMA peak ({peak:.0f} GF/s), I = H\n{where(dense[0])}", fontsize=11)
+    peak = f"peak of float32 multiplication ({dense[0].peak_gflops:.0f} GF/s)"
+    figure.suptitle(f"Share of the {peak}, I = H\n{where(dense[0])}", fontsize=11)
     return figure
 
 
@@ -244,7 +244,7 @@ FIGURES = {  # by device: the end of the file's name, who draws it (None: there 
     "cpu": (
         ("speed", speed_by_shape, "Speed ratio by hidden size and batch"),
         ("steps", time_per_step, "Time per step as the sequence grows"),
-        ("peak", peak_share, "Share of the FMA peak by shape"),
+        ("peak", peak_share, "Share of the peak by shape"),
     ),
     "cuda": (
         ("speed", speed_by_shape, "Speed ratio by hidden size and batch"),

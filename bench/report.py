@@ -1,8 +1,8 @@
 """``python -m bench report``: every published figure and plot, from the committed rows and from nothing else.
 
 Between its markers, README.md gets a short table, docs/benchmarks.md one of all groups for each results file, with the
-plots in docs/assets/bench; docs/libraries.md gets one of the libraries.  All benchmarks and more are one page for a
-browser, build/report.html.
+plots in docs/assets/bench; docs/libraries.md gets one of the libraries, docs/numerics.md one of the errors in 16 bits.
+All benchmarks and more are one page for a browser, build/report.html.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
-from bench import findings, page, plots
+from bench import findings, page, plots, rounding
 from bench.findings import Table
 from bench.libraries import table as libraries
 from bench.machine import counted
 from bench.measure import NOTHING
 from bench.rows import RESULTS, Row, read
-from bench.summary import entries
+from bench.summary import PUBLISHED, entries
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = ROOT / "docs" / "libraries.md"
+LIBRARIES, NUMERICS = ROOT / "docs" / "libraries.md", ROOT / "docs" / "numerics.md"
 README, PAGE, IMAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "assets" / "bench"
 HTML = ROOT / "build" / "report.html"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NO_ROWS = "_No results yet: run `make bench-full`, then `python -m bench report`._"
 NO_LIBRARIES = "_No results yet: run `make bench-libraries`, then `python -m bench report`._"
+NO_ROUNDING = "_No results yet: run `python -m bench rounding`, then `python -m bench report`._"
 
 
 def markdown(table: Table) -> Iterator[str]:
@@ -74,6 +76,7 @@ def run(out: Path | None) -> int:
     if out is None:
         update()
         update_libraries()
+        update_rounding()
         HTML.parent.mkdir(parents=True, exist_ok=True)
         HTML.write_text(web_page(), encoding="utf-8")
         print(f"{HTML}: written")
@@ -90,7 +93,7 @@ def run(out: Path | None) -> int:
 
 def _published(path: Path) -> list[Row]:
     """The rows of a file that the tables are about."""
-    return [row for row in read(path) if row.experiment in ("speed", "after-torch")]
+    return [row for row in read(path) if row.experiment in PUBLISHED]
 
 
 def _relative(path: Path, page: Path) -> str:
@@ -124,14 +127,22 @@ def update(folder: Path = RESULTS, readme: Path = README, tables: Path = PAGE, i
 
 
 def update_libraries(folder: Path = libraries.FOLDER, target: Path = LIBRARIES) -> None:
-    """Rewrites the generated region of the page about libraries: a table for each machine."""
+    """Rewrites the generated region of the page about libraries."""
+    _update_page(libraries, folder, target, NO_LIBRARIES)
+
+
+def update_rounding(folder: Path = rounding.FOLDER, target: Path = NUMERICS) -> None:
+    """Rewrites the generated region of the page about numerics: the errors in 16 bits."""
+    _update_page(rounding, folder, target, NO_ROUNDING)
+
+
+def _update_page(rows: ModuleType, folder: Path, target: Path, nothing: str) -> None:
+    """A table for each machine, of rows that have columns of their own."""
     sections = []
     for path in sorted(folder.glob("*.csv")):
-        found = libraries.read(path)
+        found = rows.read(path)
         about = f"{found[0].device}, {counted(found[0].threads)}, torch {found[0].torch}"
-        sections.append(
-            "\n".join([f"{about}:", "", *markdown(Table(libraries.COLUMNS, libraries.lines(found), libraries.WORDS))])
-        )
-    generated = "\n\n".join(sections) or NO_LIBRARIES
+        sections.append("\n".join([f"{about}:", "", *markdown(Table(rows.COLUMNS, rows.lines(found), rows.WORDS))]))
+    generated = "\n\n".join(sections) or nothing
     target.write_text(replace_region(target.read_text(encoding="utf-8"), generated), encoding="utf-8")
     print(f"{target}: rewritten between its markers")

@@ -66,7 +66,7 @@ class Row:
     pair_ratio_p80: float | None = None
     limit: float | None = None  # of a cost from above, of a speed from below; None where nothing is promised
     gflops: float | None = None  # billions of operations a second at our median, counted by Case.flops
-    peak_gflops: float | None = None  # what the machine's FMA units do at most in this dtype; not measured on a GPU
+    peak_gflops: float | None = None  # of the instruction that our kernels multiply with in this dtype; not on a GPU
     max_error: float | None = None  # of ours: relative to the largest entry of a tensor, the worst of all tensors
     reference: str = ""  # against what max_error was measured
     memory_mib: float | None = None  # selected cases: what one training step adds to a process at its peak

@@ -101,7 +101,7 @@ class Session:
         if device == "cpu" and names & {"speed", "after-torch"}:
             dtypes = dict.fromkeys(case.dtype for case in cases)
             peaks = [f"{dtype} {fma_peak(dtype, torch.get_num_threads()):.0f} GF/s" for dtype in dtypes]
-            self.console.print(f"FMA peak: {', '.join(peaks)}")
+            self.console.print(f"peak of multiplication: {', '.join(peaks)}")
         asked = [(case, mode) for experiment, task in self.work for case in cases for mode in task.modes(case)]
         wanted = "speed" in names and any(onnx_peer.covers(*each) for each in asked)
         if wanted and (why := onnx_peer.missing()) is not None:

@@ -12,6 +12,8 @@ from bench.onnx_peer import NAME as ONNXRUNTIME
 from bench.providers import PEER
 from bench.rows import Row, geometric_mean
 
+PUBLISHED = ("after-torch", "speed", "bfloat16-gain")  # experiments whose rows the tables are about
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -20,6 +22,7 @@ class Entry:
     main: Row  # behind an operation of torch's where there is such a row
     alone: Row | None  # where ``main`` is behind
     onnxruntime: Row | None
+    float32: Row | None  # of a case in bfloat16: ours beside ours in float32
 
 
 @dataclass(frozen=True)
@@ -33,30 +36,37 @@ class Summary:
     ratio: float  # the geometric mean
     lowest: float
     highest: float
-    ours_share: float | None  # mean share of the FMA peak, where that was measured
+    ours_share: float | None  # mean share of the peak, where that was measured
     peer_share: float | None
     memory_ratio: float | None  # ours over the peer's, geometric mean of the cases that have both
     alone: float | None = None  # the ratio alone, where ``ratio`` is that behind an operation of torch's
     onnxruntime: float | None = None  # onnxruntime's time over ours, geometric mean of the cases that have it
+    float32: float | None = None  # ours in float32 over ours in bfloat16, geometric mean of the cases that have it
 
 
 def entries(rows: Sequence[Row]) -> list[Entry]:
-    """The rows of "after-torch" and "speed", put together by case and mode."""
+    """The rows of ``PUBLISHED``, put together by case and mode."""
     found: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
     for row in rows:
-        if row.experiment in ("after-torch", "speed"):
+        if row.experiment in PUBLISHED:
             found.setdefault((row.case, row.mode), {})[row.experiment, row.peer] = row
     result = []
     for each in found.values():
         behind, alone = each.get(("after-torch", PEER)), each.get(("speed", PEER))
         if (main := behind or alone) is not None:
-            result.append(Entry(main, alone if behind else None, each.get(("speed", ONNXRUNTIME))))
+            gain = next((row for (experiment, _), row in each.items() if experiment == "bfloat16-gain"), None)
+            result.append(Entry(main, alone if behind else None, each.get(("speed", ONNXRUNTIME)), gain))
     return result
 
 
 def has_onnxruntime(chosen: Sequence[Entry]) -> bool:
     """Whether onnxruntime was measured on any case."""
     return any(each.onnxruntime is not None for each in chosen)
+
+
+def has_float32(chosen: Sequence[Entry]) -> bool:
+    """Whether ours was measured against ours in float32 on any case."""
+    return any(each.float32 is not None for each in chosen)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -82,6 +92,7 @@ def summarise(group: str, title: str, mode: str, chosen: Sequence[Entry]) -> Sum
         memory_ratio=geometric_mean([row.memory_ratio for row in mains]),
         alone=geometric_mean([each.alone.speed for each in chosen if each.alone]),
         onnxruntime=geometric_mean([each.onnxruntime.speed for each in chosen if each.onnxruntime]),
+        float32=geometric_mean([each.float32.speed for each in chosen if each.float32]),
     )
 
 

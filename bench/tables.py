@@ -109,7 +109,7 @@ def show_pairs(console: Console, rows: Sequence[Row]) -> None:
         f"{first.device}, {counted(first)}, torch {first.torch}",
         ("case", "mode", "backend"),
         ("ours ms", "torch ms", "ours share", "torch share", "speed", "pairwise", "alone", *beside, "error"),
-        "medians; share: of the machine's FMA peak; speed: torch's time over ours"
+        "medians; share: of the peak of the instruction that our kernels multiply with; speed: torch's time over ours"
         + ("" if first.on_gpu else ", behind an operation of torch's, and alone")
         + ("; vs onnxruntime: its time over ours, both alone" if beside else ""),
     )

@@ -80,7 +80,7 @@ def test_a_run(monkeypatch, capsys, slower):
     memory = iter([10.0, 10.1, 10.0, 10.0, 10.1, 30.0] if slower else [10.0] * 6)
     monkeypatch.setattr(compare, "peak_memory_mib", lambda case, provider, **where: next(memory))
     monkeypatch.setitem(CASES, PACKED.name, PACKED)
-    arguments = ["compare", "one", "two", "--case", "packed-h128-b32", "--rounds", "2"]
+    arguments = ["compare", "one", "two", "--case", "packed-h128-b32-*", "--rounds", "2"]
     assert cli.main(arguments) == int(slower)
     shown = capsys.readouterr().out
     assert "one (A) and two (B)" in shown

@@ -241,7 +241,7 @@ def test_report(tmp_path):
 def test_report_without_onnxruntime(tmp_path):
     text = reported(tmp_path, made_up_cpu_2t=rows_of((None, None)))
     assert "onnxruntime" not in text
-    assert "| inference: speed | share of FMA peak |\n" in text
+    assert "| inference: speed | share of peak |\n" in text
 
 
 def test_report_of_one_thread(tmp_path):

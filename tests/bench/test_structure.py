@@ -15,8 +15,9 @@ BENCH = pathlib.Path(__file__).parents[2] / "bench"
 # Each imports only what is before it; an experiment no other one, a library's pipelines what libraries share.
 LAYERS = (
     "cases", "machine", "timing", "rows", "cudnn", "providers", "verify", "costs", "memory", "onnx_peer", "summary",
-    "tables", "findings", "measure", "session", "plots", "curves", "page", "libraries", "report", "gpu.launches",
-    "gpu.compile", "gpu.environment", "gpu.smoke", "gpu.kernels", "experiments", "gpu.visit", "compare", "cli",
+    "tables", "findings", "measure", "session", "plots", "curves", "page", "libraries", "rounding", "report",
+    "gpu.launches", "gpu.compile", "gpu.environment", "gpu.smoke", "gpu.kernels", "experiments", "gpu.visit", "compare",
+    "cli",
 )  # fmt: skip
 FOLDERS = ("experiments", "libraries")
 FREE = ("__main__", "conftest", "test_bench")  # nobody imports them
@@ -80,10 +81,10 @@ def test_options_for_what_measures_are_refused_elsewhere(capsys):
     assert cli.main(["--device", "cuda", "report"]) == 2
     assert "report does not take --device" in capsys.readouterr().err
     assert cli.main(["--quick", "speed", "--case", "call-h16", "--list"]) == 0  # before and after the word
-    assert "1 of 93 cases" in capsys.readouterr().out
+    assert "1 of 128 cases" in capsys.readouterr().out
 
 
 def test_a_device_has_a_main_experiment_and_a_group_one_that_exists():
     assert {device: each[0].name for device, each in MAIN.items()} == {"cpu": "after-torch", "cuda": "speed"}
-    assert {group.experiment for group in GROUPS.values()} <= {*EXPERIMENTS, "smoke"}
+    assert {group.experiment for group in GROUPS.values()} <= {*EXPERIMENTS, "rounding", "smoke"}
     assert {case.group for case in CASES.values()} == set(GROUPS)

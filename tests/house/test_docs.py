@@ -57,7 +57,7 @@ def harmless(command: str) -> list[str] | None:
         # test_cli.py runs the check, the demonstration's tests the demonstration; prewarm wants to know what
         return [sys.executable, *words[1:], *(["--help"] if {"check", "flow", "prewarm"} & {*words} else [])]
     if words[:3] == ["python", "-m", "bench"]:
-        last = ["--help"] if {"report", "compare", "gpu", "kernels", "scaling"} & {*words} else ["--list"]
+        last = ["--help"] if {"report", "compare", "gpu", "kernels", "scaling", "rounding"} & {*words} else ["--list"]
         return [sys.executable, *words[1:], *([] if "--list" in words else last)]
     if words[0] == "python" and words[1].startswith("examples/"):
         return [sys.executable, *words[1:], *([] if "--help" in words else ["--help"])]
