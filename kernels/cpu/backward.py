@@ -546,6 +546,8 @@ def backward_kernel(variant: Variant) -> Any:
                 passed = step_back(a, w, step_of(a, w, chunk, s), passed)
             if chunk.first < a.first:  # the launch of the steps before completes it
                 break
+            if a.dm != 0:  # every m_t of the chunk is in its place
+                passed = meet(a, passed)
             finish_steps(a, w, chunk)
             passed = meet(a, passed)
             if opened(a):  # a member did not start: the table of dx lacks its addresses

@@ -84,11 +84,12 @@ def _make_finish_hidden(variant: Variant) -> Any:
     )  # fmt: skip
     tanh_pair, join_pair, split_pair = pairs.tanh, *joining(ops.vector, 2)
     hidden_state, lanes, vector_bytes = inline(cell.hidden_state), variant.block.lanes, variant.vector_bytes
+    paired = variant.products.paired  # units beyond H, which may be NaN, must not enter a product: they stay zero
 
     @inline
     def write(row, e, tanh_c):
         h = hidden_state(load(e.o + row * vector_bytes), tanh_c)
-        store_operand(e.h + row * e.h_row, h, lanes)
+        store_operand(e.h + row * e.h_row, h, e.left if paired else lanes)
         if e.y != 0:
             store_storage(e.y + load_int(e.y_rows + 8 * row), h, e.left)
 

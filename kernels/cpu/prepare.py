@@ -134,8 +134,8 @@ def _pack_forward(p: Problem, scratch: dict[str, int], direction: int, before: J
 
 
 def _clear_padding(p: Problem, scratch: dict[str, int], form: ForwardForm, before: Jobs) -> None:
-    """Appends the jobs for what rows of operands have beyond whole vectors: nothing writes it, and products read it."""
-    if p.kernels.variant.operand_lanes > p.block.lanes:
+    """Appends the jobs for what rows of operands have beyond H: nothing writes it, and products of pairs read it."""
+    if p.kernels.products.paired:
         if p.projected:
             before.clear(scratch["m"], scratch["sums"] - scratch["m"])
         if form.again:
