@@ -93,7 +93,7 @@ def tile_state(variant: Variant) -> tuple[Any, Any]:
 
     @inline
     def shape_used(rows):
-        _shape(min(rows, ROWS))
+        _shape(max(1, min(rows, ROWS)))  # a tile of no rows is a fault
 
     @inline
     def shape_none(rows):
