@@ -58,6 +58,7 @@ class ForwardArgs(NamedTuple):
     # strides and offsets
     x_step: int
     x_rows: int  # (B,) int64 offsets
+    stage_rows: int  # of x_stage
     y_step: int
     y_rows: int
     reset_step: int

@@ -133,8 +133,8 @@ def make_cell_block(variant: Variant, near: int = NEAR) -> Any:
     return make_block(variant, 4, around, name=f"near{near}", near=near)
 
 
-def _make_project_chunk(variant: Variant) -> Any:
-    """The input projection of a chunk of steps, before these steps."""
+def _make_begin_chunk(variant: Variant) -> Any:
+    """(stage_chunk, project_chunk): of a chunk of steps before these steps, its rows of x, or their projection."""
     block, gate_bytes, store_vectors = variant.block, variant.gate_bytes, variant.ops.store_vectors
     width, most = 4 * block.lanes, block.rows
     operand_row = row_functions(variant).operand_row
@@ -169,6 +169,17 @@ def _make_project_chunk(variant: Variant) -> Any:
         return count
 
     @inline
+    def stage_chunk(a, w, s):
+        """Copies the rows of x of the chunk from step ``s`` on into rows of operands, each step's in a place of its own."""
+        stage = a.x_stage + a.member * a.chunk_tokens * w.x_row
+        for later in range(s, min(s + a.chunk, a.last)):
+            t = walk(a.reverse, a.steps, later)
+            x_here = a.x + user_index(a.packed, a.row_starts, a.batch, t) * a.x_step
+            target = stage + ((later - s) * (a.row_end - a.row_begin) - a.row_begin) * w.x_row
+            for r in range(a.row_begin, min(a.row_end, active_rows(a.batch_sizes, a.batch, t))):
+                operand_row(target + r * w.x_row, x_here + load_int(a.x_rows + 8 * r), a.inputs)
+
+    @inline
     def project_chunk(a, w, s):
         x_table = a.table + 16 * a.chunk_tokens * a.member
         z_table = x_table + 8 * a.chunk_tokens
@@ -188,7 +199,7 @@ def _make_project_chunk(variant: Variant) -> Any:
                 ahead += w.x_terms * 64
         shape_tiles(a.row_end - a.row_begin)
 
-    return project_chunk
+    return stage_chunk, project_chunk
 
 
 def _make_compute_panels(variant: Variant) -> Any:
@@ -200,6 +211,10 @@ def _make_compute_panels(variant: Variant) -> Any:
     @inline
     def compute_panel(a, w, step, p, ahead):
         """Panel p; ``ahead``: the weights that are needed next."""
+        x, x_rows = a.x + step.position * a.x_step, a.x_rows
+        if a.x_stage != 0:
+            slot = (step.s - a.first) % a.chunk * (a.row_end - a.row_begin) - a.row_begin
+            x, x_rows = a.x_stage + (a.member * a.chunk_tokens + slot) * w.x_row, a.stage_rows
         # Fused, the sums start from the bias, whose row stride is 0; else from z.
         if a.fused != 0:
             start, start_row, depth = a.bias, 0, w.x_terms
@@ -214,7 +229,7 @@ def _make_compute_panels(variant: Variant) -> Any:
             cell_block(
                 n,
                 (
-                    a.x + step.position * a.x_step, a.x_rows + 8 * done, 1, 0, depth,
+                    x, x_rows + 8 * done, 1, 0, depth,
                     a.w_x + p * w.x_terms * gate_bytes, ahead,
                     step.h_in, a.h_rows + 8 * done, 1, 0, w.h_terms, a.w_h + p * w.h_terms * gate_bytes, ahead,
                 ),
@@ -332,7 +347,7 @@ def forward_kernel(variant: Variant) -> Any:
     """The compiled forward kernel."""
     lanes, stored = variant.block.lanes, variant.stored
     vector_bytes, gate_bytes = variant.vector_bytes, variant.gate_bytes
-    project_chunk, compute_panels = _make_project_chunk(variant), _make_compute_panels(variant)
+    (stage_chunk, project_chunk), compute_panels = _make_begin_chunk(variant), _make_compute_panels(variant)
     project_hidden, clear_padding, reset_rows = _make_finish_step(variant)
     keep_border, enter = _make_borders(variant)
     terms, operand_row = row_sizes(variant)
@@ -371,8 +386,11 @@ def forward_kernel(variant: Variant) -> Any:
             enter(a, w)
         for s in range(a.first - 1, a.last):
             if s >= a.first:
-                if a.fused == 0 and (s - a.first) % a.chunk == 0:
-                    project_chunk(a, w, s)
+                if (s - a.first) % a.chunk == 0:
+                    if a.fused == 0:
+                        project_chunk(a, w, s)
+                    elif a.x_stage != 0:
+                        stage_chunk(a, w, s)
                 step = step_of(a, s)
                 compute_panels(a, w, step)
                 if a.m != 0:

@@ -99,12 +99,13 @@ def forward_stage(p: Problem, form: ForwardForm, before: Jobs, after: Jobs) -> S
     groups = p.row_groups(plan, 0, p.batch)
     h_row, m_row = p.operand_row(p.width), p.operand_row(p.hidden)
     h_half = p.state_bytes(h_row, groups)
-    fused = plan.fused and not p.kernels.staged
+    fused = plan.fused
     shared = p.shape | _geometry(p, form) | {
         "x": at("x"), "reset": at("reset") if form.reset else 0, "h_half": h_half,
         "chunk": plan.chunk, "chunk_tokens": plan.chunk * p.batch, "fused": int(fused),
         "segment": p.layer.segment * form.borders, "resume": int(form.again),
         "h_rows": p.multiples(p.batch, h_row).address, "m_rows": p.multiples(p.batch, m_row).address,
+        "stage_rows": p.multiples(p.batch, p.operand_row(p.inputs)).address,
         "sums_rows": p.multiples(p.batch, p.padded_width * p.size).address,
     }  # fmt: skip
     structs = []

@@ -135,6 +135,9 @@ FUSED = 64
 # With one row per member, a block reads the weights from the second-level cache for a single row: projecting ahead
 # reads W_ih once for six.  (I = H = 64, B = 1: 2.06 ms for 1000 steps fused, 1.63 ahead; I = 16: equal.)
 FUSED_ONE_ROW = 16
+# Tiles are as full inside the recurrence as ahead of it from this number of rows on: then z need not be written and
+# read, if all weights stay in the second-level cache.
+FUSED_TILE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,12 @@ def plan(
         chunk_tokens = min(max(MEMORY // row_bytes, 96), 4096)
     chunk = max(1, min(steps, chunk_tokens // batch))
     row_groups = members // unit_groups
-    fused = inputs <= (FUSED_ONE_ROW if row_groups == batch else FUSED)
+    if block.products.tiled:
+        terms = block.products.terms(depth) + block.products.terms(inputs)
+        near = 4 * ceil_div(panels, unit_groups) * block.lanes * terms * size <= core.cache
+        fused = near and ceil_div(batch, row_groups) >= FUSED_TILE_ROWS
+    else:
+        fused = inputs <= (FUSED_ONE_ROW if row_groups == batch else FUSED)
     return Plan(row_groups, unit_groups, chunk, fused)
 
 
