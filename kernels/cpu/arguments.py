@@ -22,7 +22,7 @@ class ForwardArgs(NamedTuple):
     # state and scratch
     h: int  # (2, B, P') operands
     c: int  # (B, H')
-    o: int  # (members, rows of a block, lanes): the output gate of the rows of a block
+    o: int  # (members, rows of a block, lanes): the output gate of the rows of a block; buffers of ``pipeline``
     m: int  # (B, H') operands: o tanh(c), before the projection; 0 without one
     sums: int  # (B, P'): h in the compute dtype, as the projection adds it up; 0 without one
     z: int  # see the package; 0: gates hold it

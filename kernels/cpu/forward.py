@@ -13,6 +13,7 @@ from .matmul import Left, Right, make_matrix_product
 from .memory import load_int, make_read, store_int
 from .microkernel import NEAR, Around, make_block
 from .mode import flush_denormals, set_mode
+from .pipeline import BUFFER, make_pipelined_block
 from .simd import simd
 from .steps import active_rows, block_size, resets, row_start, user_index, walk
 from .sync import end_turn, meet, my_turn
@@ -105,8 +106,8 @@ def _make_finish_hidden(variant: Variant) -> Any:
     return finish_hidden
 
 
-def make_cell_block(variant: Variant, near: int = NEAR) -> Any:
-    """The recurrent product of some rows with one panel, and the cell; ``near``: see ``microkernel.NEAR``."""
+def _around_cell(variant: Variant) -> Around:
+    """The cell, which follows the products."""
     ops, lanes, stored = variant.ops, variant.block.lanes, variant.stored
     load, store, activate, vector_bytes = ops.load, ops.store, ops.gates, variant.vector_bytes
     store_storage, cell_state = ops.make_store(variant.storage), inline(cell.cell_state)
@@ -129,8 +130,12 @@ def make_cell_block(variant: Variant, near: int = NEAR) -> Any:
         if e.cells != 0:
             store(e.cells + row * e.c_row, c)
 
-    around = Around(finish_cell, begin_cell, _make_finish_hidden(variant), rolled=True)
-    return make_block(variant, 4, around, name=f"near{near}", near=near)
+    return Around(finish_cell, begin_cell, _make_finish_hidden(variant), rolled=True)
+
+
+def make_cell_block(variant: Variant, near: int = NEAR) -> Any:
+    """The recurrent product of some rows with one panel, and the cell; ``near``: see ``microkernel.NEAR``."""
+    return make_block(variant, 4, _around_cell(variant), name=f"near{near}", near=near)
 
 
 def _make_begin_chunk(variant: Variant) -> Any:
@@ -204,59 +209,86 @@ def _make_begin_chunk(variant: Variant) -> Any:
 
 def _make_compute_panels(variant: Variant) -> Any:
     """A step of a member's rows and panels."""
-    lanes, stored, most = variant.block.lanes, variant.stored, variant.block.rows
-    vector_bytes, gate_bytes, operand_bytes = variant.vector_bytes, variant.gate_bytes, lanes * variant.operand_size
-    cell_block = make_cell_block(variant)
+    most, vector_bytes, gate_bytes, tiled = (
+        variant.block.rows, variant.vector_bytes, variant.gate_bytes, variant.products.tiled
+    )  # fmt: skip
+    product_of, end_of = _make_operands(variant)
+    cell_block = None if tiled else make_cell_block(variant)
+    pipelined_block = make_pipelined_block(variant, _around_cell(variant)) if tiled else None
 
     @inline
-    def compute_panel(a, w, step, p, ahead):
-        """Panel p; ``ahead``: the weights that are needed next."""
+    def panel_of(a, step, i):
+        """The i-th panel: every other step takes them in reverse, to begin with weights that are still in the cache."""
+        return a.panel_begin + i if step.s & 1 == 0 else a.panel_end - 1 - i
+
+    @inline
+    def compute_panels(a, w, step):
+        for i in range(a.panel_end - a.panel_begin):
+            # While a panel is multiplied, the next one is prefetched.
+            following = panel_of(a, step, min(i + 1, a.panel_end - a.panel_begin - 1))
+            ahead = a.w_h + following * w.h_terms * gate_bytes
+            done = a.row_begin
+            while done < step.end:
+                n = block_size(step.end - done, most)
+                p = panel_of(a, step, i)
+                cell_block(n, product_of(a, w, step, p, done, ahead), end_of(a, w, step, p, done))
+                done += n
+                ahead += w.h_terms * 64
+
+    @inline
+    def compute_panels_pipelined(a, w, step):
+        """The cell of a block while the next one is multiplied."""
+        buffer = a.o + a.members * most * vector_bytes + a.member * BUFFER
+        rows, end = 0, end_of(a, w, step, a.panel_begin, a.row_begin)
+        for i in range(a.panel_end - a.panel_begin):
+            p, done = panel_of(a, step, i), a.row_begin
+            while done < step.end:
+                n = block_size(step.end - done, most)
+                following = end_of(a, w, step, p, done)
+                pipelined_block(rows, end, n, product_of(a, w, step, p, done, 0), following, buffer)
+                rows, end = n, following
+                done += n
+        if rows > 0:
+            pipelined_block(rows, end, 0, product_of(a, w, step, a.panel_begin, a.row_begin, 0), end, buffer)
+
+    return compute_panels_pipelined if tiled else compute_panels
+
+
+def _make_operands(variant: Variant) -> Any:
+    """(product_of, end_of): of a block of the rows from ``done`` on and a panel, its products and what follows them."""
+    lanes, stored, most = variant.block.lanes, variant.stored, variant.block.rows
+    vector_bytes, gate_bytes, operand_bytes = variant.vector_bytes, variant.gate_bytes, lanes * variant.operand_size
+
+    @inline
+    def product_of(a, w, step, p, done, ahead):
+        """``ahead``: the weights that are needed next."""
         x, x_rows = a.x + step.position * a.x_step, a.x_rows
         if a.x_stage != 0:
             slot = (step.s - a.first) % a.chunk * (a.row_end - a.row_begin) - a.row_begin
             x, x_rows = a.x_stage + (a.member * a.chunk_tokens + slot) * w.x_row, a.stage_rows
-        # Fused, the sums start from the bias, whose row stride is 0; else from z.
-        if a.fused != 0:
-            start, start_row, depth = a.bias, 0, w.x_terms
-        else:
-            slot = (step.s - a.first) % a.chunk * a.batch if a.z != 0 else step.n
-            start, start_row, depth = w.z_base + (slot + a.row_begin) * w.z_row, w.z_row, 0
-        h_to, h_to_row = (a.m, w.m_row) if a.m != 0 else (step.h_out, w.h_row)
-        y = 0 if a.m != 0 or a.y == 0 else a.y + step.position * a.y_step + p * lanes * stored
-        done = a.row_begin
-        while done < step.end:
-            n = block_size(step.end - done, most)
-            cell_block(
-                n,
-                (
-                    x, x_rows + 8 * done, 1, 0, depth,
-                    a.w_x + p * w.x_terms * gate_bytes, ahead,
-                    step.h_in, a.h_rows + 8 * done, 1, 0, w.h_terms, a.w_h + p * w.h_terms * gate_bytes, ahead,
-                ),
-                CellEnd(
-                    start + p * gate_bytes + (done - a.row_begin) * start_row, start_row,
-                    a.c + done * w.c_row + p * vector_bytes, w.c_row,
-                    h_to + done * h_to_row + p * operand_bytes, h_to_row, a.o + a.member * most * vector_bytes,
-                    y, a.y_rows + 8 * done, a.hidden - p * lanes,
-                    0 if a.gates == 0 else a.gates + (step.n + done) * w.gates_row + p * lanes * 4 * stored,
-                    w.gates_row, 0 if a.cells == 0 else a.cells + (step.n + done) * w.c_row + p * vector_bytes,
-                ),
-            )  # fmt: skip
-            done += n
-            ahead += w.h_terms * 64
+        return (
+            x, x_rows + 8 * done, 1, 0, w.x_terms if a.fused != 0 else 0, a.w_x + p * w.x_terms * gate_bytes, ahead,
+            step.h_in, a.h_rows + 8 * done, 1, 0, w.h_terms, a.w_h + p * w.h_terms * gate_bytes, ahead,
+        )  # fmt: skip
 
     @inline
-    def compute_panels(a, w, step):
-        # Every other step takes the panels in reverse: it begins with the weights that are still in the cache.
-        forth = 1 if step.s & 1 == 0 else -1
-        p = a.panel_begin if forth > 0 else a.panel_end - 1
-        while a.panel_begin <= p < a.panel_end:
-            # While a panel is multiplied, the next one is prefetched.
-            following = min(max(p + forth, a.panel_begin), a.panel_end - 1)
-            compute_panel(a, w, step, p, a.w_h + following * w.h_terms * gate_bytes)
-            p += forth
+    def end_of(a, w, step, p, done):
+        # Fused, the sums start from the bias, whose row stride is 0; else from z.
+        start, start_row = a.bias, 0
+        if a.fused == 0:
+            slot = (step.s - a.first) % a.chunk * a.batch if a.z != 0 else step.n
+            start, start_row = w.z_base + (slot + done) * w.z_row, w.z_row
+        h_to, h_to_row = (a.m, w.m_row) if a.m != 0 else (step.h_out, w.h_row)
+        return CellEnd(
+            start + p * gate_bytes, start_row,
+            a.c + done * w.c_row + p * vector_bytes, w.c_row,
+            h_to + done * h_to_row + p * operand_bytes, h_to_row, a.o + a.member * most * vector_bytes,
+            0 if a.m != 0 or a.y == 0 else a.y + step.position * a.y_step + p * lanes * stored, a.y_rows + 8 * done,
+            a.hidden - p * lanes, 0 if a.gates == 0 else a.gates + (step.n + done) * w.gates_row + p * lanes * 4 * stored,
+            w.gates_row, 0 if a.cells == 0 else a.cells + (step.n + done) * w.c_row + p * vector_bytes,
+        )  # fmt: skip
 
-    return compute_panels
+    return product_of, end_of
 
 
 def _make_finish_step(variant: Variant) -> Any:

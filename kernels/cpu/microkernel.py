@@ -120,24 +120,18 @@ class _Emitter(NamedTuple):
     near: int
 
 
-class _Emitted(_Emitter):
+class Emitted(_Emitter):
     """What the code of all kinds of blocks has in common."""
 
     def emit(self, context, module, symbol, n, sums, extra_type):
         """The function for ``n`` rows, of ``sums`` segments and the values of an ``extra_type``."""
-        known = module.globals.get(symbol)
-        if known is not None:
-            return known
-        arity = 1 + SEGMENT * sums + extra_type.count
-        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arity), symbol)
-        function.linkage = "linkonce_odr"  # one copy, even if several libraries of device functions contain it
-        function.attributes.add("noinline")
+        function = self.declare(module, symbol, 1 + SEGMENT * sums + extra_type.count)
+        if function.blocks:
+            return function
         builder = ir.IRBuilder(function.append_basic_block("entry"))
         count, *values = function.args
         segments = [values[SEGMENT * i : SEGMENT * (i + 1)] for i in range(sums)]
-        extra = ir.Constant(context.get_value_type(extra_type), ir.Undefined)
-        for i, value in enumerate(values[SEGMENT * sums :]):
-            extra = builder.insert_value(extra, value, i)
+        extra = self.pack(context, builder, extra_type, values[SEGMENT * sums :])
         count = I64(n) if n else count
         self.multiply(context, builder, count, segments, extra, extra_type)
         if self.around.finish_rows is not None:
@@ -145,6 +139,24 @@ class _Emitted(_Emitter):
             call_inline(context, builder, self.around.finish_rows, sig, [count, extra])
         builder.ret_void()
         return function
+
+    @staticmethod
+    def declare(module, symbol, arity):
+        """The function of ``arity`` int64, with or without its blocks."""
+        function = module.globals.get(symbol)
+        if function is None:
+            function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arity), symbol)
+            function.linkage = "linkonce_odr"  # one copy, even if several libraries of device functions contain it
+            function.attributes.add("noinline")
+        return function
+
+    @staticmethod
+    def pack(context, builder, extra_type, values):
+        """The value of ``extra_type`` that has these fields."""
+        extra = ir.Constant(context.get_value_type(extra_type), ir.Undefined)
+        for i, value in enumerate(values):
+            extra = builder.insert_value(extra, value, i)
+        return extra
 
     @property
     def llvm(self) -> ir.Type:
@@ -178,15 +190,74 @@ class _Emitted(_Emitter):
 
     def finish_stored(self, context, builder, count, memory, order, extra, extra_type):
         """Finishes ``count`` rows, whose sums lie on the stack: ``order``: vectors from a row, and a vector, to next."""
-        with _Loop(builder, count, 1, "row") as r:
-            first = builder.mul(r, I64(order[0]))
-            places = [builder.add(first, I64(v * order[1])) for v in range(self.vectors)]
-            at = [builder.gep(memory, [place], source_etype=self.llvm) for place in places]
-            values = [builder.load(address, typ=self.llvm) for address in at]
-            self.finish_row(context, builder, r, values, extra, extra_type)
+        with Loop(builder, count, 1, "row") as r:
+            self.finish_stored_row(context, builder, r, memory, order, extra, extra_type)
+
+    def finish_stored_row(self, context, builder, r, memory, order, extra, extra_type):
+        first = builder.mul(r, I64(order[0]))
+        places = [builder.add(first, I64(v * order[1])) for v in range(self.vectors)]
+        at = [builder.gep(memory, [place], source_etype=self.llvm) for place in places]
+        values = [builder.load(address, typ=self.llvm) for address in at]
+        self.finish_row(context, builder, r, values, extra, extra_type)
+
+    @staticmethod
+    def rows_apart(builder, offsets, several):
+        """(the offset of row 0, bytes from a row of a tile to the next), from ``offsets`` of one row or ``several``."""
+        first, second = (
+            builder.load(builder.inttoptr(builder.add(offsets, of_row), PTR), typ=I64, align=8)
+            for of_row in (I64(0), builder.select(several, I64(8), I64(0)))
+        )
+        return first, builder.select(several, builder.sub(second, first), I64(64))
+
+    def each_group(self, builder, segment, count, multiply):
+        """Calls ``multiply(builder, a, bytes per row of a, w, vectors)`` for each group of terms of a product."""
+        a, offsets, panels, stride, depth, w, _ = segment
+        width, apart, group = self.vectors * 64, I64(64), tiles.TERMS
+        group_apart = 4 * group * (tiles.ROWS if self.by_strip else 1)
+        if not self.by_strip:
+            first, apart = self.rows_apart(builder, offsets, builder.icmp_signed(">", count, I64(1)))
+            a = builder.add(a, first)
+        with Loop(builder, panels, 1, "panel") as panel:
+            a_panel = builder.add(a, builder.mul(panel, stride))
+            w_panel = builder.add(w, builder.mul(builder.mul(panel, depth), I64(width)))
+            with Loop(builder, depth, group, "group") as k:
+                here = builder.add(a_panel, builder.mul(builder.sdiv(k, I64(group)), I64(group_apart)))
+                multiply(builder, here, apart, builder.add(w_panel, builder.mul(k, I64(width))), self.vectors)
+
+    def emulate(self, builder, segments, count, begin, memory):
+        """Writes the sums of ``count`` rows as tiles would: those of first and of second values of a group, and both,
+        are added to what there is."""
+        with Loop(builder, count, 1, "emulated") as r:
+            sums = [builder.alloca(self.llvm) for _ in range(self.vectors)]
+            for place, value in zip(sums, self.start_row(builder, begin, r), strict=True):
+                builder.store(value, place)
+            for segment in segments:
+                self.each_group(builder, segment, count, _emulated_group(self.llvm, sums, r))
+            for v, place in enumerate(sums):
+                at = builder.gep(memory, [builder.add(r, I64(v * tiles.ROWS))], source_etype=self.llvm)
+                builder.store(builder.load(place, typ=self.llvm), at)
 
 
-class _Block(_Emitted):
+def _emulated_group(llvm, sums, r):
+    """For ``each_group``: row r of a group, by vectors of float32."""
+
+    def multiply(builder, a, apart, w, vectors):
+        row, zero = builder.add(a, builder.mul(r, apart)), ir.Constant(llvm, None)
+        halves = [[zero, zero] for _ in range(vectors)]
+        for k in range(tiles.TERMS):
+            at = builder.inttoptr(builder.add(row, I64(4 * k)), PTR)
+            of_row = pair_values(builder, splat(builder, builder.load(at, typ=llvm.element, align=4), llvm.count))
+            for v, half in enumerate(halves):
+                place = builder.add(w, I64((k * vectors + v) * 64))
+                of_w = builder.load(builder.inttoptr(place, PTR), typ=llvm, align=4)
+                half[:] = [fma(builder, *both) for both in zip(of_row, pair_values(builder, of_w), half, strict=True)]
+        for place, half in zip(sums, halves, strict=True):
+            builder.store(builder.fadd(builder.load(place, typ=llvm), builder.fadd(*half)), place)
+
+    return multiply
+
+
+class _Block(Emitted):
     """Sums in vector registers: the number of rows is known when it is compiled."""
 
     def multiply(self, context, builder, count, segments, extra, extra_type):
@@ -211,10 +282,10 @@ class _Block(_Emitted):
         self.finish_stored(context, builder, count, memory, (self.vectors, 1), extra, extra_type)
 
 
-class _TileBlock(_Emitted):
+class _TileBlock(Emitted):
     """Sums in AMX's tiles, or as if they were: up to 16 rows, of which a tile may read more than there are.
 
-    The rows of ``by_rows`` are equally far apart.  ``tiles.shape_tiles`` says how many rows a tile has; the results of
+    The rows of ``by_rows`` are equally far apart.  ``tiles.tile_state`` says how many rows a tile has; the results of
     those beyond ``count`` are ignored, and what they are computed from has to be readable.
     """
 
@@ -223,65 +294,13 @@ class _TileBlock(_Emitted):
         memory = builder.alloca(self.llvm, size=self.vectors * tiles.ROWS)
         memory.align = 64
         if self.variant.products.emulated:
-            with _Loop(builder, count, 1, "emulated") as r:
-                values = self._emulated(builder, segments, count, r, self.start_row(builder, begin, r))
-                for v, value in enumerate(values):
-                    place = builder.add(r, I64(v * tiles.ROWS))
-                    builder.store(value, builder.gep(memory, [place], source_etype=self.llvm))
+            self.emulate(builder, segments, count, begin, memory)
         else:
             tiles.start(builder, begin, self.vectors)
             for segment in segments:
-                self._each_group(builder, segment, count, tiles.multiply)
+                self.each_group(builder, segment, count, tiles.multiply)
             tiles.store(builder, memory, self.llvm, self.vectors)
         self.finish_stored(context, builder, count, memory, (1, tiles.ROWS), extra, extra_type)
-
-    def _each_group(self, builder, segment, count, multiply):
-        """Calls ``multiply(builder, a, bytes per row of a, w, vectors, ahead)`` for each group of terms."""
-        a, offsets, panels, stride, depth, w, ahead = segment
-        width, rows_apart, group = self.vectors * 64, I64(64), tiles.TERMS
-        group_apart = 4 * group * (tiles.ROWS if self.by_strip else 1)
-        if not self.by_strip:
-            several = builder.icmp_signed(">", count, I64(1))
-            first, second = (
-                builder.load(builder.inttoptr(builder.add(offsets, of_row), PTR), typ=I64, align=8)
-                for of_row in (I64(0), builder.select(several, I64(8), I64(0)))
-            )
-            a = builder.add(a, first)
-            rows_apart = builder.select(several, builder.sub(second, first), I64(64))
-        with _Loop(builder, panels, 1, "panel") as panel:
-            a_panel = builder.add(a, builder.mul(panel, stride))
-            done = builder.mul(panel, depth)
-            w_panel = builder.add(w, builder.mul(done, I64(width)))
-            ahead_panel = builder.add(ahead, builder.mul(done, I64(64)))
-            with _Loop(builder, depth, group, "group") as k:
-                here = builder.add(a_panel, builder.mul(builder.sdiv(k, I64(group)), I64(group_apart)))
-                w_k = builder.add(w_panel, builder.mul(k, I64(width)))
-                ahead_k = builder.add(ahead_panel, builder.mul(k, I64(64)))
-                multiply(builder, here, rows_apart, w_k, self.vectors, ahead_k)
-
-    def _emulated(self, builder, segments, count, r, start):
-        """The sums of row r, by vectors of float32: those of first and of second values of a group, and then both."""
-        sums = [builder.alloca(self.llvm) for _ in range(self.vectors)]
-        for place, value in zip(sums, start, strict=True):
-            builder.store(value, place)
-
-        def multiply(builder, a, rows_apart, w, vectors, ahead):
-            row, zero = builder.add(a, builder.mul(r, rows_apart)), ir.Constant(self.llvm, None)
-            halves = [[zero, zero] for _ in range(vectors)]
-            for k in range(tiles.TERMS):
-                at = builder.inttoptr(builder.add(row, I64(4 * k)), PTR)
-                pair = splat(builder, builder.load(at, typ=self.llvm.element, align=4), self.llvm.count)
-                of_row = pair_values(builder, pair)
-                for v, half in enumerate(halves):
-                    place = builder.add(w, I64((k * vectors + v) * 64))
-                    of_w = builder.load(builder.inttoptr(place, PTR), typ=self.llvm, align=4)
-                    half[:] = [fma(builder, *both) for both in zip(of_row, pair_values(builder, of_w), half, strict=True)]
-            for place, half in zip(sums, halves, strict=True):
-                builder.store(builder.fadd(builder.load(place, typ=self.llvm), builder.fadd(*half)), place)
-
-        for segment in segments:
-            self._each_group(builder, segment, count, multiply)
-        return [builder.load(place, typ=self.llvm) for place in sums]
 
 
 def call_inline(context, builder, function, sig, args):
@@ -297,7 +316,7 @@ def call_inline(context, builder, function, sig, args):
     return result
 
 
-class _Loop:
+class Loop:
     """``for i in range(0, stop, step)`` in LLVM IR, as a context; ``index`` is i."""
 
     def __init__(self, builder, stop, step, name):
@@ -368,12 +387,12 @@ def _by_rows(builder, variant, n, vectors, near):
             for r in range(n)
         ]
         bytes_deep = builder.mul(depth, I64(size))
-        with _Loop(builder, panels, 1, "panel") as panel:
+        with Loop(builder, panels, 1, "panel") as panel:
             jump = builder.mul(panel, stride)
             here = [builder.add(row, jump) for row in rows]
             w_panel = builder.add(w, builder.mul(panel, builder.mul(bytes_deep, I64(width))))
             ahead_panel = builder.add(ahead, builder.mul(panel, builder.mul(depth, I64(64))))
-            with _Loop(builder, bytes_deep, size, "k") as k:
+            with Loop(builder, bytes_deep, size, "k") as k:
                 if part[0] == 0:
                     _fetch(builder, builder.add(ahead_panel, builder.mul(k, I64(64 // size))), near=False)
                 addresses = [builder.add(row, k) for row in here]
@@ -388,7 +407,7 @@ def _by_strip(builder, variant, n, vectors, near):
 
     def step(a, offsets, panels, stride, depth, w, ahead, accumulators, part):
         width = vectors * variant.vector_bytes
-        with _Loop(builder, depth, 1, "k") as k:
+        with Loop(builder, depth, 1, "k") as k:
             if part[0] == 0:
                 _fetch(builder, builder.add(ahead, builder.mul(k, I64(64))), near=False)
             row = builder.add(a, builder.mul(k, I64(n * size)))

@@ -22,6 +22,7 @@ from . import tiling
 from .arguments import BackwardArgs, ForwardArgs
 from .backward import JOINED_ROWS
 from .jobs import column_panels_size, gate_order
+from .pipeline import BUFFER
 from .prepared import Jobs, Prepared, Stage, Strides
 from .problem import Active, Problem, side_by_side
 from .segments import Segmented
@@ -167,7 +168,7 @@ def _forward_scratch(p: Problem, plan: tiling.Plan, groups: list[int], fused: bo
         c=p.state_bytes(p.padded_hidden * size, groups),
         m=(p.state_bytes(m_row, groups) + beyond * m_row) * p.projected,
         sums=p.batch * p.padded_width * size * p.projected,
-        o=plan.members * p.block.rows * p.block.lanes * size,
+        o=plan.members * (p.block.rows * p.block.lanes * size + BUFFER * p.kernels.products.tiled),
         z=(chunk_tokens + beyond) * gate_bytes * (not fused and (not gates or staged)),
         x_stage=(plan.members * chunk_tokens + beyond) * x_row * staged,
         table=plan.members * 2 * chunk_tokens * 8 * (not fused),

@@ -39,9 +39,9 @@ def start(builder, begin, vectors):
             _load(builder, SUMS[v], builder.add(begin[0], I64(64 * v)), begin[1])
 
 
-def multiply(builder, a, rows_apart, w, vectors, ahead):
-    """Adds the products of a group of terms; prefetches a cache line at ``ahead`` for each term."""
-    _load(builder, OF_A, a, rows_apart)
+def multiply(builder, a, apart, w, vectors):
+    """Adds the products of a group of terms; ``apart``: bytes from a row of A to the next."""
+    _load(builder, OF_A, a, apart)
     for v in range(vectors):
         of_w = OF_W[v % len(OF_W)]
         _load(builder, of_w, builder.add(w, I64(64 * v)), I64(64 * vectors))
