@@ -180,7 +180,7 @@ def fresh_plans():
             each()
 
     forget()
-    yield
+    yield forget
     forget()
 
 
