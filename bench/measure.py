@@ -87,14 +87,11 @@ def forget() -> None:
 
 
 @cache
-def fma_peak(dtype: str, threads: int) -> float:
-    """The peak of the instruction that the kernels multiply with in a dtype: GF/s with so many threads.
+def peak_gflops(dtype: str, threads: int) -> float:
+    """The peak of the instruction that the kernels multiply with in a dtype: GF/s with so many threads."""
+    from lstmcore.kernels.cpu.peak import peak
 
-    There is no float16 arithmetic in the kernels, which compute it in float32; so that is its limit too.
-    """
-    from lstmcore.kernels.cpu import peak
-
-    return peak.fma_peak(torch.float32 if dtype == "float16" else DTYPES[dtype], threads)
+    return peak(DTYPES[dtype], threads)
 
 
 def quantiles(values: tuple[float, ...], prefix: str = "", scale: float = 1e3) -> dict[str, float]:
@@ -137,7 +134,7 @@ def beside_torch(experiment: str, case: Case, mode: str, samples: Samples, both:
         **times,
         **ratio_columns(samples, SPEED),
         gflops=case.flops(mode) / times["p50_ms"] / 1e6,
-        peak_gflops=fma_peak(case.dtype, torch.get_num_threads()) if case.device == "cpu" else None,
+        peak_gflops=peak_gflops(case.dtype, torch.get_num_threads()) if case.device == "cpu" else None,
         max_error=verdict.max_error,
         reference=verdict.reference,
     )

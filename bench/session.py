@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import costs, machine, onnx_peer, rows, tables
 from bench.cases import Case
-from bench.measure import Experiment, Task, fma_peak, forget
+from bench.measure import Experiment, Task, forget, peak_gflops
 from bench.memory import OutOfMemory
 from bench.providers import precision
 from bench.rows import Row
@@ -100,7 +100,7 @@ class Session:
         names = {experiment.name for experiment, _ in self.work}
         if device == "cpu" and names & {"speed", "after-torch"}:
             dtypes = dict.fromkeys(case.dtype for case in cases)
-            peaks = [f"{dtype} {fma_peak(dtype, torch.get_num_threads()):.0f} GF/s" for dtype in dtypes]
+            peaks = [f"{dtype} {peak_gflops(dtype, torch.get_num_threads()):.0f} GF/s" for dtype in dtypes]
             self.console.print(f"peak of multiplication: {', '.join(peaks)}")
         asked = [(case, mode) for experiment, task in self.work for case in cases for mode in task.modes(case)]
         wanted = "speed" in names and any(onnx_peer.covers(*each) for each in asked)

@@ -22,7 +22,7 @@ import torch
 
 from bench import tables
 from bench.cases import Case
-from bench.measure import Experiment, Task, backends, fma_peak, quantiles, ratio_columns, row_of
+from bench.measure import Experiment, Task, backends, peak_gflops, quantiles, ratio_columns, row_of
 from bench.memory import OutOfMemory, peak_memory_mib
 from bench.providers import OURS, PEER, Problem, Runner, algorithm, build, draw
 from bench.rows import SPEED, Row
@@ -150,7 +150,7 @@ def row(trial: Trial, side: Side, verdict: Verdict, times: Mapping[Side, tuple[f
         peer=PEER,
         pairs=len(ours),
         gflops=case.flops(mode) / columns["p50_ms"] / 1e6,
-        peak_gflops=fma_peak(case.dtype, torch.get_num_threads()),
+        peak_gflops=peak_gflops(case.dtype, torch.get_num_threads()),
         max_error=verdict.max_error,
         reference=verdict.reference,
         details=details,

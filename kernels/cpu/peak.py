@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..contract import state_dtype
-from . import threads, tiling
+from . import threads
 from .jit import kernel
 from .memory import make_read
-from .microkernel import make_block
-from .simd import simd
+from .microkernel import Around, make_block
+from .problem import kernels_of
+from .tiles import tile_state
+from .variant import Variant
 
-DEPTH = 96  # 24 KiB of weights, 2.3 KiB of rows
+DEPTH = 96  # terms: 24 KiB of weights, 2.3 KiB of rows; 6 KiB where a block has 16
+# Products over the same operands that a block adds up: AMX takes 400 cycles for one, and 100 to write the sums.
+SUMS = 16
 SECONDS = 0.05  # of one run
 
 
@@ -40,46 +43,42 @@ class PeakEnd(NamedTuple):
 
 
 @functools.cache
-def _peak_kernel(scalar: str, block: tiling.Block):
-    ops = simd(scalar, block.lanes)
-    zero_four, store_vectors, width = ops.zero_four, ops.store_vectors, 4 * block.lanes
-
-    def start(row, e):
-        return zero_four()
-
-    def finish_peak(row, sums, e):
-        store_vectors(e.out + row * width * ops_size, sums, width)
-
-    ops_size, rows = ops.size, block.rows
-    full_block = make_block(
-        ops, (rows,), 4, start, finish_peak, key=f"{scalar}_{block.lanes}of{block.registers}", registers=block.registers
-    )
-
+def _peak_kernel(variant: Variant) -> Any:
+    store_vectors, gate_bytes = variant.ops.store_vectors, variant.gate_bytes
+    rows, panel = variant.block.rows, variant.block.panel
+    shape_tiles, release_tiles = tile_state(variant)
     read = make_read(PeakArgs)
 
-    @kernel(f"{scalar}{block}")
+    def finish_peak(row, sums, e):
+        store_vectors(e.out + row * gate_bytes, sums, panel)
+
+    full_block = make_block(variant, 4, Around(finish_peak), rows=[rows])
+
+    @kernel(variant.key)
     def peak_kernel(address):
         p = read(address)
+        one = (p.a, p.offsets, 1, 0, p.depth, p.w, p.w)
+        four = one + one + one + one  # Numba has no 16 * one
+        shape_tiles(rows)
         for _ in range(p.repeats):
-            full_block(rows, (p.a, p.offsets, 1, 0, p.depth, p.w, p.w), PeakEnd(p.out))
+            full_block(rows, four + four + four + four, PeakEnd(p.out))
+        release_tiles()
 
     return peak_kernel
 
 
-def fma_peak(dtype: torch.dtype, threads_wanted: int) -> float:
+def peak(dtype: torch.dtype, threads_wanted: int) -> float:
     """GF/s (1e9 multiplications and additions per second) of ``threads_wanted`` cores for tensors of ``dtype``.
 
-    bfloat16 and float16 compute in float32 (see ``contract.state_dtype``), so their peak is float32's.
+    It is that of the instruction that multiplies them here (see ``products.py``): float16 is computed in float32, and
+    so is bfloat16 where no instruction of its own is used.
     """
-    compute = state_dtype(dtype)
-    block = tiling.block_shape(tiling.cpu_isa(), compute)
-    run_block = _peak_kernel(str(compute).removeprefix("torch."), block)
+    variant = kernels_of(dtype).variant
+    run_block, rows, panel = _peak_kernel(variant), variant.block.rows, variant.block.panel
     available = threads.available(threads_wanted)
-    arrays = [
-        [np.zeros(n) for n in (block.rows * block.panel, block.rows * DEPTH, DEPTH * block.panel + 512)]
-        for _ in range(available)
-    ]
-    offsets = np.arange(block.rows, dtype=np.int64) * (DEPTH * compute.itemsize)
+    sizes = (rows * variant.gate_bytes, rows * DEPTH * variant.size, DEPTH * variant.gate_bytes + 4096)
+    arrays = [[np.zeros(size, np.uint8) for size in sizes] for _ in range(available)]
+    offsets = np.arange(rows, dtype=np.int64) * (DEPTH * variant.size)
 
     def seconds(repeats: int) -> float:
         arguments = [
@@ -92,6 +91,6 @@ def fma_peak(dtype: torch.dtype, threads_wanted: int) -> float:
         threads.run(run_block, launch)
         return time.perf_counter() - begin
 
-    repeats = max(1, int(1000 * SECONDS / seconds(1000)))
+    repeats = max(1, int(100 * SECONDS / seconds(100)))
     best = min(seconds(repeats) for _ in range(9))
-    return 2 * available * repeats * block.rows * block.panel * DEPTH / best / 1e9
+    return 2 * available * repeats * SUMS * rows * panel * DEPTH * variant.products.values / best / 1e9

@@ -270,11 +270,27 @@ def threads() -> str:
 
 
 def blocks() -> str:
-    """The instruction set that the CPU kernels are shaped for."""
+    """The instruction set that the CPU kernels are shaped for, and the size of their blocks in float32."""
     from lstmcore.kernels.cpu import tiling
 
     isa = tiling.cpu_isa()
-    return f"{isa}, float32 in blocks of {tiling.block_shape(isa, torch.float32)}"
+    block = tiling.block_shape(isa, torch.float32)
+    return f"{isa}, float32 in blocks of {block.rows} x {block.panel} on {block.registers} registers"
+
+
+def bfloat16_products() -> str:
+    """The instruction that multiplies matrices of bfloat16 in the CPU kernels, and why not a faster one."""
+    from lstmcore.kernels.cpu import products, tiling
+
+    found = products.this_machines(torch.bfloat16, tiling.cpu_isa())
+    if found.tiled:
+        return f"{found.instruction} (AMX)"
+    why = (
+        "; the system does not permit AMX"
+        if products.features().get("amx-bf16") and not products.tiles_permitted()
+        else ""
+    )
+    return f"{found.instruction} (AVX512-BF16){why}" if found.paired else f"{found.instruction}, in float32{why}"
 
 
 def kernel_cache() -> str:
@@ -338,6 +354,7 @@ def sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
         [
             ("threads", told(threads)),
             ("CPU kernels for", told(blocks)),
+            ("bfloat16 multiplied by", told(bfloat16_products)),
             ("kernel cache", told(kernel_cache)),
             *((f"backend {name!r}", told(lambda name=name: backend(name))) for name in backends.REGISTRY),  # type: ignore[misc]
         ],

@@ -22,7 +22,7 @@ TASK = Task(Effort(2, 0.0), BACKEND)
 
 @pytest.fixture(autouse=True)
 def quickly(short_samples, monkeypatch):
-    monkeypatch.setattr(measure, "fma_peak", lambda dtype, threads: 1.0)
+    monkeypatch.setattr(measure, "peak_gflops", lambda dtype, threads: 1.0)
     yield
     measure.forget()
 

@@ -37,7 +37,7 @@ def peaks(monkeypatch):
         return answer
 
     monkeypatch.setattr(long, "peak_memory_mib", peak)
-    monkeypatch.setattr(long, "fma_peak", lambda dtype, threads: 100.0)
+    monkeypatch.setattr(long, "peak_gflops", lambda dtype, threads: 100.0)
     monkeypatch.setattr(long, "SHORTEST_SEGMENT", 8)
     answers["asked"] = asked
     return answers

@@ -124,8 +124,8 @@ def test_a_block_of_calls(monkeypatch):
 
 
 def run_tiny(registry, monkeypatch, path: pathlib.Path, *cases: Case) -> int:
-    monkeypatch.setattr(session, "fma_peak", lambda dtype, threads: 1.0)
-    monkeypatch.setattr(measure, "fma_peak", lambda dtype, threads: 1.0)
+    monkeypatch.setattr(session, "peak_gflops", lambda dtype, threads: 1.0)
+    monkeypatch.setattr(measure, "peak_gflops", lambda dtype, threads: 1.0)
     monkeypatch.setattr(timing, "SAMPLE_S", 1e-3)
     registry(*cases)
     return session.Session([(AFTER_TORCH, TASK), (SPEED, TASK)], path).run(cases)

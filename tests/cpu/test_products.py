@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lstmcore.kernels.cpu import buffers, caches, problem, products, tiling
 from lstmcore.kernels.cpu import backend as kernels
+from lstmcore.kernels.cpu import buffers, caches, problem, products, tiling
 from lstmcore.kernels.cpu.products import FMA, Products
 from lstmcore.kernels.cpu.variant import Variant
 
@@ -215,7 +215,9 @@ def test_any_number_of_threads(name, chosen, multiply_by, threads, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chosen", VARIANTS)
-@pytest.mark.parametrize("options", [{"hidden_size": 33}, {"hidden_size": 40, "proj_size": 18, "num_layers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"hidden_size": 33}, {"hidden_size": 40, "proj_size": 18, "num_layers": 2}], ids=str
+)
 @pytest.mark.parametrize("B", [1, 19])
 def test_a_stream_has_the_modules_bits(B, options, chosen, multiply_by, threads, monkeypatch):
     multiply_by(chosen)
@@ -234,21 +236,23 @@ def test_a_stream_has_the_modules_bits(B, options, chosen, multiply_by, threads,
 
 
 @pytest.mark.parametrize("chosen", VARIANTS[:1])
-@pytest.mark.parametrize("options", [{"hidden_size": 33, "bidirectional": True}, {"hidden_size": 40, "proj_size": 18}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"hidden_size": 33, "bidirectional": True}, {"hidden_size": 40, "proj_size": 18}], ids=str
+)
 def test_rows_beyond_a_tiles_own_do_not_matter(options, chosen, multiply_by, monkeypatch):
     """A tile reads up to 16 rows, of which only some are a block's: what lies there changes nothing."""
     multiply_by(chosen)
     module = lstmcore.LSTM(5, **options, num_layers=2, dtype=BF16, backend="numba")
-    scratch, take, byte = buffers.scratch, buffers.take, 0
+    scratch, take, fill = buffers.scratch, buffers.take, [0]
 
     def filled_scratch(size):
         owner, address = scratch(size)
-        ctypes.memset(address, byte, size)
+        ctypes.memset(address, fill[0], size)
         return owner, address
 
     def filled_take(count, dtype):
         memory = take(count, dtype)
-        memory.view(torch.uint8).fill_(byte)
+        memory.view(torch.uint8).fill_(fill[0])
         return memory
 
     monkeypatch.setattr(buffers, "scratch", filled_scratch)
@@ -256,6 +260,7 @@ def test_rows_beyond_a_tiles_own_do_not_matter(options, chosen, multiply_by, mon
     for rows in (1, 9, 17, 33, 47):
         x, lengths, found = torch.randn(5, rows, 5, dtype=BF16), [1 + 3 * row % 5 for row in range(rows)], []
         for byte in (0x00, 0xFF, 0x7F):  # zeros, NaN, and what products of it are too large for
+            fill[0] = byte
             found.append(results(module, x, lengths=lengths))
         for others in found[1:]:
             for one, other in zip(others, found[0], strict=True):
@@ -265,7 +270,7 @@ def test_rows_beyond_a_tiles_own_do_not_matter(options, chosen, multiply_by, mon
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mprotect"), reason="pages are protected by mprotect")
 def test_nothing_beyond_the_scratch_is_read():
-    """Scratch that ends where a page begins that nobody may read: the kernels of this machine's bfloat16 keep off it."""
+    """Scratch that ends where a page begins that nobody may read: this machine's bfloat16 keeps off it."""
     in_process("""
         import ctypes, mmap
         import numpy as np

@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+from lstmcore.kernels.cpu import products
 
 import lstmcore
 from lstmcore import cli
@@ -96,6 +97,27 @@ def test_nothing_private(monkeypatch):
 def test_a_fact_that_fails_is_told_as_such():
     assert facts.told(lambda: str(1 / 0)) == "cannot be told: ZeroDivisionError: division by zero"
     assert facts.told(lambda: next(iter(()))) == "cannot be told: StopIteration: no message"
+
+
+@pytest.mark.parametrize(
+    ("found", "features", "expected"),
+    [
+        (products.Products("tdpbf16ps"), {"amx-bf16": True}, "tdpbf16ps (AMX)"),
+        (products.Products("dpbf16ps"), {"avx512bf16": True}, "dpbf16ps (AVX512-BF16)"),
+        (products.FMA, {}, "fma, in float32"),
+        (products.FMA, {"amx-bf16": True, "avx512bf16": True}, "fma, in float32; the system does not permit AMX"),
+    ],
+    ids=lambda value: getattr(value, "instruction", None),
+)
+def test_what_multiplies_bfloat16(found, features, expected, capsys, monkeypatch):
+    monkeypatch.setattr(
+        products, "this_machines", lambda dtype, isa: found if dtype == torch.bfloat16 else products.FMA
+    )
+    monkeypatch.setattr(products, "features", lambda: features)
+    monkeypatch.setattr(products, "tiles_permitted", lambda: found.tiled)
+    assert facts.bfloat16_products() == expected
+    (line,) = (line for line in info(capsys)[1].splitlines() if line.startswith("bfloat16 multiplied by"))
+    assert line.endswith(expected)
 
 
 @pytest.mark.slow
