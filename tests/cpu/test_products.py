@@ -40,6 +40,8 @@ VARIANTS = [
 NAMES = ["ones", "one_step", "one_row", "one_input", "one_unit", "h17", "h33", "h129", "i129", "b33", "long", "sliced"]
 NAMES += ["bidirectional", "proj_one", "proj_bidirectional", "layers", "transposed", "packed_b33", "packed_everything"]
 WIDE = Case("wide", T=3, B=17, I=40, H=300, bidirectional=True)  # several strips of a product
+MANY_ROWS = Case("many_rows", T=5, B=131, I=20, H=40)
+SHARED = [*(BY_NAME[name] for name in ("proj_bidirectional", "packed_everything", "layers")), WIDE, MANY_ROWS]
 BY_SETUP = {setup.name: setup for setup in SETUPS}
 AWKWARD = ["one_row", "reset_proj", "reset_long", "lengths_short", "lengths_reset", "lengths_b33", "packed_reset"]
 AWKWARD += ["strided_batch_first"]
@@ -200,17 +202,31 @@ def test_a_row_does_not_depend_on_the_batch(H, chosen, multiply_by, threads, mon
 
 
 @pytest.mark.parametrize("chosen", VARIANTS)
-@pytest.mark.parametrize("name", ["h129", "b33", "proj_bidirectional", "packed_everything", "layers"])
-def test_any_number_of_threads(name, chosen, multiply_by, threads, monkeypatch):
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_any_number_of_threads(case, chosen, multiply_by, threads, monkeypatch):
     multiply_by(chosen)
     monkeypatch.setattr(tiling, "WORTH_A_THREAD", 1)
-    case = BY_NAME[name]
     data = draw(case, BF16)
     threads(1)
     expected = run(case, data, BF16, "numba")
     for count in (2, 3, 8):
         threads(count)
         assert_bitwise(run(case, data, BF16, "numba"), expected)
+
+
+@pytest.mark.parametrize("chosen", VARIANTS)
+@pytest.mark.parametrize("name", ["b33", "proj_bidirectional", "packed_b33"])
+def test_projected_inside_the_recurrence_or_ahead_of_it(name, chosen, multiply_by, monkeypatch):
+    case, found = BY_NAME[name], []
+    for limits in (
+        {"FUSED": 0, "FUSED_ONE_ROW": 0, "FUSED_TILE_ROWS": 1000},
+        {"FUSED": 1000, "FUSED_ONE_ROW": 1000, "FUSED_TILE_ROWS": 0},
+    ):
+        for limit, value in limits.items():
+            monkeypatch.setattr(tiling, limit, value)
+        multiply_by(chosen)
+        found.append(run(case, draw(case, BF16), BF16, "numba"))
+    assert_bitwise(*found)
 
 
 @pytest.mark.slow
