@@ -22,7 +22,8 @@ from .tiles import tile_state
 from .variant import Variant
 
 DEPTH = 96  # terms: 24 KiB of weights, 2.3 KiB of rows; 6 KiB where a block has 16
-# Products over the same operands that a block adds up: AMX takes 400 cycles for one, and 100 to write the sums.
+# Products over the same operands that a block adds up, so that writing the sums hardly counts: with one, AMX reaches
+# 2000 GF/s, with 4 2300 to 2450, with 16 2500 to 2600 (a core of a Xeon, Emerald Rapids; 1024 are done in a cycle).
 SUMS = 16
 SECONDS = 0.05  # of one run
 
@@ -77,12 +78,13 @@ def peak(dtype: torch.dtype, threads_wanted: int) -> float:
     run_block, rows, panel = _peak_kernel(variant), variant.block.rows, variant.block.panel
     available = threads.available(threads_wanted)
     sizes = (rows * variant.gate_bytes, rows * DEPTH * variant.size, DEPTH * variant.gate_bytes + 4096)
-    arrays = [[np.zeros(size, np.uint8) for size in sizes] for _ in range(available)]
+    # Torch's memory is aligned: AMX loads rows of tiles that cross cache lines at a third of the rate (880 GF/s, not 2500).
+    arrays = [[torch.zeros(size, dtype=torch.uint8) for size in sizes] for _ in range(available)]
     offsets = np.arange(rows, dtype=np.int64) * (DEPTH * variant.size)
 
     def seconds(repeats: int) -> float:
         arguments = [
-            PeakArgs(out.ctypes.data, a.ctypes.data, offsets.ctypes.data, w.ctypes.data, DEPTH, repeats)
+            PeakArgs(out.data_ptr(), a.data_ptr(), offsets.ctypes.data, w.data_ptr(), DEPTH, repeats)
             for out, a, w in arrays
         ]
         structs = np.array(arguments, np.int64)
