@@ -313,6 +313,26 @@ def test_nothing_beyond_the_scratch_is_read():
     """)
 
 
+@pytest.mark.parametrize("chosen", VARIANTS[:1])
+def test_torchs_own_tiles(chosen, multiply_by):
+    """Shapes of tiles are a thread's: torch's kernels, which use them as well, and ours leave each other theirs."""
+    multiply_by(chosen)
+    module, x = lstmcore.LSTM(40, 48, dtype=BF16, backend="numba"), torch.randn(5, 21, 40, dtype=BF16)
+    theirs = torch.nn.LSTM(40, 48, dtype=BF16)
+    a, q = torch.randn(70, 90, dtype=BF16), torch.randn(2, 3, 40, 64, dtype=BF16)
+    of_torch = [
+        lambda: a @ a.T,
+        lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q),
+        lambda: theirs(x)[0],
+    ]
+    with torch.no_grad():
+        alone, expected = module(x)[0], [each() for each in of_torch]
+        for _ in range(3):
+            for each, before in zip(of_torch, expected, strict=True):
+                assert torch.equal(module(x)[0], alone)
+                assert torch.equal(each(), before)
+
+
 # Where the system does not permit tiles
 
 
