@@ -175,7 +175,7 @@ def _make_begin_chunk(variant: Variant) -> Any:
 
     @inline
     def stage_chunk(a, w, s):
-        """Copies the rows of x of the chunk from step ``s`` on into rows of operands, each step's in a place of its own."""
+        """Copies the rows of x of the chunk from step ``s`` on into rows of operands; each step has a place of its own."""
         stage = a.x_stage + a.member * a.chunk_tokens * w.x_row
         for later in range(s, min(s + a.chunk, a.last)):
             t = walk(a.reverse, a.steps, later)
@@ -284,8 +284,9 @@ def _make_operands(variant: Variant) -> Any:
             a.c + done * w.c_row + p * vector_bytes, w.c_row,
             h_to + done * h_to_row + p * operand_bytes, h_to_row, a.o + a.member * most * vector_bytes,
             0 if a.m != 0 or a.y == 0 else a.y + step.position * a.y_step + p * lanes * stored, a.y_rows + 8 * done,
-            a.hidden - p * lanes, 0 if a.gates == 0 else a.gates + (step.n + done) * w.gates_row + p * lanes * 4 * stored,
-            w.gates_row, 0 if a.cells == 0 else a.cells + (step.n + done) * w.c_row + p * vector_bytes,
+            a.hidden - p * lanes,
+            0 if a.gates == 0 else a.gates + (step.n + done) * w.gates_row + p * lanes * 4 * stored, w.gates_row,
+            0 if a.cells == 0 else a.cells + (step.n + done) * w.c_row + p * vector_bytes,
         )  # fmt: skip
 
     return product_of, end_of

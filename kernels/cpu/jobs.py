@@ -31,7 +31,9 @@ from .variant import Variant, row_sizes
 
 VALUES_WORTH_THREADS = 1 << 18  # values: some 100 microseconds of packing
 
-PACK_GATES, PACK_BIAS, PACK_COLUMNS, UNPACK_GATES, UNPACK_COLUMNS, ROWS_IN, ROWS_OUT, OPERANDS_IN, OPERANDS_OUT = range(9)
+PACK_GATES, PACK_BIAS, PACK_COLUMNS, UNPACK_GATES, UNPACK_COLUMNS, ROWS_IN, ROWS_OUT, OPERANDS_IN, OPERANDS_OUT = range(
+    9
+)
 
 
 class Job(NamedTuple):
@@ -167,7 +169,11 @@ def _gate_jobs(variant: Variant) -> Any:
 @functools.cache
 def _column_jobs(variant: Variant) -> Any:
     """(pack_columns, unpack_columns) of panels ``begin`` to ``end``."""
-    terms, operand_size, load_pairs = row_sizes(variant)[0], variant.operand_size, getattr(variant.ops, "load_pairs", None)
+    terms, operand_size, load_pairs = (
+        row_sizes(variant)[0],
+        variant.operand_size,
+        getattr(variant.ops, "load_pairs", None),
+    )
     ops, lanes, panel, size = variant.ops, variant.block.lanes, variant.block.panel, variant.size
     panel_bytes, store, zeros = variant.gate_bytes, ops.store, ops.zeros
     load_first, store_first = ops.make_load(variant.scalar), ops.make_store(variant.scalar)

@@ -257,9 +257,7 @@ def pairs(vector: Vector) -> dict[str, Callable]:
     bits = ir.VectorType(I32, lanes)
 
     def paired(builder, first, first_count, second, second_count):
-        low, high = (
-            _load_bits(builder, at, n, lanes) for at, n in ((first, first_count), (second, second_count))
-        )
+        low, high = (_load_bits(builder, at, n, lanes) for at, n in ((first, first_count), (second, second_count)))
         both = builder.or_(low, builder.shl(high, splat(builder, I32(16), lanes)))
         return builder.bitcast(both, llvm)
 

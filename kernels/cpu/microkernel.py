@@ -26,7 +26,7 @@ W is packed by ``jobs.py`` so that one k is ``vectors * lanes`` adjacent values.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llvmlite import ir
 from numba.core import types
@@ -189,7 +189,7 @@ class Emitted(_Emitter):
         call_inline(context, builder, self.around.finish, sig, [row, result, extra])
 
     def finish_stored(self, context, builder, count, memory, order, extra, extra_type):
-        """Finishes ``count`` rows, whose sums lie on the stack: ``order``: vectors from a row, and a vector, to next."""
+        """Finishes ``count`` rows whose sums lie on the stack; ``order``: vectors from a row, and a vector, to the next."""
         with Loop(builder, count, 1, "row") as r:
             self.finish_stored_row(context, builder, r, memory, order, extra, extra_type)
 

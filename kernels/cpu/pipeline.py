@@ -119,9 +119,7 @@ class _Shared:
         with Loop(builder, builder.sub(last, first), 1, "group") as i:
             g = builder.add(first, i)
             early = builder.icmp_signed("<", g, self.of_first)
-            a, apart, w, before = (
-                builder.select(early, *both) for both in zip(*self.sources, strict=True)
-            )
+            a, apart, w, before = (builder.select(early, *both) for both in zip(*self.sources, strict=True))
             k = builder.sub(g, before)
             a = builder.add(a, builder.mul(k, I64(4 * tiles.TERMS)))
             w = builder.add(w, builder.mul(k, I64(64 * VECTORS * tiles.TERMS)))

@@ -17,8 +17,8 @@ from ..integers import ceil_div
 from . import buffers, process, threads, tiling
 from .jobs import PACK_BIAS, PACK_COLUMNS, PACK_GATES, Job, JobsArgs, column_panels_size
 from .prepared import LINE
-from .products import TILE_ROWS
 from .problem import PARTITION, Table, kernels_of, multiples, partition
+from .products import TILE_ROWS
 from .streaming import StreamArgs, StreamLayer, shared_stream_kernel, stream_kernel
 
 BAND = 32  # steps that one layer takes before the next one does, while its weights are in a close cache
@@ -207,8 +207,8 @@ class Stepper:
         shared = {
             "layers": at["layers"], "layer_count": len(self.layers), "x": 0, "reset": 0, "between": at["between"],
             "between_half": self._between, "between_step": self._between // BAND,
-            "m": at["m"], "sums": at["sums"], "band": BAND if len(self.layers) > 1 else 1 << 40, "hidden": first.hidden_size,
-            "width": first.width, "h_half": self._half,
+            "m": at["m"], "sums": at["sums"], "band": BAND if len(self.layers) > 1 else 1 << 40,
+            "hidden": first.hidden_size, "width": first.width, "h_half": self._half,
             **{name: table.address for name, table in self._tables.items()},
         }  # fmt: skip
         structs = [

@@ -155,7 +155,7 @@ class Plan:
 
 
 def step_time(rows: int, units: int, depth: int, size: int, core: Core) -> float:
-    """Modelled nanoseconds of one thread in a step: ``rows`` x 4 ``units`` sums of ``depth`` terms of ``size`` bytes."""
+    """Modelled nanoseconds of a thread in a step: ``rows`` x 4 ``units`` sums of ``depth`` terms of ``size`` bytes."""
     count = ceil_div(rows, len(core.rate))  # blocks, as equal as possible
     smaller, larger = rows // count, rows % count
     blocks = (count - larger) * smaller / core.rate[smaller - 1]
