@@ -175,7 +175,7 @@ def _make_begin_chunk(variant: Variant) -> Any:
 
     @inline
     def stage_chunk(a, w, s):
-        """Copies the rows of x of the chunk from step ``s`` on into rows of operands; each step has a place of its own."""
+        """Copies the rows of x of a chunk, from step ``s`` on, into rows of operands, a place for each step."""
         stage = a.x_stage + a.member * a.chunk_tokens * w.x_row
         for later in range(s, min(s + a.chunk, a.last)):
             t = walk(a.reverse, a.steps, later)

@@ -31,9 +31,8 @@ from .variant import Variant, row_sizes
 
 VALUES_WORTH_THREADS = 1 << 18  # values: some 100 microseconds of packing
 
-PACK_GATES, PACK_BIAS, PACK_COLUMNS, UNPACK_GATES, UNPACK_COLUMNS, ROWS_IN, ROWS_OUT, OPERANDS_IN, OPERANDS_OUT = range(
-    9
-)
+PACK_GATES, PACK_BIAS, PACK_COLUMNS, UNPACK_GATES, UNPACK_COLUMNS = range(5)
+ROWS_IN, ROWS_OUT, OPERANDS_IN, OPERANDS_OUT = range(5, 9)
 
 
 class Job(NamedTuple):

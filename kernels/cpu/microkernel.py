@@ -189,7 +189,7 @@ class Emitted(_Emitter):
         call_inline(context, builder, self.around.finish, sig, [row, result, extra])
 
     def finish_stored(self, context, builder, count, memory, order, extra, extra_type):
-        """Finishes ``count`` rows whose sums lie on the stack; ``order``: vectors from a row, and a vector, to the next."""
+        """Finishes ``count`` rows whose sums are in memory; ``order``: vectors from a row and a vector to the next."""
         with Loop(builder, count, 1, "row") as r:
             self.finish_stored_row(context, builder, r, memory, order, extra, extra_type)
 
