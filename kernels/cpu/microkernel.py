@@ -36,7 +36,7 @@ from numba.core.typing import signature
 
 from . import tiles
 from .variant import Variant
-from .vector import I32, I64, PTR, dot_pairs, fma, llvm_call, pair_values, splat
+from .vector import I32, I64, PTR, dot_pairs, fma, pair_values, prefetch, splat
 
 SEGMENT = 7  # values of a segment
 # Bytes ahead of the product at which W is prefetched into the first-level cache.  Without it 6 rows reach 0.7 of the
@@ -341,12 +341,6 @@ class Loop:
         builder.position_at_end(self.end)
 
 
-def _fetch(builder, address, near):
-    """Prefetches a cache line into the first-level cache (near) or the second."""
-    arguments = [builder.inttoptr(address, PTR), I32(0), I32(3 if near else 2), I32(1)]
-    llvm_call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
-
-
 def vectors_together(rows, vectors, registers):
     """Groups of vectors that are multiplied together: all, if their sums, W and a broadcast of A fit the registers."""
     together = vectors
@@ -363,7 +357,7 @@ def _multiply(builder, variant, near, a_addresses, w_address, accumulators, part
         for v in part
     ]
     for line in range(part[0] * bytes_wide, (part[-1] + 1) * bytes_wide, 64):
-        _fetch(builder, builder.add(w_address, I64(near + line)), near=True)
+        prefetch(builder, builder.add(w_address, I64(near + line)), near=True)
     for r, a_address in enumerate(a_addresses):
         value = builder.load(builder.inttoptr(a_address, PTR), typ=vector.element, align=variant.operand_size)
         a = splat(builder, value, vector.count)
@@ -394,7 +388,7 @@ def _by_rows(builder, variant, n, vectors, near):
             ahead_panel = builder.add(ahead, builder.mul(panel, builder.mul(depth, I64(64))))
             with Loop(builder, bytes_deep, size, "k") as k:
                 if part[0] == 0:
-                    _fetch(builder, builder.add(ahead_panel, builder.mul(k, I64(64 // size))), near=False)
+                    prefetch(builder, builder.add(ahead_panel, builder.mul(k, I64(64 // size))), near=False)
                 addresses = [builder.add(row, k) for row in here]
                 w_k = builder.add(w_panel, builder.mul(k, I64(width)))
                 _multiply(builder, variant, near, addresses, w_k, accumulators, part)
@@ -409,7 +403,7 @@ def _by_strip(builder, variant, n, vectors, near):
         width = vectors * variant.vector_bytes
         with Loop(builder, depth, 1, "k") as k:
             if part[0] == 0:
-                _fetch(builder, builder.add(ahead, builder.mul(k, I64(64))), near=False)
+                prefetch(builder, builder.add(ahead, builder.mul(k, I64(64))), near=False)
             row = builder.add(a, builder.mul(k, I64(n * size)))
             addresses = [builder.add(row, I64(r * size)) for r in range(n)]
             _multiply(builder, variant, near, addresses, builder.add(w, builder.mul(k, I64(width))), accumulators, part)

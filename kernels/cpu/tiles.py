@@ -19,10 +19,11 @@ from numba.core.extending import intrinsic
 from .jit import inline
 from .products import TILE_ROWS, TILE_TERMS
 from .variant import Variant
-from .vector import I32, I64, PTR, llvm_call
+from .vector import I32, I64, PTR, llvm_call, prefetch
 
 ROWS, TERMS = TILE_ROWS, TILE_TERMS
 SUMS, OF_A, OF_W = range(4), 4, (5, 6, 7)  # numbers of tiles
+AHEAD = 2  # groups of terms; W is prefetched so far ahead into the first-level cache
 I8, VOID = ir.IntType(8), ir.VoidType()
 
 
@@ -46,6 +47,8 @@ def multiply(builder, a, apart, w, vectors):
         of_w = OF_W[v % len(OF_W)]
         _load(builder, of_w, builder.add(w, I64(64 * v)), I64(64 * vectors))
         llvm_call(builder, "llvm.x86.tdpbf16ps", VOID, [I8(SUMS[v]), I8(OF_A), I8(of_w)])
+        for line in range(ROWS):
+            prefetch(builder, builder.add(w, I64((AHEAD * vectors + v) * 64 * ROWS + 64 * line)), near=True)
 
 
 def store(builder, memory, llvm, vectors):

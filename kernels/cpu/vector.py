@@ -76,6 +76,12 @@ def llvm_call(builder, name, result, args):
     return builder.call(function, args)
 
 
+def prefetch(builder, address, near):
+    """Prefetches a cache line into the first-level cache (near) or the second."""
+    arguments = [builder.inttoptr(address, PTR), I32(0), I32(3 if near else 2), I32(1)]
+    llvm_call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
+
+
 def fma(builder, a, b, c):
     """a * b + c, rounded once."""
     width = f"v{a.type.count}f{32 if a.type.element == ir.FloatType() else 64}"
