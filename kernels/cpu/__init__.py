@@ -26,14 +26,14 @@ in bytes.
 Memory, in addition to the caller's tensors:
 
 * ``h`` (2, B, P'): h_{t-1} and h_t, alternating, in the dtype of operands (``products.py``: the compute dtype, or
-  bfloat16 in pairs); both start as h_0, so that rows that become active late (direction 1) start from it.  ``c`` (B, H'): the cell state, updated in place.  Resets zero their rows.
-  The rows of different row groups are placed pages apart; each member's base addresses of ``h``, ``c`` and ``m``
-  already include the gaps before its own group.
+  bfloat16 in pairs); both start as h_0, so that rows that become active late (direction 1) start from it.  ``c``
+  (B, H'): the cell state, updated in place.  Resets zero their rows.  The rows of different row groups are placed pages
+  apart; each member's base addresses of ``h``, ``c`` and ``m`` already include the gaps before its own group.
 * ``z`` (tokens of a chunk, U, 4, lanes): the projected input; the cell's sums start from it.  Training in the compute
   dtype projects directly into ``gates``, which the cell then overwrites while these cache lines are hot.
 * ``gates`` (N, U, 4, lanes), in the caller's dtype, and ``cells`` (N, H'): saved for backward.
 * ``dz`` (U, tokens of a chunk, 4, lanes): panel by panel, so that weight gradients read it contiguously.  k counts the
-  tokens of a part.  Where terms are pairs, dh and dx read it by units and weight gradients by tokens, in pairs: the cell
+  tokens of a part.  Where terms are pairs, dh and dx read pairs of units and weight gradients pairs of tokens: the cell
   writes both, ``dz`` and ``dz_terms``.
 
 Segments.  A launch computes the steps ``first`` to ``last``.  With ``layer.segment`` forward is one launch that keeps

@@ -36,7 +36,7 @@ from numba.core.typing import signature
 
 from . import tiles
 from .variant import Variant
-from .vector import I32, I64, PTR, dot_pairs, fma, pair_values, prefetch, splat
+from .vector import I64, PTR, dot_pairs, fma, pair_values, prefetch, splat
 
 SEGMENT = 7  # values of a segment
 # Bytes ahead of the product at which W is prefetched into the first-level cache.  Without it 6 rows reach 0.7 of the

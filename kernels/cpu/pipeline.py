@@ -22,6 +22,7 @@ from .variant import Variant
 from .vector import I64, PTR
 
 VECTORS = 4
+FRACTION = 20  # bits of a share's fraction of a group
 BUFFER = VECTORS * tiles.ROWS * 64  # bytes of the sums of a block
 
 
@@ -70,9 +71,10 @@ class _Pipelined(Emitted):
         some = builder.icmp_signed(">", next_rows, I64(0))
         with builder.if_then(some):
             product.start(begin)
+        product.divide(rows)
         with Loop(builder, rows, 1, "row") as r:
             self.finish_stored_row(context, builder, r, memory, (1, tiles.ROWS), extra, extra_type)
-            product.share(r, rows)
+            product.share(r)
         with builder.if_then(builder.icmp_signed(">", rows, I64(0))):
             sig = signature(types.void, types.int64, extra_type)
             call_inline(context, builder, self.around.finish_rows, sig, [rows, extra])
@@ -103,16 +105,22 @@ class _Shared:
     def start(self, begin):
         tiles.start(self.builder, begin, VECTORS)
 
-    def share(self, r, rows):
-        """The groups of the share after row r: equal shares for all rows and for what follows them."""
-        builder, shares = self.builder, self.builder.add(rows, I64(1))
-        first = builder.sdiv(builder.mul(self.total, r), shares)
-        last = builder.sdiv(builder.mul(self.total, builder.add(r, I64(1))), shares)
-        self._groups(first, last)
+    def divide(self, rows):
+        """Divides the groups into equal shares for all rows, and for what follows them."""
+        builder = self.builder
+        whole = builder.shl(self.total, I64(FRACTION))
+        self.of_a_share = builder.sdiv(whole, builder.add(rows, I64(1)))
+
+    def share(self, r):
+        """The groups of the share after row r."""
+        self._groups(self._end(r), self._end(self.builder.add(r, I64(1))))
 
     def rest(self, rows):
-        first = self.builder.sdiv(self.builder.mul(self.total, rows), self.builder.add(rows, I64(1)))
-        self._groups(first, self.total)
+        self._groups(self._end(rows), self.total)
+
+    def _end(self, shares):
+        """The groups of so many shares."""
+        return self.builder.ashr(self.builder.mul(self.of_a_share, shares), I64(FRACTION))
 
     def _groups(self, first, last):
         builder = self.builder
@@ -138,7 +146,10 @@ class _Emulated:
     def start(self, begin):
         self.begin = begin
 
-    def share(self, r, rows):
+    def divide(self, rows):
+        pass
+
+    def share(self, r):
         pass
 
     def rest(self, rows):

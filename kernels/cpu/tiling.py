@@ -102,8 +102,8 @@ def core_of(isa: str, found: caches.Caches) -> Core:
 
 
 # AMX: nanoseconds in which a block of 16 rows of four vectors multiplies a group of terms, whose 4 KiB of weights come
-# from the first-level cache; from the second they take 39 (a Xeon of 2.5 GHz).  Fewer rows take as long.
-TILE_TIME = 27.0
+# from the second-level cache; from the first they take 27 (a Xeon of 2.5 GHz).  Fewer rows take as long.
+TILE_TIME = 40.0
 # Nanoseconds of the cell, for a unit of a row.
 CELL_TIME = 1.4
 
