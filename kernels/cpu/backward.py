@@ -129,7 +129,7 @@ def _make_walk(variant: Variant) -> Any:
 
 def _make_token_store(variant: Variant) -> Any:
     """(store_token, clear_tokens): operands whose terms run over tokens, in panels."""
-    store, zeros, store_half = variant.ops.store, variant.ops.zeros, getattr(variant.ops, "store_half", None)
+    store, zeros, store_half = variant.ops.store, variant.ops.zeros, variant.ops.store_half
     gate_bytes, values, terms = variant.gate_bytes, variant.products.values, row_sizes(variant)[0]
 
     @inline

@@ -23,7 +23,7 @@ def row_functions(variant: Variant) -> SimpleNamespace:
     operand_size, operand_bytes = variant.operand_size, lanes * variant.operand_size
     _, operand_row_bytes = row_sizes(variant)
     values, tiled = variant.products.values, variant.products.tiled
-    load_pairs, pair_tile = (getattr(ops, name, None) for name in ("load_pairs", "pair_tile"))
+    load_pairs, pair_tile = ops.load_pairs, ops.pair_tile
     padded = variant.products.paired  # a pair, or a group of them, may end beyond the row
 
     @inline

@@ -209,39 +209,48 @@ def _make_begin_chunk(variant: Variant) -> Any:
 
 def _make_compute_panels(variant: Variant) -> Any:
     """A step of a member's rows and panels."""
-    most, vector_bytes, gate_bytes, tiled = (
-        variant.block.rows, variant.vector_bytes, variant.gate_bytes, variant.products.tiled
-    )  # fmt: skip
-    product_of, end_of = _make_operands(variant)
-    cell_block = None if tiled else make_cell_block(variant)
-    pipelined_block = make_pipelined_block(variant, _around_cell(variant)) if tiled else None
+    return _make_panels_pipelined(variant) if variant.products.tiled else _make_panels_by_turns(variant)
 
-    @inline
-    def panel_of(a, step, i):
-        """The i-th panel: every other step takes them in reverse, to begin with weights that are still in the cache."""
-        return a.panel_begin + i if step.s & 1 == 0 else a.panel_end - 1 - i
+
+@inline
+def _panel_of(a, step, i):
+    """The i-th panel: every other step takes them in reverse, to begin with weights that are still in the cache."""
+    return a.panel_begin + i if step.s & 1 == 0 else a.panel_end - 1 - i
+
+
+def _make_panels_by_turns(variant: Variant) -> Any:
+    """A block's cell follows its products."""
+    most, gate_bytes, cell_block = variant.block.rows, variant.gate_bytes, make_cell_block(variant)
+    product_of, end_of = _make_operands(variant)
 
     @inline
     def compute_panels(a, w, step):
         for i in range(a.panel_end - a.panel_begin):
+            p = _panel_of(a, step, i)
             # While a panel is multiplied, the next one is prefetched.
-            following = panel_of(a, step, min(i + 1, a.panel_end - a.panel_begin - 1))
-            ahead = a.w_h + following * w.h_terms * gate_bytes
-            done = a.row_begin
+            following = _panel_of(a, step, min(i + 1, a.panel_end - a.panel_begin - 1))
+            ahead, done = a.w_h + following * w.h_terms * gate_bytes, a.row_begin
             while done < step.end:
                 n = block_size(step.end - done, most)
-                p = panel_of(a, step, i)
                 cell_block(n, product_of(a, w, step, p, done, ahead), end_of(a, w, step, p, done))
                 done += n
                 ahead += w.h_terms * 64
 
+    return compute_panels
+
+
+def _make_panels_pipelined(variant: Variant) -> Any:
+    """A block's cell runs while the next block is multiplied."""
+    most, vector_bytes = variant.block.rows, variant.vector_bytes
+    pipelined_block = make_pipelined_block(variant, _around_cell(variant))
+    product_of, end_of = _make_operands(variant)
+
     @inline
-    def compute_panels_pipelined(a, w, step):
-        """The cell of a block while the next one is multiplied."""
+    def compute_panels(a, w, step):
         buffer = a.o + a.members * most * vector_bytes + a.member * BUFFER
         rows, end = 0, end_of(a, w, step, a.panel_begin, a.row_begin)
         for i in range(a.panel_end - a.panel_begin):
-            p, done = panel_of(a, step, i), a.row_begin
+            p, done = _panel_of(a, step, i), a.row_begin
             while done < step.end:
                 n = block_size(step.end - done, most)
                 following = end_of(a, w, step, p, done)
@@ -251,7 +260,7 @@ def _make_compute_panels(variant: Variant) -> Any:
         if rows > 0:
             pipelined_block(rows, end, 0, product_of(a, w, step, a.panel_begin, a.row_begin, 0), end, buffer)
 
-    return compute_panels_pipelined if tiled else compute_panels
+    return compute_panels
 
 
 def _make_operands(variant: Variant) -> Any:

@@ -168,11 +168,7 @@ def _gate_jobs(variant: Variant) -> Any:
 @functools.cache
 def _column_jobs(variant: Variant) -> Any:
     """(pack_columns, unpack_columns) of panels ``begin`` to ``end``."""
-    terms, operand_size, load_pairs = (
-        row_sizes(variant)[0],
-        variant.operand_size,
-        getattr(variant.ops, "load_pairs", None),
-    )
+    (terms, _), operand_size, load_pairs = row_sizes(variant), variant.operand_size, variant.ops.load_pairs
     ops, lanes, panel, size = variant.ops, variant.block.lanes, variant.block.panel, variant.size
     panel_bytes, store, zeros = variant.gate_bytes, ops.store, ops.zeros
     load_first, store_first = ops.make_load(variant.scalar), ops.make_store(variant.scalar)

@@ -140,6 +140,10 @@ class Emitted(_Emitter):
         builder.ret_void()
         return function
 
+    def multiply(self, context, builder, count, segments, extra, extra_type):
+        """Multiplies ``count`` rows, and finishes each."""
+        raise NotImplementedError
+
     @staticmethod
     def declare(module, symbol, arity):
         """The function of ``arity`` int64, with or without its blocks."""

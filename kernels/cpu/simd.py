@@ -21,6 +21,6 @@ def simd(scalar: str, lanes: int, fast_reciprocal: bool = False) -> SimpleNamesp
     return SimpleNamespace(
         vector=vector, lanes=lanes, size=SIZE[scalar],
         **whole_vectors(vector), **partial_vectors(vector), **adjacent_vectors(vector), **tiles(vector),
-        **(pairs(vector) if scalar == "float32" else {}),
+        **pairs(vector),
         **activations(vector, fast_reciprocal),
     )  # fmt: skip
