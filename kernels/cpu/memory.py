@@ -251,8 +251,8 @@ def _load_bits(builder, address, count, lanes):
 
 
 def pairs(vector: Vector) -> dict[str, Callable]:
-    """For float32: ``load_pairs`` and ``store_half``: of vectors whose lanes are pairs of bfloat16 values, the first one low;
-    ``pair_tile``: of tiles of them.  Nothing but AMX and dot products reads a lane of these as a number."""
+    """For float32: ``load_pairs`` and ``store_half`` of vectors whose lanes are pairs of bfloat16 values, the first one
+    low; ``pair_tile`` of tiles of them.  Only dot products and tiles read the values; else a lane is 32 bits."""
     lanes, llvm = vector.lanes, vector.llvm
     bits = ir.VectorType(I32, lanes)
 
