@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstmcore
 from lstmcore import backends
+from lstmcore.backends import rules
 
 X = torch.randn(5, 2, 3)
 
@@ -131,3 +132,28 @@ def test_auto_by_class_on_the_cpu(steps, batch, hidden, training, expected):
     """As the measurements say that ``rules.faster_than_aten`` tells of, with several threads."""
     layer = Layer(torch.device("cpu"), torch.float32, steps, batch, hidden, hidden, training=training)
     assert backends.choose("auto", (layer,)).name == expected
+
+
+@pytest.mark.parametrize(
+    ("instruction", "steps", "batch", "hidden", "training", "expected"),
+    [
+        ("tdpbf16ps", 20, 32, 256, False, "torch"),  # of 128 units and more from 30 steps on, in inference
+        ("tdpbf16ps", 30, 32, 256, False, "numba"),
+        ("tdpbf16ps", 10, 32, 64, False, "numba"),
+        ("tdpbf16ps", 400, 2, 512, False, "torch"),  # a row or two of many units
+        ("tdpbf16ps", 400, 3, 512, False, "numba"),
+        ("tdpbf16ps", 10, 8, 128, True, "numba"),
+        ("tdpbf16ps", 400, 1, 512, True, "numba"),
+        ("tdpbf16ps", 4, 8, 64, True, "torch"),
+        ("dpbf16ps", 400, 8, 128, False, "torch"),
+        ("dpbf16ps", 400, 8, 16, False, "numba"),
+        ("dpbf16ps", 400, 8, 128, True, "numba"),
+        ("fma", 400, 8, 128, True, "torch"),
+    ],
+)
+def test_auto_in_bfloat16_by_instruction(instruction, steps, batch, hidden, training, expected, monkeypatch):
+    """On processors that multiply bfloat16, in oneDNN at least."""
+    monkeypatch.setattr(rules, "_bfloat16_hardware", lambda: True)
+    monkeypatch.setattr(rules.products, "this_machines", lambda dtype, isa: rules.products.Products(instruction))
+    layer = Layer(torch.device("cpu"), torch.bfloat16, steps, batch, hidden, hidden, training=training)
+    assert (rules.slower_than_aten(layer, True) is None) == (expected == "numba")
