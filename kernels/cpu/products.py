@@ -22,7 +22,6 @@ import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import llvmlite.binding
 import torch
 
 from . import caches
@@ -83,6 +82,8 @@ def products_for(dtype: torch.dtype, features: Mapping[str, bool], vendor: str, 
 @functools.cache
 def features() -> Mapping[str, bool]:
     """This processor's features by LLVM's names, as the kernels are compiled for."""
+    import llvmlite.binding  # a part of the compiler, which importing the package does not load
+
     return llvmlite.binding.get_host_cpu_features()
 
 
