@@ -44,8 +44,8 @@ def faster_than_aten(layer: Layer, several: bool = True) -> bool:
       microseconds per step; preparing arguments for each batch of lengths costs us 0.3 ms per pass.
     * bfloat16 on a CPU that multiplies it: oneDNN uses that, and so do ours.  With AMX ours win from 20 steps on in
       training (1.15 to 4.6) and from 30 in inference (1.1 to 3.6), but for inference of a row or two of 512 units and
-      more, which wait for weights.  With AVX512-BF16 inference was not measured since they do; in float32 ours won while
-      the cell and the overhead of a step outweighed its products, which is the rule there, and where AMX is refused.
+      more, which wait for weights.  With AVX512-BF16 inference was not measured since they do; in float32 ours won
+      while the cell and the overhead of a step outweighed its products: the rule there, and where AMX is refused.
     """
     steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
     if layer.ragged:
