@@ -149,16 +149,19 @@ class CharModel(nn.Module):
         embedding_size: int,
         hidden_size: int,
         kinds: int | None = None,
+        amp: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.amp = amp  # automatic mixed precision: what products round to; the parameters stay float32
         self.embedding = nn.Embedding(vocabulary, embedding_size)
         self.lstm = lstm(embedding_size, hidden_size)
         self.linear = nn.Linear(hidden_size, kinds or vocabulary)
 
     def forward(self, characters: Tensor, state: State | None) -> tuple[Tensor, State]:
         """(T, B) characters to (T, B, V) scores, and the state to go on from."""
-        output, state = self.lstm(self.embedding(characters), state)
-        return self.linear(output), state
+        with torch.autocast(characters.device.type, self.amp, enabled=self.amp is not None):
+            output, state = self.lstm(self.embedding(characters), state)
+            return self.linear(output).float(), state
 
 
 @dataclass
@@ -179,7 +182,8 @@ class Trainee:
         """From the seed: both LSTMs draw the same weights from it, for they draw in the same order."""
         torch.manual_seed(options.seed)
         lstm: Callable[[int, int], nn.RNNBase] = lstmcore.LSTM if name == OURS else nn.LSTM
-        model = CharModel(lstm, vocabulary, options.embedding_size, options.hidden_size).to(options.device)
+        amp = getattr(torch, options.amp) if options.amp else None
+        model = CharModel(lstm, vocabulary, options.embedding_size, options.hidden_size, amp=amp).to(options.device)
         return Trainee(name, model, torch.optim.Adam(model.parameters(), lr=options.learning_rate))
 
     def step(self, window: Tensor, options: argparse.Namespace) -> None:
@@ -269,7 +273,7 @@ def window_of(corpus: Corpus, iteration: int, steps: int) -> tuple[Tensor, bool]
 # What has to be the same for a checkpoint to be continued; --iterations may grow.
 SETTINGS = (
     "text_checksum", "seed", "batch", "steps_per_window", "embedding_size", "hidden_size", "learning_rate", "clip",
-    "validate_every",
+    "validate_every", "amp",
 )  # fmt: skip
 
 
@@ -408,6 +412,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--embedding-size", type=positive, default=64)
     parser.add_argument("--learning-rate", type=above_zero(float), default=1e-2, help="the highest")
     parser.add_argument("--clip", type=above_zero(float), default=1.0, help="largest norm of the gradients")
+    parser.add_argument("--amp", choices=["bfloat16"], help="automatic mixed precision")
     parser.add_argument("--validate-every", type=positive, default=80, help="steps between validations")
     parser.add_argument("--sample", type=int, default=300, help="characters that the trained model writes")
     add_options(parser, out="out", save_every=100)
