@@ -51,6 +51,7 @@ if its loss reads the last step, becomes denormal on its way to zero and would s
 multiplications at a hundred cycles each.
 
 Partition.  A member of a launch owns a range of rows and a range of panels; ``sync`` has their barriers: one per step
-if panels are divided (h_t has to be complete before step t + 1), else none in forward and two per chunk in backward
-(none if a part has one member).  The partition never changes a sum, so the bits do not depend on it.
+if panels are divided (h_t has to be complete before step t + 1), else none in forward and two per chunk in backward,
+three with a projection (none if a part has one member).  The partition never changes a sum, so the bits do not depend
+on it.
 """

@@ -24,7 +24,7 @@ class ForwardArgs(NamedTuple):
     c: int  # (B, H')
     o: int  # (members, rows of a block, lanes): the output gate of the rows of a block; buffers of ``pipeline``
     m: int  # (B, H') operands: o tanh(c), before the projection; 0 without one
-    sums: int  # (B, P'): h in the compute dtype, as the projection adds it up; 0 without one
+    sums: int  # (B, P'): h in the compute dtype, as a projection adds it up, where operands are pairs
     z: int  # see the package; 0: gates hold it
     x_stage: int  # (members, tokens of a chunk, I): rows of operands; 0: those of x are
     table: int  # (members, 2, tokens of a chunk) int64: addresses of x and z
@@ -99,13 +99,14 @@ class BackwardArgs(NamedTuple):
     dz_terms: int  # (U, terms of the tokens of a chunk, 4, lanes), terms over tokens; the same as dz unless paired
     dh_operands: int  # (B, P'); the same as dh unless paired; 0 without projection
     dh_chunk: int  # (column panels of P, terms of the tokens of a chunk, panel); 0 without projection
-    x_strips: int  # (strips of I, terms of the tokens of a chunk, columns of a strip); 0: no weights wanted
+    # (strips of I, terms of the tokens of a chunk, columns of a strip), tiled (strips, groups, columns, terms of one)
+    x_strips: int  # 0: no weights wanted
     h_strips: int  # h_{t-1}, likewise
     m_strips: int  # likewise
-    m_stage: int  # (tokens of a chunk, H') of storage: o tanh(c)
+    m_stage: int  # (tokens of a chunk, H) of storage: o tanh(c)
     ones: int  # a strip of a column of ones; 0 unless paired
     dx_stage: int  # (tokens of a chunk, I): dx in the compute dtype; 0: dx has it already
-    table: int  # (3, tokens of a chunk) int64: addresses of dx, of x and of h_{t-1}
+    table: int  # (4, tokens of the terms of a chunk) int64: addresses of dx, x, h_{t-1} and m_t
     # inputs
     dy: int  # 0: none
     dcells: int  # (N, H') in the order of cells; 0: none

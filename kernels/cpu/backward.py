@@ -546,7 +546,7 @@ def backward_kernel(variant: Variant) -> Any:
                 passed = step_back(a, w, step_of(a, w, chunk, s), passed)
             if chunk.first < a.first:  # the launch of the steps before completes it
                 break
-            if a.dm != 0:  # every m_t of the chunk is in its place
+            if a.dm != 0 and a.dw_r != 0:  # every m_t of the chunk is in its place
                 passed = meet(a, passed)
             finish_steps(a, w, chunk)
             passed = meet(a, passed)

@@ -307,22 +307,24 @@ def _make_finish_step(variant: Variant) -> Any:
     clear, clear_stored, narrow_row = rows.clear, rows.clear_stored, rows.narrow_row
     narrow_operand, clear_operand = rows.narrow_operand, rows.clear_operand
     lanes, stored, vector_bytes = variant.block.lanes, variant.stored, variant.vector_bytes
-    operand_bytes = lanes * variant.operand_size
+    operand_bytes, paired = lanes * variant.operand_size, variant.products.paired
 
     @inline
     def project_hidden(a, w, step):
         """h = W_hr m, and y."""
+        sums, sums_rows = (a.sums, a.sums_rows) if paired else (step.h_out, a.h_rows)
         matrix_product(
             step.end - a.row_begin,
             Left(a.m, a.m_rows + 8 * a.row_begin, 1, 0, w.m_terms),
             Right(a.w_r, a.column_begin, a.column_end, a.width, step.s & 1),
-            a.sums,
-            a.sums_rows + 8 * a.row_begin,
+            sums,
+            sums_rows + 8 * a.row_begin,
         )
         count = min(w.h_count * lanes, a.width - w.h_first * lanes)
         for r in range(a.row_begin, step.end):
-            source = a.sums + load_int(a.sums_rows + 8 * r) + w.h_first * vector_bytes
-            narrow_operand(step.h_out + r * w.h_row + w.h_first * operand_bytes, source, count)
+            source = sums + load_int(sums_rows + 8 * r) + w.h_first * vector_bytes
+            if paired:
+                narrow_operand(step.h_out + r * w.h_row + w.h_first * operand_bytes, source, count)
             if a.y != 0:
                 y = a.y + step.position * a.y_step + load_int(a.y_rows + 8 * r)
                 narrow_row(y + w.h_first * lanes * stored, source, count)

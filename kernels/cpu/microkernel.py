@@ -15,6 +15,9 @@ The code is emitted as LLVM IR by a Numba intrinsic, once per number of rows: re
 spills.  The number of rows is chosen at run time among those compiled; it does not change the order of the sum over k,
 so the result of a row does not depend on its block.
 
+On AMX the sums of up to 16 rows are in tiles; they are read back from memory and finished a row at a time.  There A is
+read 16 terms at a time, and strips are ``[group of terms][row][term]``.
+
 W is packed by ``jobs.py`` so that one k is ``vectors * lanes`` adjacent values.  A is read in one of two ways:
 
 * ``by_rows``: A[r, k] at ``a + offset[r] + k * size``; k may be split into panels that are ``stride`` bytes apart.
@@ -76,7 +79,7 @@ def make_block(
     is memory that will be needed soon: one cache line of it per term is prefetched into the second-level cache.
     ``extra``: a NamedTuple of int64 for the functions of ``around``.  ``name``: of everything that these close over
     beyond the variant: blocks of the same function and name are taken to be the same code.  ``rows``: the counts to
-    compile for, if not all that the variant has.  ``near``: see ``NEAR``.
+    compile for, if not all that the variant has.  ``near``: see ``NEAR``.  Tiles use neither these nor ``ahead``.
     """
     tiled = variant.products.tiled
     block_of = (_TileBlock if tiled else _Block)(variant, vectors, around, by_strip, near)
@@ -231,8 +234,8 @@ class Emitted(_Emitter):
     def emulate(self, builder, segments, count, begin, memory):
         """Writes the sums of ``count`` rows as tiles would: those of first and of second values of a group, and both,
         are added to what there is."""
+        sums = [builder.alloca(self.llvm) for _ in range(self.vectors)]
         with Loop(builder, count, 1, "emulated") as r:
-            sums = [builder.alloca(self.llvm) for _ in range(self.vectors)]
             for place, value in zip(sums, self.start_row(builder, begin, r), strict=True):
                 builder.store(value, place)
             for segment in segments:

@@ -100,7 +100,7 @@ def forward_stage(p: Problem, form: ForwardForm, before: Jobs, after: Jobs) -> S
     groups = p.row_groups(plan, 0, p.batch)
     h_row, m_row = p.operand_row(p.width), p.operand_row(p.hidden)
     h_half = p.state_bytes(h_row, groups)
-    fused = plan.fused
+    fused = plan.fused and (p.kernels.products.tiled or not p.kernels.staged)
     shared = p.shape | _geometry(p, form) | {
         "x": at("x"), "reset": at("reset") if form.reset else 0, "h_half": h_half,
         "chunk": plan.chunk, "chunk_tokens": plan.chunk * p.batch, "fused": int(fused),
@@ -167,7 +167,7 @@ def _forward_scratch(p: Problem, plan: tiling.Plan, groups: list[int], fused: bo
         h=2 * p.state_bytes(h_row, groups) + beyond * h_row,
         c=p.state_bytes(p.padded_hidden * size, groups),
         m=(p.state_bytes(m_row, groups) + beyond * m_row) * p.projected,
-        sums=p.batch * p.padded_width * size * p.projected,
+        sums=p.batch * p.padded_width * size * (p.projected and p.kernels.products.paired),
         o=plan.members * (p.block.rows * p.block.lanes * size + BUFFER * p.kernels.products.tiled),
         z=(chunk_tokens + beyond) * gate_bytes * (not fused and (not gates or staged)),
         x_stage=(plan.members * chunk_tokens + beyond) * x_row * staged,

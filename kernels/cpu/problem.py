@@ -57,8 +57,8 @@ def multiples(count: int, stride: int) -> Table:
 
 @functools.lru_cache(maxsize=64)
 def _ones(pairs: int) -> Table:
-    """Pairs of ones in bfloat16."""
-    return _table(np.full(ceil_div(pairs, 2), 0x3F80_3F80_3F80_3F80, np.int64))
+    """Pairs of ones in bfloat16, aligned as torch's memory is."""
+    return _table(torch.full((ceil_div(pairs, 2),), 0x3F80_3F80_3F80_3F80, dtype=torch.int64, device="cpu").numpy())
 
 
 class Kernels:

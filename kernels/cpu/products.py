@@ -12,8 +12,8 @@ bytes each, so both are packed, addressed and broadcast alike; all depths of pro
     AMX: tiles of up to 16 rows of 16 pairs, 16 sums of each row.
 
 Their sums round differently, so the instruction is the processor's, never a matter of the shape: a row's result does
-not depend on the rows beside it.  What a product reads is in its *operand* dtype: bfloat16 for pairs, whatever the
-tensors' are rounded to nearest even; sums, cell state and activations stay in float32.
+not depend on the rows beside it.  What a product reads is in its *operand* dtype: bfloat16 for pairs, to which float32
+results are rounded, to nearest even; sums, cell state and activations stay in float32.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ FMA = Products()
 def products_for(dtype: torch.dtype, features: Mapping[str, bool], vendor: str, tiles: bool) -> Products:
     """The instruction for tensors of ``dtype``; ``features``: by LLVM's names; ``tiles``: the system permits AMX.
 
-    A Xeon without AMX (or without the permission) keeps to fma: its dot products are no faster (77 GF/s a core, where
-    its multiply-adds reach 120; an AMD EPYC of Zen 4 does 230 against 115).
+    A Xeon without AMX (or the permission for it) keeps to fma: its dot products are slower (82 to 88 GF/s a core, where
+    its multiply-adds reach 175; an AMD EPYC of Zen 4 does 230 against 115).
     """
     if dtype != torch.bfloat16:
         return FMA
@@ -81,10 +81,16 @@ def products_for(dtype: torch.dtype, features: Mapping[str, bool], vendor: str, 
 
 @functools.cache
 def features() -> Mapping[str, bool]:
-    """This processor's features by LLVM's names, as the kernels are compiled for."""
+    """The features by LLVM's names that Numba compiles for: this processor's, unless its settings say otherwise."""
     import llvmlite.binding  # a part of the compiler, which importing the package does not load
+    from numba.core import config
 
-    return llvmlite.binding.get_host_cpu_features()
+    if not config.ENABLE_AVX:
+        return {}
+    chosen = config.CPU_FEATURES
+    if chosen is None and config.CPU_NAME != "generic":
+        return llvmlite.binding.get_host_cpu_features()
+    return {each[1:]: each.startswith("+") for each in (chosen or "").split(",") if each}
 
 
 def native_bfloat16() -> bool:

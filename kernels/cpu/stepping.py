@@ -181,7 +181,8 @@ class Stepper:
             **pieces, layers=count * 8 * len(StreamLayer._fields), turns=self.most_members * 8 * LINE,
             h=count * 2 * self._half, c=count * self.batch * padded * self._size,
             m=self.batch * m_row * first.projected, between=2 * self._between * (count > 1),
-            sums=self.batch * padded_width * self._size * first.projected, o=self.most_members * self._o,
+            sums=self.batch * padded_width * self._size * (first.projected and kernels.products.paired),
+            o=self.most_members * self._o,
             x_stage=self.most_members * self._stage, beyond=beyond * max(x_row, h_row, m_row),
         )  # fmt: skip
         memory.clear()

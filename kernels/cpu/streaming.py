@@ -72,7 +72,7 @@ class StreamArgs(NamedTuple):
     o: int  # (rows of a block, lanes), this member's: the output gate of the rows of a block
     m: int  # (B, H') operands: o tanh(c), before the projection; 0 without one
     m_rows: int
-    sums: int  # (B, P'): h in the compute dtype, as the projection adds it up; 0 without one
+    sums: int  # (B, P'): h in the compute dtype, as a projection adds it up, where operands are pairs
     sums_rows: int
     # sizes
     steps: int
@@ -176,7 +176,7 @@ def _make_around_step(variant: Variant) -> Any:
     clear, operand_row, narrow_row = rows.clear, rows.operand_row, rows.narrow_row
     clear_operand, copy_operand, narrow_operand = rows.clear_operand, rows.copy_operand, rows.narrow_operand
     lanes, stored, vector_bytes = variant.block.lanes, variant.stored, variant.vector_bytes
-    operand_bytes = lanes * variant.operand_size
+    operand_bytes, paired = lanes * variant.operand_size, variant.products.paired
 
     @inline
     def stage_input(a, layer, at):
@@ -188,17 +188,19 @@ def _make_around_step(variant: Variant) -> Any:
     @inline
     def project_hidden(a, w, layer, at):
         """h = W_hr m, and y."""
+        sums, sums_rows = (a.sums, a.sums_rows) if paired else (at.h_out, a.h_rows)
         matrix_product(
             a.row_end - a.row_begin,
             Left(a.m, a.m_rows + 8 * a.row_begin, 1, 0, w.m_terms),
             Right(layer.w_r, a.column_begin, a.column_end, a.width, at.back),
-            a.sums,
-            a.sums_rows + 8 * a.row_begin,
+            sums,
+            sums_rows + 8 * a.row_begin,
         )
         count = min(w.h_count * lanes, a.width - w.h_first * lanes)
         for r in range(a.row_begin, a.row_end):
-            source = a.sums + load_int(a.sums_rows + 8 * r) + w.h_first * vector_bytes
-            narrow_operand(at.h_out + r * w.h_row + w.h_first * operand_bytes, source, count)
+            source = sums + load_int(sums_rows + 8 * r) + w.h_first * vector_bytes
+            if paired:
+                narrow_operand(at.h_out + r * w.h_row + w.h_first * operand_bytes, source, count)
             narrow_row(at.y + load_int(at.y_rows + 8 * r) + w.h_first * lanes * stored, source, count)
 
     @inline

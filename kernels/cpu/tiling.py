@@ -78,7 +78,7 @@ def block_shape(isa: str, dtype: torch.dtype, products: Products = FMA) -> Block
 
 
 class Core(NamedTuple):
-    """Parameters of a core in the model of a step; ``rate`` and ``peak`` are for float32."""
+    """Parameters of a core in the model of a step; ``rate`` and ``peak`` are for terms of four bytes, as float32's."""
 
     # Share of the peak that a block of 1, 2, ... rows reaches with its weights in the second-level cache; small blocks
     # are limited by reading weights.
@@ -120,8 +120,7 @@ def this_core(products: Products = FMA) -> Core:
     found = caches.read()
     if products.tiled:
         return tile_core(found)
-    core = core_of(cpu_isa(), found)
-    return core._replace(peak=2 * core.peak) if products.paired else core
+    return core_of(cpu_isa(), found)  # of dot products as well, in terms
 
 
 # A barrier in each step costs: nanoseconds with two threads, including the transfer of the other thread's h; the factor

@@ -165,7 +165,10 @@ def widen(builder, bits, storage, lanes):
 
 
 def narrow(builder, value, storage, lanes):
-    """16-bit storage (as integers) from float32 lanes, rounded to nearest even; NaN stays NaN."""
+    """16-bit storage (as integers) from float32 lanes, rounded to nearest even; NaN stays NaN.
+
+    The instruction for it counts denormal numbers as zero, the other ways do where the mode says so (``mode.py``).
+    """
     if storage == "float16":
         half = builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes))
         return builder.bitcast(half, ir.VectorType(I16, lanes))

@@ -64,7 +64,8 @@ def _worth(layer: Layer, num_layers: int, available: int, backward: bool) -> boo
     workers = min(num_layers, available)
     if workers < 2 or num_layers > MOST_LAYERS or layer.ragged or layer.directions > 1 or layer.segment:
         return False
-    kernels, core = kernels_of(layer.dtype), tiling.this_core()
+    kernels = kernels_of(layer.dtype)
+    core = tiling.this_core(kernels.products)
     sizes = layer.hidden_size, layer.width, layer.input_size, kernels.block, kernels.size
     if backward and tiling.parts(layer.batch, *sizes, 1) > 1:
         return False  # parts run side by side already

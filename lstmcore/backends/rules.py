@@ -25,8 +25,7 @@ def _left_in_bfloat16(layer: Layer) -> bool:
     if not _bfloat16_hardware() or (multiplied.paired and layer.training):
         return False
     if multiplied.tiled:
-        few_rows = layer.hidden_size >= 512 and layer.batch <= 2
-        return layer.hidden_size >= 128 and (layer.steps < 30 or few_rows)
+        return layer.hidden_size >= 128 and layer.steps < 30
     return layer.batch * layer.hidden_size > 128
 
 
@@ -42,10 +41,11 @@ def faster_than_aten(layer: Layer, several: bool = True) -> bool:
       and 0.99 to 1.95 (AMD EPYC, Zen 3, AVX2); 0.97 to 1.9 and 1.01 to 2.5 with two threads (Intel Xeon, AVX-512).
     * What oneDNN does not cover (packed, projections, float64, float16) ATen runs step by step, at some 50
       microseconds per step; preparing arguments for each batch of lengths costs us 0.3 ms per pass.
-    * bfloat16 on a CPU that multiplies it: oneDNN uses that, and so do ours.  With AMX ours win from 20 steps on in
-      training (1.15 to 4.6) and from 30 in inference (1.1 to 3.6), but for inference of a row or two of 512 units and
-      more, which wait for weights.  With AVX512-BF16 inference was not measured since they do; in float32 ours won
-      while the cell and the overhead of a step outweighed its products: the rule there, and where AMX is refused.
+    * bfloat16 on a CPU that multiplies it: oneDNN uses that, and so do ours.  In training they win where float32's do:
+      with AMX 1.02 to 1.6 with 5 steps of 256 units and more, 1.15 to 6 from 20 steps on; with AVX512-BF16 1.1 to 2.1
+      before they used it.  In inference with AMX 1.0 to 4.6, of 128 units and more from 30 steps on.  With AVX512-BF16
+      inference was not measured since they use it; in float32 ours won while the cell and the overhead of a step
+      outweighed its products: the rule there, and where AMX is refused.
     """
     steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
     if layer.ragged:
