@@ -48,6 +48,18 @@ def test_it_runs(run, tmp_path, capsys):
     assert ours == pytest.approx(peer, abs=1e-4)
 
 
+def test_mixed_precision(run, tmp_path):
+    assert run("--iterations", "3", "--amp", "bfloat16") == 0
+    trainees = state_of(tmp_path / "out" / "char_lm.pt")["state"]
+    assert {value.dtype for each in trainees.values() for value in each["model"].values()} == {torch.float32}
+    ours, peer = (trainees[name]["losses"] for name in (char_lm.OURS, char_lm.PEER))
+    assert ours == pytest.approx(peer, abs=0.02)
+    assert run("--iterations", "3", out="wide") == 0
+    wide = state_of(tmp_path / "wide" / "char_lm.pt")["state"][char_lm.OURS]["losses"]
+    assert ours != wide  # it did round
+    assert ours == pytest.approx(wide, abs=0.02)
+
+
 def test_it_goes_on_as_if_it_had_never_stopped(run, tmp_path, monkeypatch, capsys):
     assert run("--iterations", "5", out="whole") == 0
     with monkeypatch.context() as patch:
@@ -89,6 +101,7 @@ def test_the_best_weights_are_kept(monkeypatch):
         device=torch.device("cpu"),
         steps_per_window=8,
         clip=1.0,
+        amp=None,
     )
     corpus = char_lm.Corpus.of("abc" * 400, 2, 8)
     trainee = char_lm.Trainee.new(char_lm.OURS, options, len(corpus.characters))
