@@ -307,8 +307,8 @@ def _other_cases() -> Iterator[Case]:
         yield Case(f"step-h{hidden}-b{batch}", "step", hidden, hidden, batch, 1024, **on_gpu)
     for hidden, batch in ((128, 16), (512, 16), (1024, 16), (256, 16), (768, 16), (512, 64), (1024, 64), (1024, 256)):
         yield Case(f"design-h{hidden}-b{batch}", "design", hidden, hidden, batch, 1024, modes=("training",), **on_gpu)
-    # Rows and units of a block of threads: what is handed over is of that size.
-    yield Case("handoff-h16-b16", "handoff", 16, 16, 16, 4096, modes=(), **on_gpu)
+    for units in (2, 8, 32, 128):  # of a block of threads, in eight rows: 32 to 2,048 bytes that it hands over
+        yield Case(f"handoff-h{units}-b8", "handoff", units, units, 8, 4096, modes=(), **on_gpu)
     # Sizes that no tile divides, so that every mask is used: one block of threads has all of R, then several share it.
     wide, ragged = {"dtype": "float32"}, {"mean_length": 0.5}
     for name, sizes, rest in (  # I, H, B, T

@@ -31,6 +31,7 @@ about three quarters of an hour. Ctrl-C keeps what has been measured."""
 COMMANDS = {
     "gpu": ("all that a visit to a machine with a CUDA GPU is for: what make gpu runs", "bench.gpu.visit:run"),
     "smoke": ("each design of the GPU kernels once, against torch's LSTM", "bench.gpu.smoke:run"),
+    "streams": ("layers of different designs on two CUDA streams at once, checked and timed", "bench.gpu.streams:run"),
     "compile": ("compiles the GPU kernels of the quick benchmark on all processors", "bench.gpu.compile:run"),
     "environment": ("device, driver and versions", "bench.gpu.environment:run"),
     "kernels": ("compiles every GPU kernel, without a GPU, and reports on its code", "bench.gpu.kernels:run"),
@@ -116,7 +117,13 @@ def parser() -> argparse.ArgumentParser:
     stages("--out", type=Path, default=GPU_RESULTS, metavar="DIR", help="default: %(default)s")
     stages("--commit", metavar="HASH", help="what is measured, where git cannot tell")
     stages("--dry-run", action="store_true", help="run what needs no GPU, and say what would run")
-    own["smoke"].add_argument("--unchecked", action="store_true", help="run, and compare nothing")
+    small = own["smoke"].add_argument
+    small("--unchecked", action="store_true", help="run in one process, and compare nothing")
+    small("--case", metavar="PATTERN", help="only cases whose name matches or contains this, in one process")
+    small("--limit-s", type=float, default=60.0, metavar="S", help="for a process (default: %(default)g)")
+    own["streams"].add_argument("--limit-s", type=float, default=120.0, metavar="S", help="default: %(default)g")
+    for name in ("smoke", "streams"):
+        own[name].add_argument("--dry-run", action="store_true", help="on the CPU, by Triton's interpreter; no time")
     own["compile"].add_argument("--limit-s", type=float, default=90.0, metavar="S", help="default: %(default)g")
     kernels = own["kernels"].add_argument
     kernels("--target", type=int, action="append", choices=(80, 89, 90, 100), help="compute capability; default: all")
@@ -211,7 +218,8 @@ def measure(options: argparse.Namespace) -> int:
 
 def other(command: str, **options: Any) -> int:
     """A command beside the experiments."""
-    if command in ("smoke", "compile") and not torch.cuda.is_available():
+    without = options.get("dry_run", False)
+    if command in ("smoke", "streams", "compile") and not (without or torch.cuda.is_available()):
         print(NO_GPU, file=sys.stderr)
         return 2
     function = pkgutil.resolve_name(COMMANDS[command][1])

@@ -23,11 +23,12 @@ QUICK = Effort(7, 0.3, memory=True)  # what a short visit spends on a mode of a 
 
 # --- time ---------------------------------------------------------------------------------------------------------
 
-# Microseconds that torch's LSTM takes for a step of one layer and direction, (forward, backward), while its products
-# are small: the persistent algorithms keep one kernel running, STANDARD launches several for each step.  Packed input
-# is reported to take about a hundred times as long as padded.
-STEP_US = {PERSIST_STATIC: (2.0, 4.0), SMALL_H: (1.5, 3.0), STANDARD: (10.0, 15.0)}
-PACKED_STEP_US = (150.0, 300.0)
+# Microseconds that torch's LSTM took for a step of one layer and direction, (forward, backward), while its products
+# are small: medians of the rows of an H200 (bench/results/nvidia-h200-132sm.csv: inference, and what training takes on
+# top; of PERSIST_STATIC the one with B 16, of packed input the only one).  The persistent algorithms keep one kernel
+# running; STANDARD launches several for each step, and its times are those of the host that launches them.
+STEP_US = {PERSIST_STATIC: (2.1, 4.6), SMALL_H: (1.6, 2.4), STANDARD: (18.1, 21.8)}
+PACKED_STEP_US = (14.5, 31.4)
 # TFLOP/s that large steps and the products outside of the recurrence reach; about a third of the peak.
 TFLOPS = {"bfloat16": 250.0, "float16": 250.0, "float32": 120.0, "strict": 20.0, "float64": 10.0}
 ORACLE_STEP_US = 60.0  # float64, forward and backward

@@ -2,7 +2,8 @@
 
 For a few shapes, each way to share the work runs once for its result (compared with torch's LSTM in float32) and then
 for its time: that of the recurrence alone, between two events around its launch, over the steps.  Beside it stands
-what the model (``kernels/gpu/tiling.py``) predicted: the constants there are fitted to this table.
+what the model (``kernels/gpu/tiling.py``) predicted: the constants there are fitted to this table, and fitted again at
+its end.  The tiling's choice comes first, then the others by their predicted times, as far as the time for a case goes.
 
 Legend: T steps, B batch, H hidden; U units of a program.
 """
@@ -10,35 +11,34 @@ Legend: T steps, B batch, H hidden; U units of a program.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from lstmcore.kernels.gpu import tiling
 from lstmcore.kernels.gpu.tiling import Design
+from rich.console import Console
 from torch import Tensor, nn
 
 import lstmcore
 from bench.cases import Case, select
-from bench.gpu import launches
-from bench.gpu.compile import spread
+from bench.gpu import launches, model
+from bench.gpu.compile import MOST_S, spread
+from bench.gpu.model import SHARES
 from bench.measure import Experiment, Task, row_of
-from bench.rows import Row
+from bench.rows import RESULTS, Row, read
 from bench.timing import Effort
 
 DEVICE = "cuda"
-MOST = 8  # designs of a shape and pass: those with the shortest predicted times
-COMPILE_S = 60.0  # for all kernels, by several processes
 H200 = (132, 227 * 1024)  # multiprocessors, bytes of shared memory
-SHARES = ("kind", "units", "tile", "rows", "groups", "tiles", "slices", "warps", "chunk", "chunks", "stream")
 
 
 def designs(hidden: int, batch: int, backward: bool, sms: int, shared: int) -> list[Design]:
-    """The tiling's choice, and others of short predicted times."""
+    """The tiling's choice, and all others by their predicted times."""
     chosen = tiling.choose_design(hidden, batch, 1, "16", sms, backward, shared=shared)
-    others = tiling.split_designs(hidden, batch, 1, "16", sms, backward, shared)
-    ordered = sorted((each for each in others if each != chosen), key=lambda each: each.step_time)
-    return [chosen, *ordered[: MOST - 1]]
+    others = tiling.every_design(hidden, batch, 1, "16", sms, backward, shared)
+    return [chosen, *sorted((each for each in others if each != chosen), key=lambda each: each.step_time)]
 
 
 class Problem:
@@ -75,38 +75,34 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 def measure(case: Case, task: Task) -> Iterator[Row]:
-    """A row a design, forward (in training) and backward."""
+    """A row a design, forward (in training) and backward, until each has used up half of the task's time."""
     problem = Problem(case)
     expected, expected_grad = problem.expected()
     output = problem.forward()
     for backward in (False, True):
         choice = designs(case.hidden_size, case.batch, backward, *launches.limits())
+        run = (lambda: problem.backward(output)) if backward else problem.forward
+        ends = time.monotonic() + task.effort.budget_s / 2
         for design in choice:
-            run = (lambda: problem.backward(output)) if backward else problem.forward
+            if design != choice[0] and time.monotonic() > ends:
+                break
             with launches.using(design):
                 off = error(launches.timed(run)[1], expected_grad if backward else expected)
                 us = statistics.median(launches.timed(run)[0] for _ in range(task.effort.min_pairs)) / case.steps
-            shares = {name: str(getattr(design, name)) for name in SHARES}
+            shares = model.shares_of(design)
+            said = {"chosen": str(design == choice[0]), "predicted_us": f"{design.step_time:.6g}"}
             yield row_of(
                 "designs",
                 case,
                 "backward" if backward else "forward",
-                variant=name_of(shares),
+                variant=model.name_of(shares),
                 backend="triton",
                 pairs=task.effort.min_pairs,
                 p50_ms=us / 1e3,
                 max_error=off,
                 reference="torch float32",
-                details={**shares, "chosen": str(design == choice[0]), "predicted_us": f"{design.step_time:.6g}"},
+                details={**shares, **said, "feasible": str(len(choice))},
             )
-
-
-def name_of(shares: dict[str, str]) -> str:
-    """A design in short."""
-    name = "{kind} U{units} BT{tile} W{warps} {slices}x{groups}x{tiles}x{rows}".format(**shares)
-    if shares["chunk"] == "0":
-        return name
-    return f"{name} K{shares['chunk']}x{shares['chunks']}{' streamed' if shares['stream'] == 'True' else ''}"
 
 
 def kernels(sms: int, shared: int) -> list[tuple[Case, bool, Design]]:
@@ -130,21 +126,39 @@ def compile_share(worker: int, workers: int) -> None:
 
 
 def plan(case: Case) -> Iterator[str]:
-    """Says what would run on an H100 or H200."""
+    """Says what would run on an H100 or H200; after the last case the fit to the committed rows."""
     for backward in (False, True):
         for each in designs(case.hidden_size, case.batch, backward, *H200):
             yield f"H {case.hidden_size}, B {case.batch}, {'backward' if backward else 'forward'}: {each}"
+    if case == select("designs", "cuda")[-1]:
+        committed = (row for path in sorted(RESULTS.glob("*sm.csv")) for row in read(path))
+        yield "the constants of the model, fitted to the rows in bench/results (nothing of this is measured now):"
+        yield from model.fitted_lines([model.step_of(row) for row in committed if row.experiment == "designs"])
 
 
-def key_figures(rows: Sequence[Row]) -> str:
+def show(console: Console, rows: Sequence[Row]) -> None:
+    """How many of the designs were timed, and the constants that fit them."""
     by_pass: dict[str, list[Row]] = {}
     for row in rows:
         by_pass.setdefault(f"H{row.hidden_size} B{row.batch} {row.mode}", []).append(row)
-    best = []
-    for name, same in by_pass.items():
-        chosen = ", ".join(f"{row.p50_ms * 1e3:.2f}" for row in same if row.details["chosen"] == "True")
-        best.append(f"{name} {min(row.p50_ms for row in same) * 1e3:.2f} (chosen {chosen})")
-    return f"µs a step, best: {', '.join(best) or 'none'}"
+    timed = (f"{name} {len(same)} of {same[0].details['feasible']}" for name, same in by_pass.items())
+    for line in (f"designs timed: {', '.join(timed)}", *model.fitted_lines([model.step_of(row) for row in rows])):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def key_figures(rows: Sequence[Row]) -> str:
+    """How many designs were timed, and by how much the tiling's choice misses the best of a shape and pass."""
+    by_pass: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        by_pass.setdefault((row.case, row.mode), []).append(row)
+    over = []
+    for same in by_pass.values():
+        chosen = [row.p50_ms for row in same if row.details["chosen"] == "True"]
+        over += [chosen[0] / min(row.p50_ms for row in same)] if chosen else []
+    if not over:
+        return "none"
+    chosen = f"the chosen one took {max(over):.2f} of the best's time at most"
+    return f"{len(rows)} designs of {len(over)} shapes and passes; {chosen}"
 
 
 DESIGNS = Experiment(
@@ -152,15 +166,16 @@ DESIGNS = Experiment(
     what="the time of a step on a GPU by every design that the tiling may choose from, its choice first",
     times="a step of the recurrence",
     measure=measure,
-    full={"cuda": Effort(5, 0.0)},
+    full={"cuda": Effort(5, 30.0)},
     details={
         **dict.fromkeys(SHARES, "of the design: see kernels/gpu/tiling.py"),
         "chosen": "whether the tiling takes this one",
         "predicted_us": "microseconds of a step, as the tiling's model has it",
+        "feasible": "how many designs of this shape and pass the tiling may choose from",
     },
-    prepare=lambda limit_s: spread(compile_share, min(COMPILE_S, limit_s / 2)),
+    prepare=lambda limit_s: spread(compile_share, min(MOST_S, limit_s / 2)),
     plan=plan,
-    show=None,
+    show=show,
     key_figures=key_figures,
     whole=True,
 )

@@ -18,6 +18,7 @@ from bench.cases import select
 from bench.providers import OURS, build, draw, precision
 
 WORKERS = 12
+MOST_S = 60.0  # for the kernels of an experiment, by all processes; never more than half of the time for it
 STEPS = 3  # of the calls that make the compiler run
 
 

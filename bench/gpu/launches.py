@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from lstmcore.kernels.gpu import tiling
+from lstmcore.kernels.gpu import status, tiling
 from lstmcore.kernels.gpu.tiling import Design
 
 from bench.cases import Case
@@ -17,6 +18,7 @@ TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
+CYCLES = 2e9  # of a device in a second, at most (an H200's clock: 1.98 GHz)
 AHEAD = 1_000_000  # clock cycles for which the device sleeps while the host prepares the launch that is timed
 
 
@@ -33,10 +35,36 @@ def limits() -> tuple[int, int]:
     return _launch().sms(device), _launch().shared(device)
 
 
-def predicted_us(case: Case, backward: bool, multiprocessors: int) -> float:
-    """The model's microseconds a step of the recurrence, without the input product."""
-    precision = tiling.precision_of(case.torch_dtype, case.tf32)
-    return tiling.predict(case.hidden_size, case.batch, case.directions, precision, multiprocessors, backward)
+def predicted_us(case: Case, backward: bool) -> float:
+    """The model's microseconds a step of the recurrence on the present GPU, without the input product."""
+    precision, (programs, shared) = tiling.precision_of(case.torch_dtype, case.tf32), limits()
+    sizes = (case.hidden_size, case.batch, case.directions, precision, programs, backward)
+    return tiling.predict(*sizes, shared=shared)
+
+
+def settle() -> None:
+    """Waits for the GPU; RuntimeError if a kernel has said that it gave up waiting for another part of itself."""
+    torch.cuda.synchronize()
+    status.raise_pending(torch.device("cuda", torch.cuda.current_device()))
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of a call: for which the host is busy with it, and the device once all of it is queued.
+
+    For calls of few launches: of many the queue is full before the device begins, and the host waits.
+    """
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    host = time.perf_counter() - started
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda._sleep(AHEAD + int(2 * host * CYCLES))
+    events[0].record()
+    call()
+    events[1].record()
+    torch.cuda.synchronize()
+    return host, events[0].elapsed_time(events[1]) / 1e3
 
 
 @contextmanager

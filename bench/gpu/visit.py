@@ -1,8 +1,9 @@
 """``python -m bench gpu``, or ``make gpu``: all that a visit to a machine with a CUDA GPU is for, in one command.
 
 It uses the Python it is started with and downloads nothing.  Each stage runs in processes of its own with a time limit,
-so one that hangs is ended and the others still run; a short table comes last.  ``--dry-run`` runs the part of each
-stage that needs no GPU.
+so one that hangs is ended and the others still run.  Two tables come last: of the stages, and of what bounds a step of
+each shape.  What is left behind is few files, also after an interruption.  ``--dry-run`` runs the part of each stage
+that needs no GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +23,12 @@ from types import FrameType
 
 import torch
 
+from bench.cases import select
+from bench.gpu import model
+from bench.gpu.compile import MOST_S
+from bench.gpu.packing import listing, pack
 from bench.measure import NO_GPU, NOTHING
+from bench.rows import RESULTS, Row, read
 from bench.session import LOST, LOST_AT
 from bench.tables import KEY_FIGURES
 
@@ -29,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 RESERVE_S = 10.0  # of the whole: for ending what hangs, and for the table
 GRACE_S = 6.0  # for a stage to sum up what it has, once its time is over
 START_S = 25.0  # of a stage's time: what importing torch, the first kernels and the tables at the end take
+SCREEN = 100  # columns
 NO_TESTS = 5  # pytest's exit status when it has collected nothing
 
 Command = list[str]
@@ -67,6 +75,7 @@ class Stage:
     unable: str | None = None  # what a command says that cannot work on this machine
     excused: Callable[[Sequence[str]], bool] = lambda lines: False  # whether a failure is another program's
     environment: Mapping[str, str] = field(default_factory=dict)  # for its commands, of other programs' variables
+    from_minutes: float = 0.0  # a shorter visit leaves it out: its share would not be enough, and the others need it
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class Outcome:
     """What became of a stage."""
 
     name: str
-    status: str  # "ok", "failed", "timed out", "skipped"
+    status: str  # "ok", "failed", "timed out", "skipped", "left out"
     seconds: float
     figures: str
 
@@ -137,6 +146,15 @@ def _quick(visit: Visit) -> list[Command]:
     return [_bench("compile", "--limit-s", f"{first:.0f}"), _bench(*quick, *visit.rows(visit.work_s - first))]
 
 
+def _smoke(visit: Visit) -> list[Command]:
+    """Every case in a process of its own, within what the stage has but for starting these."""
+    return [_bench("smoke", *(["--dry-run"] if visit.dry else ["--limit-s", f"{max(visit.seconds - 10, 5):.0f}"]))]
+
+
+def _streams(visit: Visit) -> list[Command]:
+    return [_bench("streams", *(["--dry-run"] if visit.dry else ["--limit-s", f"{visit.work_s:.0f}"]))]
+
+
 def _experiment(name: str, *options: str) -> Callable[[Visit], list[Command]]:
     """The command of an experiment, for as many cases as there is time for."""
     return lambda visit: [
@@ -144,30 +162,46 @@ def _experiment(name: str, *options: str) -> Callable[[Visit], list[Command]]:
     ]
 
 
+def _designs(visit: Visit) -> list[Command]:
+    """What compiling leaves of the time, in equal parts for each shape."""
+    timing = visit.work_s - min(MOST_S, visit.work_s / 2)
+    each = timing / len(select("designs", "cuda"))
+    return _experiment("designs", "--seconds", f"{each:.1f}")(visit)
+
+
 # What matters most comes first; the limits add up to ten minutes less the reserve.
 STAGES = (
-    Stage("environment", "device, driver and versions", 25, lambda visit: [_bench("environment")]),
     Stage(
-        "smoke",
-        "each design once, against torch's LSTM",
-        50,
-        lambda visit: [_bench("smoke", *(["--help"] if visit.dry else []))],
+        "install",
+        "the package, from this checkout",
+        8,
+        lambda visit: [_python("bench.gpu.install", *(["--dry-run"] if visit.dry else []))],
     ),
-    Stage("tests", "the tests that need a GPU", 115, _tests, nothing=(NO_TESTS,)),
-    Stage("handoff", "the latency of a hand-off by number of blocks", 20, _experiment("handoff")),
-    Stage("steps", "microseconds a step, beside torch's and the prediction", 65, _experiment("steps")),
-    Stage("designs", "microseconds a step by every design that the tiling may choose", 70, _experiment("designs")),
-    Stage("bench", "the quick benchmark", 175, _quick, again=_bench_again),
-    Stage("flow", "what recording the gradient flow costs", 30, _experiment("flow", "--seconds", "1")),
-    Stage("plots", "the figures of its rows", 20, lambda visit: [_bench("report", "--out", str(visit.out))]),
+    Stage("environment", "device, driver and versions", 15, lambda visit: [_bench("environment")]),
+    Stage("smoke", "each design once, against torch's LSTM", 45, _smoke),
+    Stage("tests", "the tests that need a GPU", 95, _tests, nothing=(NO_TESTS,), from_minutes=8),
+    Stage("streams", "two streams at once", 38, _streams),
+    Stage("handoff", "the latency of a hand-off by blocks and bytes", 31, _experiment("handoff")),
+    Stage("steps", "microseconds a step, beside torch's and the prediction", 52, _experiment("steps")),
+    Stage("designs", "microseconds a step by every design that the tiling may choose", 90, _designs),
+    Stage("bench", "the quick benchmark", 171, _quick, again=_bench_again),
+    Stage(
+        "flow",
+        "what recording the gradient flow costs",
+        18,
+        _experiment("flow", "--seconds", "1"),
+        from_minutes=8,
+    ),
+    Stage("plots", "the figures of its rows", 12, lambda visit: [_bench("report", "--out", str(visit.out))]),
     Stage(
         "sanitizer",
         "memory accesses and races of small cases",
-        20,
+        15,
         _sanitizer,
         unable="Device not supported",
         excused=_hazards_of_others,
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor its own allocation, with its own bounds
+        from_minutes=8,
     ),
 )
 
@@ -285,14 +319,70 @@ def run_stages(stages: Sequence[Stage], minutes: float, visit: Visit, say: Calla
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[str]:
-    """The table that comes last: short, and narrow enough for any screen but for its last column."""
+    """What became of the stages, narrow enough for any screen."""
     lines = [f"{'stage':<12} {'status':<10} {'seconds':>7}  key figures"]
-    lines += [f"{each.name:<12} {each.status:<10} {each.seconds:7.0f}  {each.figures}" for each in outcomes]
+    for each in outcomes:
+        first = f"{each.name:<12} {each.status:<10} {each.seconds:7.0f}  "
+        wrapped = textwrap.wrap(each.figures, SCREEN, initial_indent=first, subsequent_indent=" " * len(first))
+        lines += wrapped or [first.rstrip()]
     return lines
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def measured(out: Path, dry_run: bool) -> list[Row]:
+    """The rows of the visit; in a dry run those of earlier ones, to have something to show."""
+    return [row for path in sorted((RESULTS if dry_run else out).glob("*sm.csv")) for row in read(path)]
+
+
+def last_tables(outcomes: Sequence[Outcome], out: Path, dry_run: bool) -> list[str]:
+    """The stages, then what bounds a step of each shape."""
+    title = ["what bounds a step: shares of its measured time, by the model; tensor: of the tensor cores' peak"]
+    if dry_run:
+        title += ["from the rows in bench/results: nothing is measured now"]
+    try:
+        bounds = list(model.bound_lines(model.bounds(measured(out, dry_run))))
+    except (KeyError, ValueError) as error:  # rows of another version's columns must not cost the table of stages
+        bounds = [f"no table: {error}"]
+    return [*summary(outcomes), "", *title, *bounds]
+
+
+def left_out(stages: Sequence[Stage], minutes: float) -> list[Outcome]:
+    """What a visit of so many minutes is too short for."""
+    said = "for visits from {0:g} minutes on; --stage {1} runs it by itself"
+    short = [each for each in stages if minutes < each.from_minutes]
+    return [Outcome(each.name, "left out", 0.0, said.format(each.from_minutes, each.name)) for each in short]
+
+
+def _visit(chosen: Sequence[Stage], minutes: float, visit: Visit, outcomes: list[Outcome]) -> int:
+    """Runs the stages, adds to ``outcomes``, and says everything on the screen and in a log; 130 if interrupted."""
+    status = 0
+    before = signal.signal(signal.SIGTERM, _terminated)  # so that no stage outlives this process
+    with (visit.out / "gpu.log").open("w", encoding="utf-8") as log:
+
+        def say(line: str) -> None:
+            for file in (sys.stdout, log):
+                print(line, file=file, flush=True)
+
+        if visit.dry:
+            say("dry run: nothing is measured, and no GPU figure comes of it")
+            for name, seconds in shares(chosen, minutes).items():
+                say(f"{name:<12} gets {seconds:4.0f} s of {minutes:g} minutes, and what is left over before it")
+        try:
+            for outcome in run_stages(chosen, minutes, visit, say):
+                outcomes.append(outcome)
+        except KeyboardInterrupt:
+            say("interrupted")
+            status = 130
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            lines = last_tables(outcomes, visit.out, visit.dry)
+            (visit.out / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            for line in ("", *lines):
+                say(line)
+    return status
 
 
 def run(stage: Sequence[str] | None, minutes: float, out: Path, commit: str | None, dry_run: bool) -> int:
@@ -303,35 +393,19 @@ def run(stage: Sequence[str] | None, minutes: float, out: Path, commit: str | No
     if unknown := set(stage or ()) - {each.name for each in STAGES}:
         print(f"unknown stage {', '.join(sorted(unknown))}: expected {', '.join(each.name for each in STAGES)}")
         return 2
-    chosen = [each for each in STAGES if stage is None or each.name in stage]
+    outcomes = [] if stage else left_out(STAGES, minutes)
+    short = {each.name for each in outcomes}
+    chosen = [each for each in STAGES if each.name not in short and (stage is None or each.name in stage)]
     if not dry_run and not torch.cuda.is_available():
         print(f"{NO_GPU}, and no GPU figure exists from this machine; --dry-run shows what would run")
         return 2
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    outcomes: list[Outcome] = []
-    status = 0
-    before = signal.signal(signal.SIGTERM, _terminated)  # so that no stage outlives this process
-    with (out / "gpu.log").open("w", encoding="utf-8") as log:
-
-        def say(line: str) -> None:
-            for file in (sys.stdout, log):
-                print(line, file=file, flush=True)
-
-        if dry_run:
-            say("dry run: nothing is measured, and no GPU figure comes of it")
-            for name, seconds in shares(chosen, minutes).items():
-                say(f"{name:<12} gets {seconds:4.0f} s of {minutes:g} minutes, and what is left over before it")
-        try:
-            for outcome in run_stages(chosen, minutes, Visit(out, commit, dry_run), say):
-                outcomes.append(outcome)
-        except KeyboardInterrupt:
-            say("interrupted")
-            status = 130
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        lines = summary(outcomes)
-        (out / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        for line in ("", *lines, *([] if dry_run else [f"files: {out}"])):
-            say(line)
+    before = listing(out)
+    try:
+        status = _visit(chosen, minutes, Visit(out, commit, dry_run), outcomes)
+    finally:
+        packed = pack(out, before)
+    for line in (*packed, f"files: {out}"):
+        print(line)
     return status or (1 if any(outcome.bad for outcome in outcomes) else 0)

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -45,17 +45,25 @@ WARPS = 8
 # Of the resident design, at most: (forward, backward).  Sixteen are 10 % faster in forward; in backward they were
 # 40 % slower, and spilled, as both do in strict float32.
 RESIDENT_WARPS = {"16": (16, 8), "tf32": (16, 8), "float32": (8, 8)}
-SHARED = 160 * 1024  # bytes of shared memory of a program on the large GPUs (8.0: 163 KiB, 9.0 and 10.0: 227)
+# Bytes of shared memory that a program may use where no device says it, as under Triton's interpreter: what the large
+# GPUs have at least (CUDA's programming guide: 8.0 163 KiB, 9.0 and 10.0 227).
+SHARED = 160 * 1024
 
-LATENCY = 0.55  # microseconds of a step in which nothing but latency counts: product, sum over warps, cell
-HANDOFF = 0.14  # for each doubling of the programs that exchange h or dz
-RESIDENT_LATENCY = (0.97, 1.35)  # without a hand-off: (forward, backward)
-PASS = 0.37  # for each further tile of rows of the same program
-CHUNK = 0.02  # for each further K chunk: polling for its data, and barriers
-STREAM_CHUNK = 0.17  # for a K chunk of streamed weights, per eight rows of a tile
-SM_RATE = 59.0  # kilobytes per microsecond of h or dz that a program reads from the second-level cache
-STREAM_RATE = 41.0  # and of weights
-SHARED_RATE = 134.0  # kilobytes per microsecond of an SM's shared memory
+# Microseconds of what a step of the split design is made of, each with what it is counted in.  All of them together are
+# a least-squares fit to the measured steps (see above); `python -m bench designs` prints the fit to what it measures.
+COSTS = {
+    "latency": 0.55,  # of any step: a product, the sum over warps, the cell
+    "handoff": 0.14,  # for each doubling of the programs that exchange h or dz
+    "pass": 0.37,  # for each further tile of rows of the same program
+    "chunk": 0.02,  # for each further K chunk: polling for its data, and barriers
+    "stream_chunk": 0.17,  # for a K chunk of streamed weights, per eight rows of a tile
+    "read": 1 / 59.0,  # for a kilobyte of h or dz that a program reads from the second-level cache
+    "stream": 1 / 41.0,  # and of weights
+    "shared": 1 / 134.0,  # for a kilobyte through an SM's shared memory
+    # A step of the resident design, which has no hand-off: measured at H 128, B 16; once for each program of an SM.
+    "resident_forward": 0.97,
+    "resident_backward": 1.35,
+}
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:
@@ -112,7 +120,7 @@ def cover(terms: int, least: int, most: int) -> tuple[int, int]:
 
 
 def resident_design(
-    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, shared: int = SHARED
+    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, shared: int
 ) -> Design | None:
     """A program for each tile of rows, or None if one cannot hold the weights."""
     units = max(power_of_two(hidden), 16)
@@ -123,21 +131,37 @@ def resident_design(
         return None
     tile = 8 if directions * ceil_div(batch, 8) <= sms else 16
     groups = ceil_div(batch, tile)
-    time = RESIDENT_LATENCY[backward] * ceil_div(directions * groups, sms)
-    return Design("resident", units, tile, tile, groups, 1, 1, directions, warps, step_time=time)
+    design = Design("resident", units, tile, tile, groups, 1, 1, directions, warps)
+    return replace(design, step_time=time_of(terms_of(design, hidden, backward, precision, sms)))
 
 
-def split_time(
+def split_terms(
     terms: int, tile: int, rows: int, tiles: int, m: int, slices: int, chunks: int, stream: bool, precision: str
-) -> float:
-    """Predicted microseconds of a step: ``m`` rows of weights times ``tiles`` tiles of ``tile`` rows."""
+) -> dict[str, float]:
+    """How many of each of COSTS a step is made of: ``m`` rows of weights times ``tiles`` tiles of ``tile`` rows."""
     read = rows * terms * STATE[precision] / 1000  # kilobytes that a program receives per tile
     staged = terms * tile * STATE[precision] / 1000
     summed = WARPS * m * tile * 4 / 1000
-    one = read / SM_RATE + 2 * (staged + summed) / SHARED_RATE + (chunks - 1) * CHUNK
+    parts = {"latency": 1.0, "handoff": math.log2(slices), "pass": tiles - 1.0, "chunk": tiles * (chunks - 1.0)}
+    parts |= {"read": tiles * read, "shared": tiles * 2 * (staged + summed)}
     if stream:
-        one += m * terms * STATE[precision] / 1000 / STREAM_RATE + chunks * tile / 8 * STREAM_CHUNK
-    return LATENCY + HANDOFF * math.log2(slices) + tiles * one + (tiles - 1) * PASS
+        parts["stream"] = tiles * m * terms * STATE[precision] / 1000
+        parts["stream_chunk"] = tiles * chunks * tile / 8
+    return parts
+
+
+def time_of(parts: Mapping[str, float], costs: Mapping[str, float] = COSTS) -> float:
+    """Predicted microseconds of a step that is made of these."""
+    return sum(count * costs[name] for name, count in parts.items())
+
+
+def terms_of(design: Design, hidden: int, backward: bool, precision: str, sms: int) -> dict[str, float]:
+    """What a step of a design is made of: how often each of COSTS."""
+    if design.kind == "resident":
+        return {f"resident_{'backward' if backward else 'forward'}": float(ceil_div(design.programs, sms))}
+    terms, m = (4 * hidden, design.units) if backward else (hidden, 4 * design.units)
+    sizes = (design.tile, design.rows, design.tiles, m, design.slices, design.chunks, design.stream)
+    return split_terms(terms, *sizes, precision)
 
 
 def _tiles(terms: int, m: int, tile: int, precision: str, shared: int, narrower: bool) -> tuple[int, int, bool] | None:
@@ -168,7 +192,7 @@ def _tiles(terms: int, m: int, tile: int, precision: str, shared: int, narrower:
 
 
 def split_designs(
-    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, shared: int = SHARED
+    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, shared: int
 ) -> Iterator[Design]:
     """All split designs that fit the device, with their predicted times."""
     terms = 4 * hidden if backward else hidden
@@ -185,9 +209,9 @@ def split_designs(
             if tile > 8 and rows <= tile // 2:
                 continue
             chunk, chunks, stream = k_tiles
-            time = split_time(terms, tile, rows, tiles, m, slices, chunks, stream, precision)
+            parts = split_terms(terms, tile, rows, tiles, m, slices, chunks, stream, precision)
             sizes = (units, tile, rows, groups, tiles, slices, directions, WARPS)
-            yield Design("split", *sizes, chunk, chunks, stream, time)
+            yield Design("split", *sizes, chunk, chunks, stream, time_of(parts))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -199,7 +223,7 @@ def choose_design(
     sms: int,
     backward: bool,
     *,
-    shared: int = SHARED,
+    shared: int,
     kind: str | None = None,
 ) -> Design:
     """The design for one layer on a device with ``sms`` SMs and ``shared`` bytes of shared memory; ``kind`` forces one.
@@ -222,6 +246,18 @@ def choose_design(
     return chosen
 
 
-def predict(hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool) -> float:
-    """Predicted microseconds of a step of the recurrence."""
-    return choose_design(hidden, batch, directions, precision, sms, backward).step_time
+def every_design(
+    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, shared: int
+) -> Iterator[Design]:
+    """All designs of all kinds that fit the device."""
+    sizes = (hidden, batch, directions, precision, sms, backward, shared)
+    resident = resident_design(*sizes)
+    yield from () if resident is None else (resident,)
+    yield from split_designs(*sizes)
+
+
+def predict(
+    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, *, shared: int
+) -> float:
+    """Predicted microseconds of a step of the recurrence on a device with so many SMs and bytes of shared memory."""
+    return choose_design(hidden, batch, directions, precision, sms, backward, shared=shared).step_time

@@ -15,7 +15,7 @@ from lstmcore.cli.parity import COMPARISONS, compare
 from lstmcore.kernels.contract import Layer
 from lstmcore.tables import table
 
-GPU_SMS = 132  # of an H100 or H200
+GPU_SMS, GPU_SHARED = 132, 227 * 1024  # of an H100 or H200: SMs, and bytes of shared memory for a program
 GPU_SHAPES = (
     (32, 64),
     (128, 1),
@@ -77,7 +77,10 @@ def _designs() -> str:
         (
             str(hidden),
             str(batch),
-            *(str(tiling.choose_design(hidden, batch, 1, "16", GPU_SMS, backward)) for backward in (False, True)),
+            *(
+                str(tiling.choose_design(hidden, batch, 1, "16", GPU_SMS, backward, shared=GPU_SHARED))
+                for backward in (False, True)
+            ),
         )
         for hidden, batch in GPU_SHAPES
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import pytest
@@ -14,8 +15,8 @@ from lstmcore.kernels.gpu import tiling
 from bench import cli, rows
 from bench.cases import Case, select
 from bench.experiments import designs as designs_of
-from bench.experiments.designs import H200, MOST, designs, kernels
-from bench.gpu import launches
+from bench.experiments.designs import H200, designs, kernels
+from bench.gpu import launches, model
 from bench.measure import Task
 from bench.rows import RESULTS, Row
 from bench.timing import Effort
@@ -37,8 +38,9 @@ def place(row: Row) -> tuple[int, int, bool]:
 def test_designs_of_a_shape(shape, backward):
     found = designs(*shape, backward, *H200)
     assert found[0] == tiling.choose_design(*shape, 1, "16", H200[0], backward, shared=H200[1])
-    assert 1 < len(found) <= MOST
-    assert len(set(found)) == len(found)
+    assert len(set(found)) == len(found) > 1
+    assert set(found) == set(tiling.every_design(*shape, 1, "16", H200[0], backward, shared=H200[1]))
+    assert [each.step_time for each in found[1:]] == sorted(each.step_time for each in found[1:])
     assert all(design.programs <= H200[0] for design in found if design.kind == "split")
 
 
@@ -64,15 +66,76 @@ def test_the_model_is_not_far_from_what_was_measured():
     """30 %: it is fitted to all of these at once, and the worst was 27 % off."""
     assert measured()
     for row in measured():
-        design = row.details
-        if design["kind"] == "split":
-            hidden, _, backward = place(row)
-            units = int(design["units"])
-            terms, m = (4 * hidden, units) if backward else (hidden, 4 * units)
-            sizes = (int(design[name]) for name in ("tile", "rows", "tiles"))
-            shares = (int(design["slices"]), int(design["chunks"]), design["stream"] == "True")
-            model = tiling.split_time(terms, *sizes, m, *shares, "16")
-            assert model == pytest.approx(row.p50_ms * 1e3, rel=0.3), row
+        step = model.step_of(row)
+        assert tiling.time_of(step.parts) == pytest.approx(step.us, rel=0.3), row
+
+
+def test_a_row_tells_the_design_that_the_tiling_predicted():
+    for row in measured():
+        if row.details["chosen"] == "True":
+            hidden, batch, backward = place(row)
+            chosen = tiling.choose_design(hidden, batch, 1, "16", H200[0], backward, shared=H200[1])
+            parts = tiling.terms_of(chosen, hidden, backward, "16", H200[0])
+            assert tiling.time_of(parts) == chosen.step_time
+            if model.name_of(model.shares_of(chosen)) == row.variant:
+                assert model.step_of(row).parts == parts
+
+
+def test_a_fit_finds_the_costs_that_steps_were_made_with():
+    """Those of all parts that the steps have; one that they do not have stays as it is."""
+    secret = {name: value * (1.5 if index % 2 else 0.7) for index, (name, value) in enumerate(tiling.COSTS.items())}
+    steps = [model.step_of(row) for row in measured() if row.details["kind"] == "split"]
+    steps = [replace(each, us=tiling.time_of(each.parts, secret)) for each in steps]
+    found = model.fit(steps)
+    for name, value in found.items():
+        expected = tiling.COSTS if name.startswith("resident") else secret
+        assert value == pytest.approx(expected[name], rel=0.03), name
+    assert model.errors(steps, found)[1] < 0.01 < model.errors(steps, tiling.COSTS)[0]
+
+
+def test_a_fit_has_no_cost_below_zero():
+    """Steps that take less the more there is of a part: it costs nothing, and the rest is fitted without it."""
+    steps = [model.Step(2.0 - 0.1 * chunks, {"latency": 1.0, "chunk": float(chunks)}) for chunks in range(8)]
+    found = model.fit(steps)
+    assert found["chunk"] == 0.0
+    assert 1.3 < found["latency"] < 2.0
+
+
+def test_a_fit_is_told():
+    told = "\n".join(model.fitted_lines([model.step_of(row) for row in measured()]))
+    assert f"{len(measured())} steps" in told
+    assert "read" in told
+    assert "kB/µs: 59, " in told
+    assert list(model.fitted_lines([])) == ["no step was measured, so nothing was fitted"]
+
+
+def test_what_bounds_a_shape():
+    found = {(each.shape, each.mode): each for each in model.bounds(measured())}
+    assert len(found) == 2 * len(SHAPES)
+    first = {place: each.ranking()[0][0] for place, each in found.items()}
+    assert first["H128 B16", "forward"] == "latency"
+    assert first["H1024 B16", "forward"] == "hand-off"
+    assert first["H1024 B64", "backward"] == "bytes from L2"
+    for each in found.values():
+        shares = [share for name, share in each.shares.items() if name != model.TENSOR_CORES]
+        assert sum(shares) == pytest.approx(each.model / each.us)
+        assert each.shares[model.TENSOR_CORES] < 0.5
+
+
+def test_a_step_that_the_host_launches_too_slowly_is_bounded_by_that():
+    (row,) = (row for row in measured() if place(row) == (128, 16, False) and row.details["chosen"] == "True")
+    launched = replace(row, experiment="steps", details={"host_us": f"{3 * row.p50_ms * 1e3 * row.steps}"})
+    (bound,) = model.bounds([row, launched])
+    assert bound.host == pytest.approx(3 * bound.us)
+    assert [name for name, _ in bound.ranking()][:2] == [model.LAUNCH, "latency"]
+    assert "launch by the host 100%" in list(model.bound_lines([bound]))[-1]
+
+
+def test_the_table_of_bounds_fits_a_screen():
+    lines = list(model.bound_lines(model.bounds(measured())))
+    assert len(lines) == 1 + 2 * len(SHAPES) <= 20
+    assert max(map(len, lines)) <= 100
+    assert "so nothing is said" in next(model.bound_lines([]))
 
 
 def test_the_tiling_chooses_what_measured_best():
@@ -114,6 +177,11 @@ def test_designs_are_measured_of_the_right_results(monkeypatch):
     monkeypatch.setattr(designs_of, "row_of", lambda *given, **columns: made.append((given, columns)))
     case = Case("design-tiny", "design", 40, 40, 3, 3, dtype="bfloat16", modes=("training",), device="cuda")
     list(designs_of.measure(case, Task(Effort(2, 0.0))))
+    assert [columns["details"]["chosen"] for _, columns in made] == ["True"] * 2, "no time: the tiling's choice alone"
+    feasible = [int(columns["details"]["feasible"]) for _, columns in made]
+    made.clear()
+    list(designs_of.measure(case, Task(Effort(2, 600.0))))
+    assert len(made) == sum(feasible)
     for part in ("forward", "backward"):
         these = [columns for given, columns in made if given[2] == part]
         assert len(these) > 1

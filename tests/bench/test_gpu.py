@@ -5,6 +5,7 @@ Rows here are made up and live in temporary folders; none of them is a result.
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import re
@@ -24,7 +25,6 @@ from bench import (
     machine,
     measure,
     memory,
-    plots,
     providers,
     report,
     rows,
@@ -35,8 +35,8 @@ from bench import (
     verify,
 )
 from bench.cases import CASES, GPU_QUICK, GROUPS, HIDDEN, STEPS_ON_GPU, Case, select
-from bench.experiments import EXPERIMENTS, speed, steps
-from bench.gpu import environment, smoke, visit
+from bench.experiments import EXPERIMENTS, handoff, speed, steps
+from bench.gpu import environment, launches, smoke, visit
 from bench.measure import NOTHING, Task
 from bench.rows import RESULTS, Row
 from bench.session import LOST, LOST_AT
@@ -252,6 +252,18 @@ def test_report_of_gpu_rows(tmp_path):
 # --- a run, on a machine that says it has a GPU -------------------------------------------------------------------
 
 
+class Event:
+    """One of CUDA's, on the host's clock."""
+
+    def __init__(self, **_: object) -> None: ...
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """Cases of device "cuda" computed on the CPU: everything of a run but CUDA itself."""
@@ -260,7 +272,7 @@ def pretended_gpu(monkeypatch):
     def draw(case, **options):
         return replace(real_draw(replace(case, device="cpu"), **options), case=case)
 
-    device = SimpleNamespace(name="Made Up GPU", multi_processor_count=132, total_memory=2**30, major=9, minor=0)
+    device = SimpleNamespace(name="Made Up GPU", multi_processor_count=132, total_memory=2**31, major=9, minor=0)
     for module in (providers, measure, steps):
         monkeypatch.setattr(module, "draw", draw)
     monkeypatch.setattr(verify, "oracle_fits", lambda case: False)
@@ -269,8 +281,11 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(machine, "cudnn", lambda: "9.13.0")
     monkeypatch.setitem(timing.CLOCKS, "cuda", timing.Clock(lambda: None, lambda: None))
     monkeypatch.setattr(timing, "SAMPLE_S", 1e-3)
-    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(launches, "limits", lambda: (132, 227 * 1024))
+    monkeypatch.setattr(launches, "settle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "_sleep"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**20)
@@ -368,7 +383,9 @@ def test_step_experiment(pretended_gpu, registry, tmp_path, capsys):
     (path,) = tmp_path.glob("*.csv")
     found = rows.read(path)
     assert [row.mode for row in found] == list(steps.PASSES)
-    assert [set(row.details) for row in found] == [{"predicted_us", "product_us"}] * 2 + [{"predicted_us"}]
+    every = {"predicted_us", "host_us"}
+    assert [set(row.details) for row in found] == [every | {"product_us"}] * 2 + [every]
+    assert all(float(row.details["host_us"]) > 0 for row in found if row.mode != "backward")
     output = capsys.readouterr().out
     assert "step-tiny, backward, against torch: " in output
     assert output.splitlines()[-1].startswith(f"{tables.KEY_FIGURES}µs a step at B 16: ")
@@ -382,35 +399,54 @@ def test_handoff_experiment(pretended_gpu, monkeypatch, tmp_path, capsys):
 
     def latency(ctas, rows, width, dtype, steps):
         asked.append((ctas, rows, width, dtype, steps))
-        return ctas / 100
+        return 0.4 + 0.2 * math.log2(ctas) + 0.03 * ctas * rows * width * dtype.itemsize / 1000
 
     monkeypatch.setattr(probe, "handoff_latency", latency)
+    monkeypatch.setattr(handoff, "spread", lambda share, limit_s: share(1, 9) or "compiled")
     assert cli.main(["handoff", "--out", str(tmp_path)]) == 0
-    assert asked == [(blocks, 16, 16, torch.bfloat16, 4096) for blocks in (2, 4, 8, 16, 32, 64, 128, 132)]
+    compiled = [each for each in asked if each[-1] == handoff.FEW]
+    assert len(compiled) == 3
+    timed = [each for each in asked if each not in compiled]
+    powers = [2, 4, 8, 16, 32, 64, 128]
+    expected = {2: [*powers, 132], 8: [*powers, 132], 32: powers, 128: powers[:5]}  # what a block can hold
+    assert timed == [(blocks, 8, units, torch.bfloat16, 4096) for units in expected for blocks in expected[units]]
     (path,) = tmp_path.glob("*.csv")
-    assert [(row.details["blocks"], row.p50_ms * 1e3) for row in rows.read(path)] == [
-        (str(blocks), pytest.approx(blocks / 100)) for blocks, *_ in asked
-    ]
-    assert capsys.readouterr().out.splitlines()[-1].startswith(tables.KEY_FIGURES)
+    found = [(int(row.details["blocks"]), int(row.details["bytes"]) // 16) for row in rows.read(path)]
+    assert found == [(blocks, units) for blocks, _, units, *_ in timed]
+    told = capsys.readouterr().out
+    fitted = dict(re.findall(r"^(latency|handoff|read) +\S+ +(\S+)", told, re.MULTILINE))
+    for name, us in (("latency", 0.4), ("handoff", 0.2), ("read", 0.03)):
+        assert float(fitted[name]) == pytest.approx(us, rel=0.01)
+    assert re.search(r"^   132 +1.94 .* -$", told, re.MULTILINE)
+    assert told.splitlines()[-1].startswith(tables.KEY_FIGURES)
 
 
 def test_smoke(pretended_gpu, monkeypatch, capsys):
     monkeypatch.setattr(smoke, "draw", providers.draw)
     monkeypatch.setattr(smoke, "BACKEND", "reference")
-    assert smoke.run(unchecked=False) == 0
+    assert smoke.run(case="smoke") == 0
     told = capsys.readouterr().out
     assert told.count("largest error") == 6
     assert f"{tables.KEY_FIGURES}6 of 6 small cases are right" in told
     monkeypatch.setattr(verify, "_floor", lambda case: -1.0)
     monkeypatch.setattr(verify, "SAME_DTYPE_BOUND", dict.fromkeys(verify.SAME_DTYPE_BOUND, -1.0))
-    assert smoke.run(unchecked=False) == 1
+    assert smoke.run(case="smoke") == 1
     assert "wrong result: smoke-h40" in capsys.readouterr().out
     assert smoke.run(unchecked=True) == 0
     assert "6 of 6 small cases ran" in capsys.readouterr().out
     monkeypatch.setattr(smoke, "BACKEND", "triton")
     monkeypatch.setattr(choice, "_why_not", lambda backend, *_: f"no {backend.name} here")
-    assert smoke.run(unchecked=False) == NOTHING
+    assert smoke.run(case="smoke") == NOTHING
     assert "not run: backend 'triton' cannot run this call" in capsys.readouterr().out
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(smoke, "algorithm", broken)
+    assert smoke.run(case="smoke-h40") == 1, "what breaks is not what a backend refuses"
+    assert "failed: CUDA error" in capsys.readouterr().out
+    assert smoke.run(case="nothing") == 2
+    assert "expected one of smoke-h40, " in capsys.readouterr().out
 
 
 def test_peak_memory_is_one_steps(pretended_gpu):
@@ -549,7 +585,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, tmp_path, capsys):
     assert "there is no CUDA device" in output
     assert "no GPU figure exists" in output
     assert not (tmp_path / "out").exists()
-    for command in (["--device", "cuda", "--quick"], ["steps"], ["handoff"], ["smoke"], ["compile"]):
+    for command in (["--device", "cuda", "--quick"], ["steps"], ["handoff"], ["smoke"], ["streams"], ["compile"]):
         assert cli.main(command) == 2
         assert "there is no CUDA device" in capsys.readouterr().err
 
@@ -562,13 +598,16 @@ def test_dry_run(monkeypatch, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "no GPU figure comes of it" in output
     assert "blocks of threads on an H100 or H200" in output
-    last = output.splitlines()[-2:]
-    assert [line.split()[:2] for line in last] == [["stage", "status"], ["handoff", "ok"]]
     names = sorted(path.name for path in out.iterdir())
     assert names == ["gpu.log", "summary.txt"]
-    assert output.splitlines()[-1] in (out / "gpu.log").read_text()
+    last = (out / "summary.txt").read_text()
+    assert [line.split()[:2] for line in last.splitlines()[:2]] == [["stage", "status"], ["handoff", "ok"]]
+    assert "from the rows in bench/results: nothing is measured now" in last
+    assert "bytes from L2 46%" in last
+    assert last in output
+    assert last in (out / "gpu.log").read_text()
     assert cli.main(["gpu", "--dry-run", "--out", str(out), "--stage", "nothing"]) == 2
-    assert "unknown stage nothing: expected environment, smoke, tests," in capsys.readouterr().out
+    assert "unknown stage nothing: expected install, environment, smoke, tests, streams," in capsys.readouterr().out
 
 
 def test_plans(capsys):
@@ -587,7 +626,7 @@ def test_plans(capsys):
     assert "1 of 545 cases" in capsys.readouterr().out
 
 
-def test_commands_are_this_pythons_and_files_are_few(tmp_path):
+def test_commands_are_this_pythons(tmp_path):
     its = visit.Visit(tmp_path, "1234567", seconds=100.0)
     parser = cli.parser()
     for each in visit.STAGES:
@@ -598,5 +637,3 @@ def test_commands_are_this_pythons_and_files_are_few(tmp_path):
     bench = {each.name: each for each in visit.STAGES}["bench"].commands(its)[-1]
     assert bench[-2:] == ["--commit", "1234567"]
     assert bench[bench.index("--backend") + 1] == "triton"
-    # the log, the table, the rows and their plots
-    assert 3 + len(plots.FIGURES["cuda"]) <= 8

@@ -16,8 +16,8 @@ BENCH = pathlib.Path(__file__).parents[2] / "bench"
 LAYERS = (
     "cases", "machine", "timing", "rows", "cudnn", "providers", "verify", "costs", "memory", "onnx_peer", "summary",
     "tables", "findings", "measure", "session", "plots", "curves", "page", "libraries", "rounding", "report",
-    "gpu.launches", "gpu.compile", "gpu.environment", "gpu.smoke", "gpu.kernels", "experiments", "gpu.visit", "compare",
-    "cli",
+    "gpu.install", "gpu.packing", "gpu.launches", "gpu.model", "gpu.compile", "gpu.environment", "gpu.smoke",
+    "gpu.streams", "gpu.kernels", "experiments", "gpu.visit", "compare", "cli",
 )  # fmt: skip
 FOLDERS = ("experiments", "libraries")
 FREE = ("__main__", "conftest", "test_bench")  # nobody imports them

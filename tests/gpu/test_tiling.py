@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -13,12 +15,14 @@ from lstmcore.kernels.gpu.tiling import (
     STATE,
     WEIGHT,
     Design,
-    choose_design,
     cover,
     power_of_two,
-    predict,
 )
 from lstmcore.kernels.integers import ceil_div
+
+choose_design, predict, resident_design = (
+    functools.partial(each, shared=SHARED) for each in (tiling.choose_design, tiling.predict, tiling.resident_design)
+)
 
 REGISTERS = 64 * 1024  # of an SM, 32 bits each
 THREADS = 32
@@ -49,7 +53,7 @@ def constants(design: Design) -> tuple:
 def test_a_design_can_be_carried_out(hidden, batch, directions, precision, sms, backward, kind):
     """It covers all units, rows and terms, holds what it says in registers, and fits the device at once."""
     if directions * ceil_div(hidden, 32) > sms and (
-        kind or tiling.resident_design(hidden, batch, directions, precision, sms, backward) is None
+        kind or resident_design(hidden, batch, directions, precision, sms, backward) is None
     ):
         with pytest.raises(ValueError, match=rf"{hidden}.*{sms}"):
             choose_design(hidden, batch, directions, precision, sms, backward, kind=kind)
@@ -91,7 +95,7 @@ def test_a_design_can_be_carried_out(hidden, batch, directions, precision, sms, 
 def test_resident_wherever_it_fits(hidden, batch, directions, precision, sms, backward):
     """And then for every batch: a resident program waits for nobody, so there may be more of them than SMs."""
     limit = {"16": 128, "tf32": 64, "float32": 64}[precision]
-    resident = tiling.resident_design(hidden, batch, directions, precision, sms, backward)
+    resident = resident_design(hidden, batch, directions, precision, sms, backward)
     assert (resident is not None) == (hidden <= limit)
     if resident is not None:
         assert choose_design(hidden, batch, directions, precision, sms, backward) == resident
