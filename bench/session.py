@@ -117,7 +117,8 @@ class Session:
             needed += sum(experiment.seconds(case, task.effort) for experiment, task in self.work)
             if (why := costs.too_large(case, machine.gpu().total_memory)) is not None:
                 return why
-            needed += 0 if costs.compiled(case) in self.kernels else costs.COMPILE_S
+            ready = costs.compiled(case) in self.kernels or all(each.prepare is not None for each, _ in self.work)
+            needed += 0 if ready else costs.COMPILE_S
         if self.limit_s is not None and time.monotonic() - self.started + needed > self.limit_s:
             return f"the {self.limit_s:.0f} seconds of this run were used up"
         self.kernels.add(costs.compiled(case))

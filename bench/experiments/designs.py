@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,8 +29,10 @@ from bench.gpu.model import SHARES
 from bench.measure import Experiment, Task, row_of
 from bench.rows import RESULTS, Row, read
 from bench.timing import Effort
+from bench.verify import Mismatch
 
 DEVICE = "cuda"
+BOUND = 8 * torch.finfo(torch.bfloat16).eps  # of a result, relative to its norm
 H200 = (132, 227 * 1024)  # multiprocessors, bytes of shared memory
 
 
@@ -74,9 +76,21 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got.detach().float() - expected).norm() / expected.norm())
 
 
+def timed(design: Design, run: Callable[[], Tensor], expected: Tensor, samples: int) -> tuple[float, float]:
+    """Median microseconds of a launch of the recurrence, and how far its result is off; Mismatch where it is wrong."""
+    with launches.using(design):
+        off = error(launches.timed(run)[1], expected)
+        if not off < BOUND:
+            raise Mismatch(f"wrong result: {off:.1e} off, more than {BOUND:.1e}")
+        return statistics.median(launches.timed(run)[0] for _ in range(samples)), off
+
+
 def measure(case: Case, task: Task) -> Iterator[Row]:
-    """A row a design, forward (in training) and backward, until each has used up half of the task's time."""
-    problem = Problem(case)
+    """A row a design, forward (in training) and backward, until each has used up half of the task's time.
+
+    Raises RuntimeError at the end if a design could not run or computed something else; the others have their rows.
+    """
+    problem, failures, samples = Problem(case), [], task.effort.min_pairs
     expected, expected_grad = problem.expected()
     output = problem.forward()
     for backward in (False, True):
@@ -86,9 +100,11 @@ def measure(case: Case, task: Task) -> Iterator[Row]:
         for design in choice:
             if design != choice[0] and time.monotonic() > ends:
                 break
-            with launches.using(design):
-                off = error(launches.timed(run)[1], expected_grad if backward else expected)
-                us = statistics.median(launches.timed(run)[0] for _ in range(task.effort.min_pairs)) / case.steps
+            try:
+                us, off = timed(design, run, expected_grad if backward else expected, samples)
+            except Exception as failure:  # whatever it is, the other designs have figures to give
+                failures.append(f"{'backward' if backward else 'forward'}, {design}: {failure}")
+                continue
             shares = model.shares_of(design)
             said = {"chosen": str(design == choice[0]), "predicted_us": f"{design.step_time:.6g}"}
             yield row_of(
@@ -97,12 +113,14 @@ def measure(case: Case, task: Task) -> Iterator[Row]:
                 "backward" if backward else "forward",
                 variant=model.name_of(shares),
                 backend="triton",
-                pairs=task.effort.min_pairs,
-                p50_ms=us / 1e3,
+                pairs=samples,
+                p50_ms=us / case.steps / 1e3,
                 max_error=off,
                 reference="torch float32",
                 details={**shares, **said, "feasible": str(len(choice))},
             )
+    if failures:
+        raise RuntimeError("; ".join(failures))
 
 
 def kernels(sms: int, shared: int) -> list[tuple[Case, bool, Design]]:

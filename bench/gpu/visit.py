@@ -35,7 +35,7 @@ from bench.tables import KEY_FIGURES
 ROOT = Path(__file__).parents[2]
 RESERVE_S = 10.0  # of the whole: for ending what hangs, and for the table
 GRACE_S = 6.0  # for a stage to sum up what it has, once its time is over
-START_S = 25.0  # of a stage's time: what importing torch, the first kernels and the tables at the end take
+START_S = 15.0  # of a stage's time: what importing torch, the first kernels and the tables at the end take
 SCREEN = 100  # columns
 NO_TESTS = 5  # pytest's exit status when it has collected nothing
 
@@ -174,17 +174,17 @@ STAGES = (
     Stage(
         "install",
         "the package, from this checkout",
-        8,
+        22,
         lambda visit: [_python("bench.gpu.install", *(["--dry-run"] if visit.dry else []))],
     ),
     Stage("environment", "device, driver and versions", 15, lambda visit: [_bench("environment")]),
     Stage("smoke", "each design once, against torch's LSTM", 45, _smoke),
-    Stage("tests", "the tests that need a GPU", 95, _tests, nothing=(NO_TESTS,), from_minutes=8),
+    Stage("tests", "the tests that need a GPU", 88, _tests, nothing=(NO_TESTS,), from_minutes=8),
     Stage("streams", "two streams at once", 38, _streams),
-    Stage("handoff", "the latency of a hand-off by blocks and bytes", 31, _experiment("handoff")),
-    Stage("steps", "microseconds a step, beside torch's and the prediction", 52, _experiment("steps")),
+    Stage("handoff", "the latency of a hand-off by blocks and bytes", 39, _experiment("handoff")),
+    Stage("steps", "microseconds a step, beside torch's and the prediction", 48, _experiment("steps")),
     Stage("designs", "microseconds a step by every design that the tiling may choose", 90, _designs),
-    Stage("bench", "the quick benchmark", 171, _quick, again=_bench_again),
+    Stage("bench", "the quick benchmark", 163, _quick, again=_bench_again),
     Stage(
         "flow",
         "what recording the gradient flow costs",
@@ -196,7 +196,7 @@ STAGES = (
     Stage(
         "sanitizer",
         "memory accesses and races of small cases",
-        15,
+        12,
         _sanitizer,
         unable="Device not supported",
         excused=_hazards_of_others,

@@ -35,11 +35,13 @@ STATE = {"16": 2, "tf32": 4, "float32": 4}  # bytes of an entry of h or dz
 # both halves of words that hold two 16-bit entries.
 DEPTH = {"16": 32, "tf32": 16, "float32": 16}
 
-WEIGHT_REGISTERS = 128  # of a thread's 255, at most, for weights
+# Of a thread's 255 registers, at most, for weights: with twice as many nothing is left for sums and h (`make kernels`
+# counts registers and spills of every configuration, and fails on spills).
+WEIGHT_REGISTERS = 128
 # And, by tile, for two K chunks of h or dz on their way to shared memory.  Twice as many, and so half the chunks, were
 # tried: equal on average, 8 % slower at worst.
 TILE_REGISTERS = {8: 32, 16: 32}
-SUM_REGISTERS = 160  # for weights and the sums of a tile together: with more, most kernels spill
+SUM_REGISTERS = 160  # for weights and the sums of a tile together: with more, most kernels spill (`make kernels`)
 # Warps of a program of the split design, with 255 registers per thread.  Sixteen were tried: 2 to 30 % slower.
 WARPS = 8
 # Of the resident design, at most: (forward, backward).  Sixteen are 10 % faster in forward; in backward they were

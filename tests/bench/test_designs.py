@@ -190,3 +190,15 @@ def test_designs_are_measured_of_the_right_results(monkeypatch):
         for columns in these:
             assert columns["max_error"] < 8 * torch.finfo(torch.bfloat16).eps
             assert columns["p50_ms"] == pytest.approx(0.006 / 3)
+    ours, called = launches.timed, []
+
+    def timed(run):
+        called.append(run)
+        us, result = ours(run)
+        return us, result * (5 if len(called) == 1 else 1)  # the first design computes something else
+
+    monkeypatch.setattr(launches, "timed", timed)
+    made.clear()
+    with pytest.raises(RuntimeError, match=r"^forward, resident.*: wrong result: .* off"):
+        list(designs_of.measure(case, Task(Effort(1, 600.0))))
+    assert len(made) == sum(feasible) - 1, "the others have their rows"
