@@ -13,6 +13,7 @@ import torch
 from lstmcore.kernels.gpu import tiling
 from lstmcore.kernels.gpu.tiling import Design
 
+from bench.cases import DTYPES
 from bench.rows import Row
 
 # What makes a design, as a row tells it.
@@ -64,7 +65,8 @@ def name_of(shares: dict[str, str]) -> str:
 
 def step_of(row: Row) -> Step:
     """The step that a row of ``designs`` tells of."""
-    parts = tiling.terms_of(design_of(row), row.hidden_size, row.mode == "backward", "16", row.threads)
+    precision = tiling.precision_of(DTYPES[row.dtype], row.precision == "tf32")
+    parts = tiling.terms_of(design_of(row), row.hidden_size, row.mode == "backward", precision, row.threads)
     return Step(row.p50_ms * 1e3, parts)
 
 

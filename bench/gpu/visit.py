@@ -178,12 +178,12 @@ STAGES = (
         lambda visit: [_python("bench.gpu.install", *(["--dry-run"] if visit.dry else []))],
     ),
     Stage("environment", "device, driver and versions", 15, lambda visit: [_bench("environment")]),
-    Stage("smoke", "each design once, against torch's LSTM", 45, _smoke),
-    Stage("tests", "the tests that need a GPU", 88, _tests, nothing=(NO_TESTS,), from_minutes=8),
+    Stage("smoke", "each design once, against torch's LSTM", 55, _smoke),
+    Stage("tests", "the tests that need a GPU", 82, _tests, nothing=(NO_TESTS,), from_minutes=8),
     Stage("streams", "two streams at once", 38, _streams),
     Stage("handoff", "the latency of a hand-off by blocks and bytes", 39, _experiment("handoff")),
     Stage("steps", "microseconds a step, beside torch's and the prediction", 48, _experiment("steps")),
-    Stage("designs", "microseconds a step by every design that the tiling may choose", 90, _designs),
+    Stage("designs", "microseconds a step by every design that the tiling may choose", 86, _designs),
     Stage("bench", "the quick benchmark", 163, _quick, again=_bench_again),
     Stage(
         "flow",
@@ -346,7 +346,9 @@ def last_tables(outcomes: Sequence[Outcome], out: Path, dry_run: bool) -> list[s
         bounds = list(model.bound_lines(model.bounds(measured(out, dry_run))))
     except (KeyError, ValueError) as error:  # rows of another version's columns must not cost the table of stages
         bounds = [f"no table: {error}"]
-    return [*summary(outcomes), "", *title, *bounds]
+    order = [stage.name for stage in STAGES]
+    stages = sorted(outcomes, key=lambda each: order.index(each.name))
+    return [*summary(stages), "", *title, *bounds]
 
 
 def left_out(stages: Sequence[Stage], minutes: float) -> list[Outcome]:

@@ -419,6 +419,9 @@ def test_handoff_experiment(pretended_gpu, monkeypatch, tmp_path, capsys):
         assert float(fitted[name]) == pytest.approx(us, rel=0.01)
     assert re.search(r"^   132 +1.94 .* -$", told, re.MULTILINE)
     assert told.splitlines()[-1].startswith(tables.KEY_FIGURES)
+    less = f"{costs.COMPILE_S - 1}"  # than a case's kernels take, which here have been compiled beforehand
+    assert cli.main(["handoff", "--out", str(tmp_path), "--limit-s", less]) == 0
+    assert "used up" not in capsys.readouterr().out
 
 
 def test_smoke(pretended_gpu, monkeypatch, capsys):

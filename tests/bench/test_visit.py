@@ -284,6 +284,7 @@ def test_a_short_visit_leaves_out_what_would_not_be_done(monkeypatch, tmp_path, 
     assert "left out" in told
     assert "for visits from 8 minutes on; --stage stage1 runs it by itself" in told
     assert "another" not in told
+    assert [line.split()[0] for line in told.splitlines()[:3]] == ["stage", "stage0", "stage1"], "in their order"
     assert visit.run(["stage1"], 1.0, tmp_path, None, dry_run=True) == 0
     assert "another" in (tmp_path / "summary.txt").read_text()
 
