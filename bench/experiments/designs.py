@@ -33,6 +33,7 @@ from bench.verify import Mismatch
 
 DEVICE = "cuda"
 BOUND = 8 * torch.finfo(torch.bfloat16).eps  # of a result, relative to its norm
+TOLD = ("rows", "groups", "tiles", "slices")  # what a kernel is told when it runs, and not compiled for
 H200 = (132, 227 * 1024)  # multiprocessors, bytes of shared memory
 
 
@@ -129,7 +130,7 @@ def kernels(sms: int, shared: int) -> list[tuple[Case, bool, Design]]:
     for case in select("designs", "cuda"):
         for backward in (False, True):
             for each in designs(case.hidden_size, case.batch, backward, sms, shared):
-                shares = (each.kind, each.units, each.tile, each.warps, each.chunk, each.chunks, each.stream)
+                shares = (value for name, value in model.shares_of(each).items() if name not in TOLD)
                 wanted.setdefault((case.hidden_size, backward, *shares), (case, backward, each))
     return list(wanted.values())
 

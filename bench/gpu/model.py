@@ -18,6 +18,8 @@ from bench.rows import Row
 
 # What makes a design, as a row tells it.
 SHARES = tuple(each.name for each in fields(Design) if each.name not in ("directions", "step_time"))
+USUAL = {each.name: each.default for each in fields(Design)}
+SHORT = ("kind", "units", "tile", "rows", "groups", "tiles", "slices", "warps", "chunk", "chunks", "stream")
 RATES = ("read", "stream", "shared")  # of the costs those of a kilobyte
 PULL = 0.01  # how much a constant is held where it is: enough to decide what the rows do not tell apart
 # What a part of a step stands for; one that is not here stands for itself.
@@ -56,11 +58,12 @@ def shares_of(design: Design) -> dict[str, str]:
 
 
 def name_of(shares: dict[str, str]) -> str:
-    """A design in short."""
+    """A design in short: what all have, then what is not as most have it."""
     name = "{kind} U{units} BT{tile} W{warps} {slices}x{groups}x{tiles}x{rows}".format(**shares)
-    if shares["chunk"] == "0":
-        return name
-    return f"{name} K{shares['chunk']}x{shares['chunks']}{' streamed' if shares['stream'] == 'True' else ''}"
+    if shares["chunk"] != "0":
+        name += f" K{shares['chunk']}x{shares['chunks']}{' streamed' if shares['stream'] == 'True' else ''}"
+    own = (each for each in shares if each not in SHORT and shares[each] != str(USUAL[each]))
+    return name + "".join(f" {each} {shares[each]}" for each in own)
 
 
 def step_of(row: Row) -> Step:

@@ -81,6 +81,17 @@ def test_a_row_tells_the_design_that_the_tiling_predicted():
                 assert model.step_of(row).parts == parts
 
 
+def test_a_designs_name_has_what_is_its_own():
+    for row in measured():
+        design = model.design_of(row)
+        assert model.name_of(model.shares_of(design)) == row.variant
+    shares = model.shares_of(replace(design, kind="split"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.USUAL, "block", 0)
+        assert model.name_of(shares | {"block": "0"}) == model.name_of(shares)
+        assert model.name_of(shares | {"block": "64"}).endswith(" block 64")
+
+
 def test_a_fit_finds_the_costs_that_steps_were_made_with():
     """Those of all parts that the steps have; one that they do not have stays as it is."""
     secret = {name: value * (1.5 if index % 2 else 0.7) for index, (name, value) in enumerate(tiling.COSTS.items())}
