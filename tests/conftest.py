@@ -111,6 +111,7 @@ def triton_kernels(monkeypatch):
         pytest.skip(f"Triton cannot be used here: {error}")
     for name in ("_words", "_wrong_lengths", "_reported"):
         monkeypatch.setattr(kernels.status, name, {})
+    monkeypatch.setattr(kernels.launch, "_refused", {})
     return kernels
 
 
@@ -119,8 +120,8 @@ def fresh_choices():
     """No choice of a backend is remembered from before, nor will be after: for tests that change what machine it is."""
 
     def forget() -> None:
-        for cached in (backends.load, backends.choose, backends.chosen):
-            cached.cache_clear()
+        backends.load.cache_clear()
+        backends.forget()
 
     forget()
     yield forget

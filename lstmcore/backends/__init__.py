@@ -4,10 +4,10 @@
 LSTM (``aten``), exactly as ``torch.nn.LSTM`` does; ``reference`` is the plain step loop.
 """
 
-from lstmcore.backends.choice import Choice, Situation, choose, chosen, in_graph, own_cell
+from lstmcore.backends.choice import Choice, Situation, choose, chosen, forget, in_graph, own_cell, runs_in_graph
 from lstmcore.backends.registry import AUTO, REFERENCE, REGISTRY, Backend, check_name, load, names
 
 __all__ = [
-    "AUTO", "REFERENCE", "REGISTRY", "Backend", "Choice", "Situation", "check_name", "choose", "chosen", "in_graph",
-    "load", "names", "own_cell",
+    "AUTO", "REFERENCE", "REGISTRY", "Backend", "Choice", "Situation", "check_name", "choose", "chosen", "forget",
+    "in_graph", "load", "names", "own_cell", "runs_in_graph",
 ]  # fmt: skip

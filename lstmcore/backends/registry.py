@@ -32,9 +32,11 @@ class Backend:
     device: str | None = None  # the type of device that it runs on; None: any
     dtypes: tuple[torch.dtype, ...] | None = FLOATS  # None: any
     missing: Callable[[], str | None] = lambda: None  # one sentence if it cannot or must not be imported
-    # One sentence if "auto" does not take it although it supports the layer: it was never tested on the device, or a
-    # later one in the registry was measured faster (``several``: there is more than one thread).
-    unproven: Callable[[Any, Layer], str | None] = lambda module, layer: None
+    # "auto" takes it on a device after a check against the reference there, once for all layers that run the same
+    # kernels (self_check.py)
+    checked: bool = False
+    # One sentence if "auto" does not take it although it supports the layer, because a later one in the registry was
+    # measured faster, or nobody knows (``several``: there is more than one thread).
     slower: Callable[[Layer, bool], str | None] = lambda layer, several: None
     fused: bool = True  # opaque to autograd, tracers, modes and tensor subclasses; else it consists of torch operations
     extended: bool = True  # it has lengths, reset and cells, and can be recorded
@@ -66,13 +68,13 @@ def _numba_missing() -> str | None:
     return None
 
 
-def _unmeasured(module: Any, layer: Layer) -> str | None:
-    if module.measured(layer.device):
-        return None
-    return (
-        "its kernels have not been measured on a device of this kind yet (make gpu does that); "
-        "backend='triton' runs them"
-    )
+def _slower_than_cudnn(layer: Layer, several: bool) -> str | None:
+    if not load("triton").measured(layer.device):
+        return (
+            "its kernels have not been measured on a device of this kind yet (make gpu does that); "
+            "backend='triton' runs them"
+        )
+    return rules.slower_than_cudnn(layer, several)
 
 
 _ENTRIES = (
@@ -82,8 +84,8 @@ _ENTRIES = (
         "the fused GPU kernels cover this call",
         device="cuda",
         missing=_triton_missing,
-        unproven=_unmeasured,
-        slower=rules.slower_than_cudnn,
+        checked=True,
+        slower=_slower_than_cudnn,
         device_lengths=True,
     ),
     Backend(

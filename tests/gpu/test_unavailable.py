@@ -16,7 +16,7 @@ from lstmcore.kernels.gpu import tiling
 
 import lstmcore
 from lstmcore import backends
-from lstmcore.backends import Situation, choice
+from lstmcore.backends import Situation, choice, self_check
 
 GPU = torch.device("cuda", 0)
 LAYER = Layer(GPU, torch.bfloat16, 100, 16, 64, 512)
@@ -25,7 +25,7 @@ X = torch.randn(5, 2, 3)
 
 @pytest.fixture
 def gpu(compiled_triton, monkeypatch):
-    """A GPU with 132 SMs of compute capability 9.0; returns a function that changes what it is."""
+    """A GPU with 132 SMs of compute capability 9.0, on which all kernels are right; returns a function to change it."""
 
     def change(capability: tuple[int, int] = (9, 0), hip: str | None = None, sms: int = 132) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -34,6 +34,8 @@ def gpu(compiled_triton, monkeypatch):
         monkeypatch.setattr(compiled_triton.launch, "shared", lambda device: tiling.SHARED)
 
     change()
+    monkeypatch.setattr(self_check, "_checked", lambda *asked: None)
+    monkeypatch.setattr(self_check, "_verdicts", {})
     return change
 
 
@@ -115,7 +117,9 @@ def test_auto_leaves_it_to_torch_where_nobody_has_measured(gpu, monkeypatch, tra
     assert choice.name == "torch"
     assert "measured" in dict(choice.reasons)["triton"]
     assert "backend='triton'" in dict(choice.reasons)["triton"]
-    assert backends.choose("auto", (layer,), Situation(extended=True)).name == "reference"
+    extended = backends.choose("auto", (layer,), Situation(extended=True))  # which cuDNN cannot run
+    assert extended.name == "triton"
+    assert "checked here against the reference" in str(extended)
     monkeypatch.setattr(tiling, "MEASURED", {(9, 0): 132})
     backends.choose.cache_clear()
     choice = backends.choose("auto", (layer,))
