@@ -1,4 +1,5 @@
 """Which backend runs a call: ``registry`` has an entry for each, ``rules`` the measured rules, ``choice`` decides.
+``self_check`` compares kernels with the reference before ``"auto"`` takes them on a device.
 
 ``triton`` and ``numba`` are the fused kernels of :mod:`lstmcore.kernels`; ``torch`` passes the whole call to ATen's
 LSTM (``aten``), exactly as ``torch.nn.LSTM`` does; ``reference`` is the plain step loop.

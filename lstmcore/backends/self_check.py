@@ -114,11 +114,14 @@ def _warn_once(backend: str, device: torch.device, reason: str) -> None:
 
 def _checked(kernels: Any, layer: Layer, ragged: bool, rounding: float) -> str | None:
     """What is wrong with the kernels, found in a thread of its own; None: nothing."""
-    if layer.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise Undecided(
-            "its kernels have not been checked on this device yet, and cannot be while a CUDA graph is captured; "
-            "make one such call before the capture"
-        )
+    if layer.device.type == "cuda":
+        with torch.cuda.device(layer.device):
+            capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
+            raise Undecided(
+                "its kernels have not been checked on this device yet, and cannot be while a CUDA graph is captured; "
+                "make one such call before the capture"
+            )
     return _in_a_thread(functools.partial(_wrong, kernels, layer, ragged, rounding))
 
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,8 @@ import torch
 
 import lstmcore
 from lstmcore import backends
+from lstmcore.backends import self_check
+from lstmcore.kernels.contract import Layer
 
 CHECKOUT = Path(lstmcore.__file__).parents[1]
 CODE = ("bench", ":(exclude)bench/results", "kernels", "lstmcore")  # what a commit says too little of, once changed
@@ -39,6 +42,7 @@ FEATURES = (
     "bf16",
     "sve",
 )
+CHECKED = (64, 512)  # hidden sizes: one that a single program of a GPU holds, one that several share
 # Variables that change what torch, Numba, Triton or a library below them computes, and how fast.
 VARIABLES = re.compile(
     r"(OMP|GOMP|KMP|MKL|DNNL|ONEDNN|OPENBLAS|BLIS|VECLIB|NUMEXPR|NUMBA|LLVMLITE|TORCH\w*|PYTORCH|ATEN|TRITON|"
@@ -269,6 +273,25 @@ def threads() -> str:
     return f"{kernel_threads.count()}, {kernel_threads.describe()} ({torchs})"
 
 
+def gpu_kernels() -> str:
+    """Whether the GPU kernels are right on each CUDA device: two sizes of them, compiled and checked here."""
+    if not torch.cuda.is_available():
+        return "on no device: there is no CUDA device that torch finds"
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return "; ".join(f"{device}: {', '.join(_verdicts(device))}" for device in devices)
+
+
+def _verdicts(device: torch.device) -> Iterator[str]:
+    for name, entry in backends.REGISTRY.items():
+        for hidden in CHECKED if entry.checked else ():
+            layer = Layer(device, torch.bfloat16, 64, 16, hidden, hidden, ragged=True, training=True)
+            reason = backends.load(name).supports(layer)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # this says the same
+                reason = reason or self_check.refusal(name, layer, extended=True)
+            yield f"H {hidden} " + ("right" if reason is None else f"not used by 'auto': {reason}")
+
+
 def blocks() -> str:
     """The instruction set that the CPU kernels are shaped for, and the size of their blocks in float32."""
     from lstmcore.kernels.cpu import tiling
@@ -356,6 +379,7 @@ def sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
             ("CPU kernels for", told(blocks)),
             ("bfloat16 multiplied by", told(bfloat16_products)),
             ("kernel cache", told(kernel_cache)),
+            ("GPU kernels checked", told(gpu_kernels)),
             *((f"backend {name!r}", told(lambda name=name: backend(name))) for name in backends.REGISTRY),  # type: ignore[misc]
         ],
     )

@@ -304,6 +304,7 @@ def test_no_memory_is_no_verdict(unknown, monkeypatch):
 
 def test_not_while_a_graph_is_captured(unknown, monkeypatch):
     there = LAYER._replace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(unknown, "settle", lambda device: pytest.fail("waiting ends a capture"))
     with pytest.raises(self_check.Undecided, match="one such call before the capture"):
