@@ -171,7 +171,9 @@ def _wrong(kernels: Any, layer: Layer, ragged: bool, rounding: float) -> str | N
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
+    """The first line of an error's text; with the last one where it only says where (``at 12:3:``), as Triton's do."""
+    first, *rest = (str(error).strip() or "no message").splitlines()
+    return f"{first} {rest[-1].strip()}" if rest and first.endswith(":") else first
 
 
 def _difference(kernels: Any, layer: Layer, ragged: bool, rounding: float) -> str | None:

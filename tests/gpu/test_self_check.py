@@ -311,6 +311,17 @@ def test_not_while_a_graph_is_captured(unknown, monkeypatch):
         self_check._checked(unknown, there, True, 0.0)
 
 
+def test_what_a_compiler_says():
+    """Triton's errors begin with a place, show the source, and end with what is wrong."""
+    said = {
+        "at 3:7:\n    x = y\n        ^\nthe shapes differ": "at 3:7: the shapes differ",
+        "a\nb": "a",
+        "": "no message",
+    }
+    for text, expected in said.items():
+        assert self_check._first_line(RuntimeError(text)) == expected
+
+
 def test_a_lost_device_is_told(unknown, monkeypatch):
     """Not that of a design that is refused: nothing else will run there either."""
 
