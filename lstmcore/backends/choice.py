@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
+from lstmcore.backends import tuning
 from lstmcore.backends.registry import AUTO, REGISTRY, Backend, check_name, load
+from lstmcore.backends.situation import Situation
+from lstmcore.backends.timings import Verdict
 from lstmcore.kernels.contract import Layer
 from lstmcore.kernels.cpu import process, threads
 
@@ -41,21 +43,6 @@ class Choice:
         return Choice(self.name, reasons)
 
 
-class Situation(NamedTuple):
-    """What a choice depends on in addition to the layers."""
-
-    # the call uses what torch's LSTM does not have: lengths, reset, cells, recompute, a recording
-    extended: bool = False
-    opaque: bool = False  # its tensors are of a subclass, or torch.jit traces it
-    orphan: bool = False  # torch may wait for threads that only the parent process has
-    several: bool = True  # there is more than one thread
-
-    @staticmethod
-    def now(extended: bool, opaque: bool = False) -> Situation:
-        """The situation of a call in this process and thread."""
-        return Situation(extended, opaque, process.torch_would_hang(), threads.count() > 1)
-
-
 def _why_not(backend: Backend, layers: tuple[Layer, ...], situation: Situation) -> str | None:
     """One sentence on why a backend cannot run these layers here, or None if it can."""
     dtype = layers[0].dtype
@@ -76,20 +63,19 @@ def _why_not(backend: Backend, layers: tuple[Layer, ...], situation: Situation) 
     return next((reason for layer in layers if (reason := module.supports(layer)) is not None), None)
 
 
-def _declined(backend: Backend, layers: tuple[Layer, ...], situation: Situation) -> str | None:
-    """One sentence on why ``"auto"`` does not take a backend for these layers, or None if it does."""
+def _judged(backend: Backend, layers: tuple[Layer, ...], situation: Situation) -> Verdict:
+    """Whether ``"auto"`` takes a backend for these layers, and why; no reason: nothing spoke against it."""
     device = layers[0].device
     if backend.device not in (None, device.type):  # known without loading a compiler
-        return f"it runs on {backend.device}, not on {device}"
+        return Verdict(False, f"it runs on {backend.device}, not on {device}")
     if (reason := _why_not(backend, layers, situation)) is not None:
-        return reason
-    if (reason := backend.unproven(load(backend.name), layers[0])) is not None:
-        return reason
+        return Verdict(False, reason)
     if situation.orphan and backend.torch_threads and device.type == "cpu":
-        return _LOST_THREADS
+        return Verdict(False, _LOST_THREADS)
     if situation.extended or situation.orphan:  # none of the faster ones would run it
-        return None
-    return next((why for layer in layers if (why := backend.slower(layer, situation.several)) is not None), None)
+        return Verdict(True)
+    verdicts = [backend.faster(layer, situation) for layer in layers]
+    return next((each for each in verdicts if not each.faster), verdicts[0])
 
 
 def _described(backend: Backend, layers: tuple[Layer, ...], why: str) -> str:
@@ -114,13 +100,13 @@ def choose(name: str, layers: tuple[Layer, ...], situation: Situation = Situatio
 
     reasons: list[tuple[str, str]] = []
     for candidate, backend in REGISTRY.items():
-        reason = _declined(backend, layers, situation)
-        if reason is None:
-            why = (
-                backend.why if not situation.orphan else f"{backend.why} without the threads that a forked child lacks"
-            )
+        verdict = _judged(backend, layers, situation)
+        if verdict.faster:
+            why = f"{backend.why} ({verdict.why})" if verdict.why else backend.why
+            if situation.orphan:
+                why += " without the threads that a forked child lacks"
             return Choice(candidate, (*reasons, (candidate, _described(backend, layers, why))))
-        reasons.append((candidate, reason))
+        reasons.append((candidate, verdict.why))
     # Only for a dtype that none of our backends computes, with an argument that ATen's LSTM does not have.
     raise RuntimeError("no backend can run this call:\n" + "\n".join(f"  {name}: {why}" for name, why in reasons))
 
@@ -131,10 +117,21 @@ def chosen(name: str, layer: Layer, num_layers: int, situation: Situation) -> Ch
     return choose(name, (layer,) if num_layers == 1 else (layer, layer.after()), situation)
 
 
+def forget() -> None:
+    """Chooses anew from now on, by tables that are read anew.
+
+    Graphs that were compiled before have to be compiled again: their saved tensors are those of the old choice.
+    """
+    tuning.forget()
+    choose.cache_clear()
+    chosen.cache_clear()
+
+
 def in_graph(name: str, layer: Layer, extended: bool) -> str:
     """The backend of a layer in a compiled or exported graph, or under a transform: chosen once, for every T and B.
 
     As for a long sequence of some rows, because steps and batch may be symbols.  The hidden size becomes a constant.
+    It depends on no setting that may change between forward and backward: the number of threads, and TF32.
     """
     fixed = layer._replace(
         steps=LONG, batch=SOME, input_size=SOME, hidden_size=int(layer.hidden_size), proj_size=int(layer.proj_size)

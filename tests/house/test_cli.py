@@ -56,7 +56,7 @@ def test_prewarm(options, capsys):
     assert ("stream" in output) == ("--stream" in options)
 
 
-@pytest.mark.parametrize("name", ["", "info", "prewarm", "check"])
+@pytest.mark.parametrize("name", ["", "info", "prewarm", "check", "tune"])
 def test_help(name, capsys):
     status, output, errors = run_here(capsys, *filter(None, [name]), "--help")
     assert status == 0
@@ -87,6 +87,7 @@ BAD = [
     ("prewarm --input-size 3 --hidden-size 4 --proj-size 4", "proj"),
     ("prewarm --input-size 3 --hidden-size 4 --proj-size -1", "proj"),
     ("check --backend nonsense", "nonsense"),
+    ("check --device nonsense", "nonsense"),
 ]
 
 
