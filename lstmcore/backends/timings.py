@@ -85,8 +85,9 @@ class Span(NamedTuple):
             if crossing <= 1:
                 return Span(1, math.inf)
             return Span(math.ceil(crossing), math.inf) if math.isfinite(crossing) else None
-        last = math.inf if math.isinf(crossing) else math.floor(crossing)
-        return Span(1, last) if last >= 1 else None
+        if crossing < 1:
+            return None
+        return Span(1, math.floor(crossing) if math.isfinite(crossing) else math.inf)
 
     def __contains__(self, steps: object) -> bool:
         return isinstance(steps, int) and self.first <= steps <= self.last

@@ -67,6 +67,7 @@ def test_one_of_two_is_ahead(ours, peer):
         (Line(0, 0), Line(0, 5e-324), Span(1, math.inf), "for any number of steps"),
         (Line(0, 0), Line(1, 5e-324), Span(1, math.inf), "for any number of steps"),
         (Line(1, 0), Line(0, 5e-324), None, "None"),
+        (Line(1, 5e-324), Line(0, 0), None, "None"),
         (Line(0, 5e-324), Line(1, 0), Span(1, math.inf), "for any number of steps"),
     ],
 )
