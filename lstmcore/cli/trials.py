@@ -159,7 +159,7 @@ class Effort(NamedTuple):
         return rounds >= (self.rounds if seconds < 4 * self.seconds else 3)
 
 
-EFFORT, QUICK = Effort(7, 0.4), Effort(5, 0.1)
+EFFORT, QUICK = Effort(7, 0.25), Effort(5, 0.1)
 
 
 @contextmanager

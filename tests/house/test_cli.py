@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from lstmcore.kernels import cell
 
 import lstmcore
@@ -106,3 +107,19 @@ def test_check_of_a_backend_that_cannot_run_here(compiled_triton, capsys):
     assert status == 2, output + errors
     assert "triton" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "setting", "expected"),
+    [
+        (torch.float32, "cpu", "tf32", 8 * 2**-23),
+        (torch.float32, "cuda", "ieee", 8 * 2**-23),
+        (torch.float32, "cuda:0", "tf32", 2 * 2**-10),
+        (torch.bfloat16, "cuda", "tf32", 2**-7),
+        (torch.float16, "cpu", "tf32", 2**-10),
+    ],
+)
+def test_what_the_check_grants(dtype, device, setting, expected, monkeypatch):
+    """A few roundings; with TF32, which torch's setting for RNNs allows, those of its ten digits."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", setting)
+    assert parity._floor(dtype, device) == expected
