@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import pathlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import settings
 from lstmcore.kernels.cpu import threads as kernel_threads
 
 from lstmcore import backends
+from lstmcore.backends import tuning
 
 pytest.register_assert_rewrite("tests.support")  # its checks tell as much as a test's own lines
 
@@ -58,6 +60,24 @@ def _watchdog():
     faulthandler.dump_traceback_later(HANG, exit=True, file=_watchdog_output[0])
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _not_tuned():
+    """What was tuned on this machine, or is committed for it, does not decide what runs in a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "directory", lambda: pathlib.Path("nothing was tuned"))
+        patch.setattr(tuning, "COMMITTED", pathlib.Path("nothing is committed"))
+        yield
+
+
+@pytest.fixture
+def tuned_here(monkeypatch, fresh_choices, tmp_path):
+    """An empty directory of tables of this machine, and one of the package's; returns the first."""
+    here = tmp_path / "kernels" / "tuned"
+    monkeypatch.setattr(tuning, "directory", lambda: here)
+    monkeypatch.setattr(tuning, "COMMITTED", tmp_path / "measured")
+    return here
 
 
 @pytest.fixture(autouse=True)

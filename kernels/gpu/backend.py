@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Call, Forward, Gradients, GradOutputs, Kernels, Layer, Needs, Rows, Weights
-from . import launch, segments, status, tiling
+from . import launch, segments, status
 from .device import INTERPRETED
 from .device_lengths import admitted, in_range
 from .passes import Pass
@@ -69,14 +69,6 @@ def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
     D, H = layer.directions, layer.hidden_size
     shapes = [((D, room, layer.gates), layer.dtype), ((D, room, H), torch.float32), ((room, D * H), layer.dtype)]
     return shapes if layer.projected else shapes[:2]
-
-
-def measured(device: torch.device) -> bool:
-    """Whether the rules of ``"auto"`` were measured on a device like this."""
-    if device.type != "cuda" or INTERPRETED.value:
-        return False
-    least = tiling.MEASURED.get(torch.cuda.get_device_capability(device))
-    return least is not None and launch.sms(device) >= least
 
 
 def describe(layer: Layer) -> str:

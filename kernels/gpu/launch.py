@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import Layer
+from ..precision import tf32
 from . import persistent, split, tiling
 from .device import INTERPRETED
 from .flat_rows import FlatRows
@@ -64,11 +65,6 @@ def shared(device: torch.device) -> int:
         return tiling.SHARED
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs leave this one out
     return properties.shared_memory_per_block_optin
-
-
-def tf32() -> bool:
-    """Whether torch's setting for RNNs allows TF32."""
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def precision_of(dtype: torch.dtype) -> str:

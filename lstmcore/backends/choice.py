@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Generic, NamedTuple, ParamSpec
+from typing import Generic, ParamSpec
 
 import torch
 
-from lstmcore.backends import self_check
+from lstmcore.backends import self_check, tuning
 from lstmcore.backends.registry import AUTO, REGISTRY, Backend, check_name, load
+from lstmcore.backends.situation import Situation
+from lstmcore.backends.timings import Verdict
 from lstmcore.kernels.contract import Layer
 from lstmcore.kernels.cpu import process, threads
 
@@ -53,21 +55,6 @@ class Choice:
         return replace(self, threads=f" ({whose})")
 
 
-class Situation(NamedTuple):
-    """What a choice depends on in addition to the layers."""
-
-    # the call uses what torch's LSTM does not have: lengths, reset, cells, recompute, a recording
-    extended: bool = False
-    opaque: bool = False  # its tensors are of a subclass, or torch.jit traces it
-    orphan: bool = False  # torch may wait for threads that only the parent process has
-    several: bool = True  # there is more than one thread
-
-    @staticmethod
-    def now(extended: bool, opaque: bool = False) -> Situation:
-        """The situation of a call in this process and thread."""
-        return Situation(extended, opaque, process.torch_would_hang(), threads.count() > 1)
-
-
 def _why_not(backend: Backend, layers: tuple[Layer, ...], situation: Situation) -> str | None:
     """One sentence on why a backend cannot run these layers here, or None if it can."""
     dtype = layers[0].dtype
@@ -88,26 +75,27 @@ def _why_not(backend: Backend, layers: tuple[Layer, ...], situation: Situation) 
     return next((reason for layer in layers if (reason := module.supports(layer)) is not None), None)
 
 
-def _declined(backend: Backend, layers: tuple[Layer, ...], situation: Situation) -> str | None:
-    """One sentence on why ``"auto"`` does not take a backend for these layers, or None if it does.
+def _judged(backend: Backend, layers: tuple[Layer, ...], situation: Situation) -> Verdict:
+    """Whether ``"auto"`` takes a backend for these layers, and why; no reason: nothing spoke against it.
 
     Raises ``self_check.Undecided`` if that cannot be known now.
     """
     device = layers[0].device
     if backend.device not in (None, device.type):  # known without loading a compiler
-        return f"it runs on {backend.device}, not on {device}"
+        return Verdict(False, f"it runs on {backend.device}, not on {device}")
     if (reason := _why_not(backend, layers, situation)) is not None:
-        return reason
+        return Verdict(False, reason)
     if situation.orphan and backend.torch_threads and device.type == "cpu":
-        return _LOST_THREADS
+        return Verdict(False, _LOST_THREADS)
+    verdict = Verdict(True)
     if not (situation.extended or situation.orphan):  # else none of the faster ones would run it
-        slower = (backend.slower(layer, situation.several) for layer in layers)
-        if (reason := next(filter(None, slower), None)) is not None:
-            return reason
-    if not backend.checked:
-        return None
-    refusals = (self_check.refusal(backend.name, layer, situation.extended) for layer in layers)
-    return next(filter(None, refusals), None)
+        verdicts = [backend.faster(layer, situation) for layer in layers]
+        verdict = next((each for each in verdicts if not each.faster), verdicts[0])
+    if verdict.faster and backend.checked:
+        refusals = (self_check.refusal(backend.name, layer, situation.extended) for layer in layers)
+        if (reason := next(filter(None, refusals), None)) is not None:
+            return Verdict(False, reason)
+    return verdict
 
 
 class _ForNow(Exception):
@@ -151,13 +139,14 @@ def choose(name: str, layers: tuple[Layer, ...], situation: Situation = Situatio
     for_now = False
     for candidate, backend in REGISTRY.items():
         try:
-            reason = _declined(backend, layers, situation)
+            verdict = _judged(backend, layers, situation)
         except self_check.Undecided as undecided:
-            reason, for_now = str(undecided), True
-        if reason is not None:
-            reasons.append((candidate, reason))
+            verdict, for_now = Verdict(False, str(undecided)), True
+        if not verdict.faster:
+            reasons.append((candidate, verdict.why))
             continue
-        why = f"{backend.why} without the threads that a forked child lacks" if situation.orphan else backend.why
+        why = f"{backend.why} ({verdict.why})" if verdict.why else backend.why
+        why += " without the threads that a forked child lacks" if situation.orphan else ""
         why += f", {CHECKED}" if backend.checked else ""
         choice = Choice(candidate, (*reasons, (candidate, why)), layers[0])
         if for_now:
@@ -173,10 +162,21 @@ def chosen(name: str, layer: Layer, num_layers: int, situation: Situation) -> Ch
     return choose.ask(name, (layer,) if num_layers == 1 else (layer, layer.after()), situation)
 
 
+def forget() -> None:
+    """Chooses anew from now on, by tables that are read anew.
+
+    Graphs that were compiled before have to be compiled again: their saved tensors are those of the old choice.
+    """
+    tuning.forget()
+    for function in (choose, chosen, _in_graph, runs_in_graph):
+        function.cache_clear()
+
+
 def in_graph(name: str, layer: Layer, extended: bool) -> str:
     """The backend of a layer in a compiled or exported graph, or under a transform: chosen once, for every T and B.
 
     As for a long sequence of some rows, because steps and batch may be symbols.  The hidden size becomes a constant.
+    It depends on no setting that may change between forward and backward: the number of threads, and TF32.
     """
     fixed = layer._replace(
         steps=LONG, batch=SOME, input_size=SOME, hidden_size=int(layer.hidden_size), proj_size=int(layer.proj_size)
@@ -205,12 +205,6 @@ def runs_in_graph(asked: str, name: str, layer: Layer, extended: bool) -> bool:
         return self_check.refusal(name, layer, extended) is None
     except self_check.Undecided:
         return False
-
-
-def forget() -> None:
-    """Forgets all choices, for when something that they depend on has changed."""
-    for function in (choose, chosen, _in_graph, runs_in_graph):
-        function.cache_clear()
 
 
 def own_cell(name: str, device: torch.device) -> str | None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from lstmcore.backends import rules
+from lstmcore.backends.situation import Situation
+from lstmcore.backends.timings import Verdict
 from lstmcore.kernels.contract import Layer
 
 AUTO = "auto"
@@ -35,9 +37,8 @@ class Backend:
     # "auto" takes it on a device after a check against the reference there, once for all layers that run the same
     # kernels (self_check.py)
     checked: bool = False
-    # One sentence if "auto" does not take it although it supports the layer, because a later one in the registry was
-    # measured faster, or nobody knows (``several``: there is more than one thread).
-    slower: Callable[[Layer, bool], str | None] = lambda layer, several: None
+    # Whether it was measured faster than those after it in the registry; "auto" takes it only then, and says why.
+    faster: Callable[[Layer, Situation], Verdict] = lambda layer, situation: Verdict(True)
     fused: bool = True  # opaque to autograd, tracers, modes and tensor subclasses; else it consists of torch operations
     extended: bool = True  # it has lengths, reset and cells, and can be recorded
     whole: bool = False  # it has ``run``, which computes all layers of a call at once, with a graph of its own
@@ -68,15 +69,6 @@ def _numba_missing() -> str | None:
     return None
 
 
-def _slower_than_cudnn(layer: Layer, several: bool) -> str | None:
-    if not load("triton").measured(layer.device):
-        return (
-            "its kernels have not been measured on a device of this kind yet (make gpu does that); "
-            "backend='triton' runs them"
-        )
-    return rules.slower_than_cudnn(layer, several)
-
-
 _ENTRIES = (
     Backend(
         "triton",
@@ -85,7 +77,7 @@ _ENTRIES = (
         device="cuda",
         missing=_triton_missing,
         checked=True,
-        slower=_slower_than_cudnn,
+        faster=rules.cudnn_or_ours,
         device_lengths=True,
     ),
     Backend(
@@ -94,7 +86,7 @@ _ENTRIES = (
         "the fused CPU kernels cover this call",
         device="cpu",
         missing=_numba_missing,
-        slower=rules.slower_than_aten,
+        faster=rules.aten_or_ours,
     ),
     Backend(
         "torch",
