@@ -14,7 +14,7 @@ from hypothesis import settings
 from lstmcore.kernels.cpu import threads as kernel_threads
 
 from lstmcore import backends
-from lstmcore.backends import tuning
+from lstmcore.backends import self_check, tuning
 
 pytest.register_assert_rewrite("tests.support")  # its checks tell as much as a test's own lines
 
@@ -150,13 +150,18 @@ def fresh_choices():
 
 @pytest.fixture
 def compiled_triton(monkeypatch, fresh_choices):
-    """The Triton backend as users have it, where it says that it is not interpreted (so that it refuses the CPU)."""
+    """The Triton backend as users have it, where it says that it is not interpreted (so that it refuses the CPU).
+
+    Its kernels are taken for right on a device that is made up.
+    """
     try:
         kernels = backends.load("triton")
     except ImportError as error:
         pytest.skip(f"Triton cannot be used here: {error}")
     for module in (kernels, kernels.launch):
         monkeypatch.setattr(module, "INTERPRETED", SimpleNamespace(value=False))
+    monkeypatch.setattr(self_check, "_verdicts", {})
+    monkeypatch.setattr(self_check, "_checked", lambda *asked: None)
     return kernels
 
 

@@ -17,7 +17,7 @@ from lstmcore.kernels.gpu import tiling
 
 import lstmcore
 from lstmcore import backends
-from lstmcore.backends import Situation, choice, self_check
+from lstmcore.backends import Situation, choice
 
 GPU = torch.device("cuda", 0)
 LAYER = Layer(GPU, torch.bfloat16, 100, 16, 64, 512)
@@ -26,7 +26,7 @@ X = torch.randn(5, 2, 3)
 
 @pytest.fixture
 def gpu(compiled_triton, monkeypatch):
-    """A GPU with 132 SMs of compute capability 9.0, on which all kernels are right; returns a function to change it."""
+    """A GPU with 132 SMs of compute capability 9.0; returns a function that changes what it is."""
 
     def change(
         capability: tuple[int, int] = (9, 0), hip: str | None = None, sms: int = 132, name: str = "NVIDIA H200"
@@ -39,8 +39,6 @@ def gpu(compiled_triton, monkeypatch):
         monkeypatch.setattr(compiled_triton.launch, "shared", lambda device: tiling.SHARED)
 
     change()
-    monkeypatch.setattr(self_check, "_checked", lambda *asked: None)
-    monkeypatch.setattr(self_check, "_verdicts", {})
     return change
 
 
