@@ -99,6 +99,14 @@ def test_layers_that_run_the_same_kernels_share_a_check(unknown):
     assert verdicts == [1, 1, 2]
 
 
+@pytest.mark.parametrize(("B", "expected"), [(3, 3), (8, 5), (100, 5), (129, 129), (5000, 129)])
+def test_a_check_takes_few_rows(unknown, B, expected):
+    """As few as have tiles of the same size: 16 rows from 129 on, on a device of 16 multiprocessors."""
+    few = self_check._with_few_rows(unknown, LAYER._replace(batch=B))
+    assert few == LAYER._replace(batch=expected)
+    assert unknown.kernels(few) == unknown.kernels(LAYER._replace(batch=B))
+
+
 def test_dense_calls_are_not_checked_where_another_backend_is_taken(unknown, monkeypatch):
     monkeypatch.setattr(self_check, "_checked", lambda *asked: pytest.fail("nobody needs to know"))
     assert backends.choose("auto", (LAYER,)).name != "triton"
