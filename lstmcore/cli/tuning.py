@@ -74,14 +74,14 @@ def tune(arguments: argparse.Namespace) -> int:
         limit = arguments.limit_s or LIMIT_S[device.type]
         print(f"{kept.device}: {len(wanted)} shapes, {limit:g} s at most", file=to)
         outcome = _run(wanted, fused, device, trials.QUICK if arguments.quick else trials.EFFORT, limit)
+        _report(outcome, to)
         table = kept.with_timings(outcome.kept)
-        if keeps and outcome.kept:
-            tuning.write(table, path)
-            backends.forget()
-            direct.forget()
-    _report(outcome, path if keeps else None, to)
-    if table.timings:
-        _export(table, arguments.export, to)
+        try:
+            if keeps and outcome.kept:
+                _keep(table, path, to)
+        finally:  # a disk that is full must not cost what can go elsewhere
+            if table.timings:
+                _export(table, arguments.export, to)
     return outcome.status
 
 
@@ -222,7 +222,7 @@ def _rows(timings: Sequence[Timing]) -> str:
     return plain_table(header, lines)
 
 
-def _report(outcome: Outcome, path: Path | None, to: TextIO) -> None:
+def _report(outcome: Outcome, to: TextIO) -> None:
     if outcome.timings:
         print(f"\n{_rows(outcome.timings)}\n", file=to)
     for each in (*outcome.skipped, *(f"FAILED: {line}" for line in outcome.failed)):
@@ -235,8 +235,13 @@ def _report(outcome: Outcome, path: Path | None, to: TextIO) -> None:
     why = "interrupted" if outcome.interrupted else "no time was left: run it again, or with a larger --limit-s"
     if outcome.left:
         print(f"{outcome.left} shapes were left out ({why})", file=to)
-    if path is not None and outcome.kept:
-        print(f'{len(outcome.kept)} shapes kept in {facts.private(str(path))}; "auto" goes by them', file=to)
+
+
+def _keep(table: Table, path: Path, to: TextIO) -> None:
+    tuning.write(table, path)
+    backends.forget()
+    direct.forget()
+    print(f'{len(table.timings)} shapes kept in {facts.private(str(path))}; "auto" goes by them', file=to)
 
 
 def _shown(kept: Table, export: str | None, to: TextIO) -> int:

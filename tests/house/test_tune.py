@@ -293,6 +293,21 @@ def test_a_cache_that_cannot_be_written(pretended, capsys, monkeypatch, tmp_path
     assert len(tuning.from_text(output).timings) == 8
 
 
+def test_a_disk_that_is_full(pretended, capsys, monkeypatch, tmp_path):
+    """Status 2 and a sentence; what was found is shown, and exported."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tuning.os, "replace", full)
+    status, output, errors = tune(capsys, "--export", str(tmp_path / "table.csv"))
+    assert status == 2
+    assert "No space left on device" in errors
+    assert "ours ms" in output
+    assert len(tuning.read(tmp_path / "table.csv").timings) == 8
+    assert not list(tuning.directory().glob("*.csv"))
+
+
 def test_a_second_one_at_the_same_time(pretended, capsys):
     with tuning.locked():
         status, _, errors = tune(capsys)
