@@ -165,6 +165,20 @@ def compiled_triton(monkeypatch, fresh_choices):
     return kernels
 
 
+@pytest.fixture
+def gpu_here(compiled_triton, tuned_here, monkeypatch):
+    """A made-up GPU that nobody has measured: what is chosen for it, and what its tables say; no kernel runs."""
+    found = SimpleNamespace(
+        name="NVIDIA Made Up", multi_processor_count=132, major=9, minor=0, shared_memory_per_block_optin=232448
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(compiled_triton.launch, "sms", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+
 def fill_with_nan(x):
     """Fills fresh memory with NaN, and with the bytes of NaN where it is not of a floating type."""
     if isinstance(x, np.ndarray):

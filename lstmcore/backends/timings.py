@@ -112,7 +112,7 @@ class Timing(NamedTuple):
     ours_long_ms: float
     torch_short_ms: float
     torch_long_ms: float
-    noise: float  # of the ratio of the long ones: half the width of a notch of its box plot, relative
+    noise: float  # of the ratio, the larger of two: half the width of a notch of its box plot, relative
     right: bool  # outputs and gradients agreed with torch's before anything was timed
     date: str  # YYYY-MM-DD
     seed: int  # of the order in which classes and sides took turns

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv[:end], argparse.Namespace(rest=argv[end:]))
     try:
         return arguments.command(arguments)
-    except (RuntimeError, ValueError, ImportError) as error:
+    except (RuntimeError, ValueError, ImportError, OSError) as error:
         print(f"lstmcore {arguments.name}: {error}", file=sys.stderr)
         return 2
 

@@ -25,7 +25,11 @@ from lstmcore.tables import table as plain_table
 LIMIT_S = {"cpu": 180.0, "cuda": 120.0}
 INTERRUPTED = 130  # the status of a program that Ctrl-C ends
 STDOUT = "-"
-NOISY = 0.2  # relative; with more, another program is likely to have been at work
+NOISY = 0.2  # relative; with more, another program was at work, and the timing is not kept
+
+
+def _noisy(timing: Timing) -> bool:
+    return timing.right and timing.noise > NOISY
 
 
 class Outcome(NamedTuple):
@@ -36,6 +40,11 @@ class Outcome(NamedTuple):
     failed: list[str]
     left: int  # for which there was no time
     interrupted: bool = False
+
+    @property
+    def kept(self) -> list[Timing]:
+        """What "auto" is to go by: not what is too noisy, except that it was wrong."""
+        return [each for each in self.timings if not _noisy(each)]
 
     @property
     def status(self) -> int:
@@ -65,14 +74,14 @@ def tune(arguments: argparse.Namespace) -> int:
         limit = arguments.limit_s or LIMIT_S[device.type]
         print(f"{kept.device}: {len(wanted)} shapes, {limit:g} s at most", file=to)
         outcome = _run(wanted, fused, device, trials.QUICK if arguments.quick else trials.EFFORT, limit)
-        table = kept.with_timings(outcome.timings)
-        if keeps and outcome.timings:
-            tuning.write(table, path)
-            backends.forget()
-            direct.forget()
-    _report(outcome, path if keeps else None, to)
-    if table.timings:
-        _export(table, arguments.export, to)
+        _report(outcome, to)
+        table = kept.with_timings(outcome.kept)
+        try:
+            if keeps and outcome.kept:
+                _keep(table, path, to)
+        finally:  # a disk that is full must not cost what can go elsewhere
+            if table.timings:
+                _export(table, arguments.export, to)
     return outcome.status
 
 
@@ -195,7 +204,7 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 def _rows(timings: Sequence[Timing]) -> str:
     lines = []
     for each in sorted(timings):
-        taken = str(each.span or "no") if each.right else "no: WRONG"
+        taken = "no: WRONG" if not each.right else "not kept: noisy" if _noisy(each) else str(each.span or "no")
         lines.append(
             (
                 *each.cls,
@@ -213,23 +222,26 @@ def _rows(timings: Sequence[Timing]) -> str:
     return plain_table(header, lines)
 
 
-def _report(outcome: Outcome, path: Path | None, to: TextIO) -> None:
+def _report(outcome: Outcome, to: TextIO) -> None:
     if outcome.timings:
         print(f"\n{_rows(outcome.timings)}\n", file=to)
     for each in (*outcome.skipped, *(f"FAILED: {line}" for line in outcome.failed)):
         print(each, file=to)
     if wrong := sum(not each.right for each in outcome.timings):
         print(f"FAILED: {wrong} shapes have wrong results and are never taken; run python -m lstmcore check", file=to)
-    if noisy := sum(each.noise > NOISY for each in outcome.timings):
-        print(
-            f"{noisy} shapes have a noise of more than {100 * NOISY:.0f} %: run it again when nothing else runs",
-            file=to,
-        )
+    if noisy := len(outcome.timings) - len(outcome.kept):
+        many = f"{noisy} shapes have a noise of more than {100 * NOISY:.0f} % and are not kept"
+        print(f"{many}: run it again when nothing else runs", file=to)
     why = "interrupted" if outcome.interrupted else "no time was left: run it again, or with a larger --limit-s"
     if outcome.left:
         print(f"{outcome.left} shapes were left out ({why})", file=to)
-    if path is not None and outcome.timings:
-        print(f'{len(outcome.timings)} shapes kept in {facts.private(str(path))}; "auto" goes by them', file=to)
+
+
+def _keep(table: Table, path: Path, to: TextIO) -> None:
+    tuning.write(table, path)
+    backends.forget()
+    direct.forget()
+    print(f'{len(table.timings)} shapes kept in {facts.private(str(path))}; "auto" goes by them', file=to)
 
 
 def _shown(kept: Table, export: str | None, to: TextIO) -> int:

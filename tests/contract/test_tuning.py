@@ -414,23 +414,10 @@ def test_in_a_forked_child_torchs_is_not_chosen(tuned_here, monkeypatch):
 DENSE = Layer(GPU, torch.bfloat16, 500, 16, 512, 512)
 
 
-@pytest.fixture
-def gpu(compiled_triton, tuned_here, monkeypatch):
-    """A GPU that nobody has measured; its table of timings can be kept."""
-    found = SimpleNamespace(
-        name="NVIDIA Made Up", multi_processor_count=132, major=9, minor=0, shared_memory_per_block_optin=232448
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: found)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(compiled_triton.launch, "sms", lambda device: 132)
-    return tuned_here
-
-
 WON = {"kind": "dense", "arithmetic": "bfloat16", "mode": "inference", "hidden": 512, "batch": 16}
 
 
-def test_a_gpu_that_was_tuned(gpu):
+def test_a_gpu_that_was_tuned(gpu_here):
     name, reason = why(DENSE, "triton")
     assert name == "torch"
     assert "not measured on NVIDIA Made Up: `python -m lstmcore tune` does" in reason
@@ -453,7 +440,7 @@ def test_a_gpu_that_was_tuned(gpu):
         ({"dtype": torch.float32}, "no dense tf32 inference was timed"),
     ],
 )
-def test_what_was_not_tuned_of_a_gpu_is_left_to_torch(gpu, changes, expected):
+def test_what_was_not_tuned_of_a_gpu_is_left_to_torch(gpu_here, changes, expected):
     keep(this_machine(timing(**WON), where=GPU))
     name, reason = why(DENSE._replace(**changes), "triton")
     assert name == "torch"
@@ -461,7 +448,7 @@ def test_what_was_not_tuned_of_a_gpu_is_left_to_torch(gpu, changes, expected):
     assert expected in reason
 
 
-def test_float32_with_tf32_and_without_are_two_classes(gpu, monkeypatch):
+def test_float32_with_tf32_and_without_are_two_classes(gpu_here, monkeypatch):
     keep(this_machine(timing(**{**WON, "arithmetic": "tf32"}), where=GPU))
     layer = DENSE._replace(dtype=torch.float32)
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
@@ -470,7 +457,7 @@ def test_float32_with_tf32_and_without_are_two_classes(gpu, monkeypatch):
     assert why(layer, "triton")[0] == "torch"
 
 
-def test_a_part_of_a_gpu_is_another_device(gpu, monkeypatch):
+def test_a_part_of_a_gpu_is_another_device(gpu_here, monkeypatch):
     keep(this_machine(timing(**WON), where=GPU))
     found = vars(torch.cuda.get_device_properties(GPU)) | {"multi_processor_count": 66}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(**found))
@@ -478,6 +465,6 @@ def test_a_part_of_a_gpu_is_another_device(gpu, monkeypatch):
     assert why(DENSE, "triton")[0] == "torch"
 
 
-def test_extended_calls_on_a_gpu_are_not_affected(gpu):
+def test_extended_calls_on_a_gpu_are_not_affected(gpu_here):
     keep(this_machine(timing(**WON, **LOSES), where=GPU))
     assert why(DENSE, "triton", extended=True)[0] == "triton"

@@ -2,15 +2,14 @@
 
 import builtins
 import itertools
-import os
 import statistics
-import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lstmcore.kernels import cell
+from lstmcore.kernels.contract import Layer
 from lstmcore.kernels.cpu import threads as kernel_threads
 
 import lstmcore
@@ -81,7 +80,8 @@ def test_it_times_and_keeps(quick, capsys):
 @pytest.mark.slow
 @pytest.mark.serial
 def test_of_this_machine(tuned_here, capsys, monkeypatch):
-    """As users run it, except for how long; nothing is said of how fast it is."""
+    """As users run it, except for how long, and that noise does not matter; nothing is said of how fast it is."""
+    monkeypatch.setattr(command, "NOISY", float("inf"))
     monkeypatch.setitem(trials.GRIDS, "cpu", trials.GRIDS["cpu"]._replace(quick=((64, 8),)))
     status, output, errors = tune(capsys, "--quick", "--limit-s", "60", "--dtype", "float32", "--dtype", "bfloat16")
     assert status == 0, output + errors
@@ -183,6 +183,23 @@ def test_what_is_wrong_is_told_and_not_taken(quick, capsys, monkeypatch):
     assert "wrong" in dict(choice.reasons)["numba"]
 
 
+def test_what_is_too_noisy_is_not_kept(pretended, capsys, monkeypatch):
+    """Another program was at work: "auto" is better off with what it knew."""
+    run = trials.run
+
+    def noisy(trial, *arguments):
+        timed = run(trial, *arguments)
+        return timed._replace(noise=0.3, right=trial.hidden == 16) if trial.cls.kind == "dense" else timed
+
+    monkeypatch.setattr(trials, "run", noisy)
+    status, output, _ = tune(capsys)
+    assert status == 1
+    assert "2 shapes have a noise of more than 20 % and are not kept" in output
+    assert output.count("not kept: noisy") == 2
+    assert [each.right for each in kept().timings if each.kind == "dense"] == [False, False]
+    assert len(kept().timings) == 6
+
+
 def test_one_that_fails_does_not_lose_the_others(pretended, capsys, monkeypatch):
     run = trials.run
 
@@ -274,6 +291,21 @@ def test_a_cache_that_cannot_be_written(pretended, capsys, monkeypatch, tmp_path
     status, output, _ = tune(capsys, "--export", "-")
     assert status == 0
     assert len(tuning.from_text(output).timings) == 8
+
+
+def test_a_disk_that_is_full(pretended, capsys, monkeypatch, tmp_path):
+    """Status 2 and a sentence; what was found is shown, and exported."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tuning.os, "replace", full)
+    status, output, errors = tune(capsys, "--export", str(tmp_path / "table.csv"))
+    assert status == 2
+    assert "No space left on device" in errors
+    assert "ours ms" in output
+    assert len(tuning.read(tmp_path / "table.csv").timings) == 8
+    assert not list(tuning.directory().glob("*.csv"))
 
 
 def test_a_second_one_at_the_same_time(pretended, capsys):
@@ -395,8 +427,7 @@ def test_they_take_turns_and_who_goes_first_is_drawn():
     made = Made()
     trials.by_turns([made.call("a", 0.1), made.call("b", 0.1)], made.clock(), Effort(20, 0.0))
     turns = [name for name in made.log if name in "ab"][4:]
-    pairs = set(itertools.batched(turns, 2)) if sys.version_info >= (3, 12) else {*zip(turns[::2], turns[1::2])}  # noqa: B905
-    assert pairs == {("a", "b"), ("b", "a")}
+    assert set(zip(turns[::2], turns[1::2], strict=True)) == {("a", "b"), ("b", "a")}
 
 
 @given(st.lists(st.floats(0.5, 2.0), min_size=2, max_size=30))
@@ -434,9 +465,23 @@ def test_a_made_up_gpu_is_timed_by_its_own_clock(monkeypatch):
     assert clock.sample_s > 0
 
 
+def test_a_gpu_goes_by_what_was_tuned(gpu_here, pretended, capsys):
+    """Its table is its own, in each of the dtypes that are usual there; "auto" changes its mind in this process."""
+    layer = Layer(torch.device("cuda", 0), torch.bfloat16, 500, 16, 512, 512)
+    assert backends.choose("auto", (layer,)).name == "torch"
+    status, output, errors = tune(capsys, "--export", "-")  # on the GPU, where there is one
+    assert status == 0, errors
+    table = tuning.from_text(output)
+    assert table.device == ("cuda", "NVIDIA Made Up", 132, "9.0")
+    assert table.versions.compiler.startswith("triton ")
+    assert {each.arithmetic for each in table.timings} == {"bfloat16", "tf32", "float16"}
+    assert len(table.timings) == len(pretended) > 100
+    assert backends.choose("auto", (layer,)).name == "triton"
+    assert "tuned here on" in str(backends.choose("auto", (layer,)))
+
+
 def test_help_names_every_option(capsys):
     status, output, _ = tune(capsys, "--help")
     assert status == 0
     for option in ("--device", "--dtype", "--quick", "--limit-s", "--threads", "--export", "--show"):
         assert option in output
-    assert os.linesep in output
