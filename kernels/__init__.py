@@ -21,6 +21,13 @@ sixth, ``describe(layer: Layer) -> str``, which says how such a layer would run,
 * ``prewarm(layer: Layer, *, training) -> None``:
   compiles what such a layer needs, so that the first call does not wait.
 
+It may ask to be checked against the reference on a device before ``"auto"`` takes it there, with two more functions:
+
+* ``kernels(layer: Layer) -> Kernels``: which compiled kernels such a layer runs, so that one check is for all layers
+  that run them, and how they round.  Cheap: it compiles nothing.
+* ``settle(device: torch.device) -> None``: waits for what was called on the device, and raises an error that it left
+  for a later call.
+
 It may also run a stack of layers at once, where one layer cannot occupy the machine, with three more functions:
 
 * ``stacks(layer: Layer, num_layers: int) -> bool``: whether that is worth it; ``layer``: the second of the stack.  In

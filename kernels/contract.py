@@ -5,7 +5,7 @@ T time, B batch, N tokens: (step, row) pairs, I input, H hidden, P projection (H
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from .rows import Rows
 
 GATES = 4  # i, f, g, o
 __all__ = [
-    "GATES", "Call", "Forward", "GateStatistics", "GradOutputs", "Gradients", "Layer", "Needs", "Rows",
+    "GATES", "Call", "Forward", "GateStatistics", "GradOutputs", "Gradients", "Kernels", "Layer", "Needs", "Rows",
     "WeightGradients", "Weights", "state_dtype",
 ]  # fmt: skip
 
@@ -179,6 +179,13 @@ class Call(NamedTuple):
         width = len(Weights._fields)
         weights = tuple(Weights(*fields[at : at + width]) for at in range(0, len(fields), width))  # type: ignore[arg-type]
         return Call(layer, rows, input, h_0, c_0, weights, reset)  # type: ignore[arg-type]
+
+
+class Kernels(NamedTuple):
+    """What a check of the kernels that a layer runs has to know of them."""
+
+    identity: Hashable  # equal for layers that run the same compiled kernels
+    rounding: float  # the largest relative error of one rounding, of an operand of a product or of a result
 
 
 class Needs(NamedTuple):

@@ -85,6 +85,11 @@ def remember(given: Given, backend: str, layer: Layer) -> None:
         known.training.add(layer.training)
 
 
+def forget() -> None:
+    """Checks all calls in full again: what went to ATen may be chosen otherwise."""
+    _known.clear()
+
+
 def call(
     module: Any, input: Any, hx: Any, params: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor] | None:

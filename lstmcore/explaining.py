@@ -33,7 +33,7 @@ def choose(module: nn.Module, input: Tensor | PackedSequence, *, extended: bool 
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (given.data, *given.params))
     segment = recompute.segment(given.recompute, call.layer, call.options.num_layers) if training else 0
     layer = call.layer.as_called(call.form.packed, training, segment)
-    situation = Situation.now(extended or segment > 0)
+    situation = Situation.now(layer, extended or segment > 0)
     return backends.chosen(backend, layer, call.options.num_layers, situation).with_threads()
 
 

@@ -172,7 +172,7 @@ def _route(call: Checked, extended: bool, backend: str, module: torch.nn.Module 
     layer = call.layer.as_called(rows.ragged, training, segment)
     wanted = REFERENCE if way is Way.FORWARD_MODE and fused else backend
     extended = extended or segment > 0 or recording.watched(module)
-    situation = backends.Situation.now(extended, opaque=way is Way.OPERATIONS)
+    situation = backends.Situation.now(layer, extended, opaque=way is Way.OPERATIONS)
     name = backends.chosen(wanted, layer, call.options.num_layers, situation).name
     if not _whole(name) and (call.form.packed or call.lengths is not None) and torch._C._get_tracing_state():
         raise RuntimeError(

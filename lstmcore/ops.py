@@ -146,17 +146,23 @@ class BackwardArguments(NamedTuple):
 # The operators
 
 
-def _backend(given: Arguments, layer: Layer) -> Any:
+def _name(given: Arguments, layer: Layer) -> str:
     """The backend of this call in a graph: it does not depend on the values of lengths."""
     ragged = given.packed or given.lengths is not None
-    return backends.load(backends.in_graph(given.backend, layer._replace(ragged=ragged), given.extended))
+    return backends.in_graph(given.backend, layer._replace(ragged=ragged), given.extended)
 
 
-def _kernels(given: Arguments, call: Call) -> Any:
-    """The backend that runs the call: the reference if there is nothing to compute, or no kernel for these sizes."""
-    kernels = _backend(given, call.layer)
+def _backend(given: Arguments, layer: Layer) -> Any:
+    return backends.load(_name(given, layer))
+
+
+def _kernels(given: Arguments, call: Call, back: bool = False) -> Any:
+    """The backend that runs the call: the reference if there is nothing to compute, or no kernel for it."""
+    name = _name(given, call.layer)
     sized = call.rows.total and call.layer.input_size and call.layer.hidden_size
-    return kernels if sized and kernels.supports(call.layer) is None else backends.load(REFERENCE)
+    layer = call.layer._replace(training=given.save or back)  # without save, forward does not know what is to come
+    runs = sized and backends.runs_in_graph(given.backend, name, layer, given.extended)
+    return backends.load(name if runs else REFERENCE)
 
 
 def _with_layout(tensor: Tensor, rows: Rows) -> Tensor:
@@ -208,7 +214,7 @@ def _backward(*args: Any) -> list[Tensor]:
         exact = [tuple(each.shape) for each in saved] == [size for size, _ in saves(call.layer, rows.total)]
         sizes = saves(call.layer, rows.total if exact else rows.room)
     guards.layer(call, Kept(output, grads, saved, sizes))
-    kernels = _kernels(given, call)
+    kernels = _kernels(given, call, back=True)
     if kernels is not _backend(given, call.layer):
         kept, saved = (), []  # in place of what it would have saved: see _forward
     if not kept and kernels.saves(call.layer, 0):

@@ -205,7 +205,7 @@ class Stream:
 def prewarm(dtype: torch.dtype, device: torch.device) -> None:
     """Compiles, or loads from the disk cache, what streams of a dtype need; RuntimeError where nothing is compiled."""
     layer = Layer(device, dtype, 1, 1, 1, 1)
-    backends.chosen(COMPILED, layer, 1, Situation.now(extended=False))
+    backends.chosen(COMPILED, layer, 1, Situation.now(layer, extended=False))
     from lstmcore.kernels.cpu import stepping
 
     stepping.prewarm(dtype)
@@ -217,7 +217,7 @@ STALE = "the weights changed since the stream packed them: call update(), which 
 def _backend(wanted: str, layers: Sequence[Layer], params: Iterable[Tensor]) -> str:
     """The name of the backend that runs a step; RuntimeError if a named one cannot."""
     opaque = any(type(each) not in _KERNEL_TYPES for each in params)
-    situation = Situation.now(extended=False, opaque=opaque)
+    situation = Situation.now(layers[0], extended=False, opaque=opaque)
     if wanted in (AUTO, COMPILED):
         try:
             for layer in layers:

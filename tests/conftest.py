@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import pathlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import settings
 from lstmcore.kernels.cpu import threads as kernel_threads
 
 from lstmcore import backends
+from lstmcore.backends import self_check, tuning
 
 pytest.register_assert_rewrite("tests.support")  # its checks tell as much as a test's own lines
 
@@ -58,6 +60,24 @@ def _watchdog():
     faulthandler.dump_traceback_later(HANG, exit=True, file=_watchdog_output[0])
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _not_tuned():
+    """What was tuned on this machine, or is committed for it, does not decide what runs in a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "directory", lambda: pathlib.Path("nothing was tuned"))
+        patch.setattr(tuning, "COMMITTED", pathlib.Path("nothing is committed"))
+        yield
+
+
+@pytest.fixture
+def tuned_here(monkeypatch, fresh_choices, tmp_path):
+    """An empty directory of tables of this machine, and one of the package's; returns the first."""
+    here = tmp_path / "kernels" / "tuned"
+    monkeypatch.setattr(tuning, "directory", lambda: here)
+    monkeypatch.setattr(tuning, "COMMITTED", tmp_path / "measured")
+    return here
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +131,7 @@ def triton_kernels(monkeypatch):
         pytest.skip(f"Triton cannot be used here: {error}")
     for name in ("_words", "_wrong_lengths", "_reported"):
         monkeypatch.setattr(kernels.status, name, {})
+    monkeypatch.setattr(kernels.launch, "_refused", {})
     return kernels
 
 
@@ -119,8 +140,8 @@ def fresh_choices():
     """No choice of a backend is remembered from before, nor will be after: for tests that change what machine it is."""
 
     def forget() -> None:
-        for cached in (backends.load, backends.choose, backends.chosen):
-            cached.cache_clear()
+        backends.load.cache_clear()
+        backends.forget()
 
     forget()
     yield forget
@@ -129,14 +150,33 @@ def fresh_choices():
 
 @pytest.fixture
 def compiled_triton(monkeypatch, fresh_choices):
-    """The Triton backend as users have it, where it says that it is not interpreted (so that it refuses the CPU)."""
+    """The Triton backend as users have it, where it says that it is not interpreted (so that it refuses the CPU).
+
+    Its kernels are taken for right on a device that is made up.
+    """
     try:
         kernels = backends.load("triton")
     except ImportError as error:
         pytest.skip(f"Triton cannot be used here: {error}")
     for module in (kernels, kernels.launch):
         monkeypatch.setattr(module, "INTERPRETED", SimpleNamespace(value=False))
+    monkeypatch.setattr(self_check, "_verdicts", {})
+    monkeypatch.setattr(self_check, "_checked", lambda *asked: None)
     return kernels
+
+
+@pytest.fixture
+def gpu_here(compiled_triton, tuned_here, monkeypatch):
+    """A made-up GPU that nobody has measured: what is chosen for it, and what its tables say; no kernel runs."""
+    found = SimpleNamespace(
+        name="NVIDIA Made Up", multi_processor_count=132, major=9, minor=0, shared_memory_per_block_optin=232448
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(compiled_triton.launch, "sms", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
 def fill_with_nan(x):

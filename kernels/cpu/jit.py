@@ -33,6 +33,8 @@ from numba.core.caching import _Cache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.serialize import dumps
 
+from ..sources import stamp
+
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 
@@ -146,11 +148,9 @@ def cache_directory() -> Path:
 @functools.cache
 def source_stamp() -> str:
     """A hash of every source that Numba's kernels may depend on, and of the compilers' versions."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    here = Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), *here.parent.glob("*.py")]):  # the GPU's are Triton's to cache
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+    return stamp(
+        Path(__file__).parent, f"{numba.__version__} {llvmlite.__version__}"
+    )  # the GPU's are Triton's to cache
 
 
 def _trusted(status: os.stat_result) -> bool:

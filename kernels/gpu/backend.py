@@ -21,16 +21,20 @@ T time, B batch, N tokens: (step, row) pairs (with lengths on the device: T * B,
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..contract import Call, Forward, Gradients, GradOutputs, Layer, Needs, Rows, Weights
-from . import launch, segments, status, tiling
+from ..contract import Call, Forward, Gradients, GradOutputs, Kernels, Layer, Needs, Rows, Weights
+from . import launch, segments, status
 from .device import INTERPRETED
 from .device_lengths import admitted, in_range
 from .passes import Pass
 
+# Of float32, relative: TF32 keeps ten bits and cuts off the others.  Three of its products keep twice as many; what is
+# left is the order of sums of up to 4H terms, in accumulators that cut off too.
+ROUNDING = {"tf32": 2.0**-10, "float32": 2.0**-18}
 OLDEST = (8, 0)  # compute capability: tensor cores for bfloat16 and TF32, 8-column tiles
 
 
@@ -67,14 +71,6 @@ def saves(layer: Layer, room: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
     return shapes if layer.projected else shapes[:2]
 
 
-def measured(device: torch.device) -> bool:
-    """Whether the rules of ``"auto"`` were measured on a device like this."""
-    if device.type != "cuda" or INTERPRETED.value:
-        return False
-    least = tiling.MEASURED.get(torch.cuda.get_device_capability(device))
-    return least is not None and launch.sms(device) >= least
-
-
 def describe(layer: Layer) -> str:
     """The designs that such a layer would run, as text for users."""
     again = ""
@@ -82,8 +78,32 @@ def describe(layer: Layer) -> str:
         steps = min(layer.segment, layer.steps)
         again = f"; one direction after the other, by segments of {steps} steps that backward computes again"
         layer = segments.one_direction(layer)
-    forward, backward = (launch.design_of(layer, backward) for backward in (False, True))
-    return f"forward {forward}" + (f"; backward {backward}{again}" if layer.training else "")
+    designs = [launch.design_of(layer, backward) for backward in (False, True)[: 1 + layer.training]]
+    said = [
+        f"{each}, one launch per step (the device refused one for all)" if launch.stepwise(each, layer.device) else each
+        for each in designs
+    ]
+    return "; ".join(f"{name} {each}" for name, each in zip(("forward", "backward"), said, strict=False)) + again
+
+
+def kernels(layer: Layer) -> Kernels:
+    """See the contract.  How many groups of rows there are is no constant of a kernel, nor is the number of tiles.
+
+    But one tile and several are told apart: what a program keeps from one to the next is right or wrong with several.
+    """
+    precision = launch.precision_of(layer.dtype)
+    one = segments.one_direction(layer) if layer.segment else layer
+    designs = [launch.design_of(one, backward) for backward in (False, True)[: 1 + layer.training]]
+    same = tuple(replace(each, rows=0, groups=0, tiles=min(each.tiles, 2), step_time=0.0) for each in designs)
+    rounding = torch.finfo(layer.dtype).eps if precision == "16" else ROUNDING[precision]
+    return Kernels((layer.dtype, layer.hidden_size, precision, same), rounding)
+
+
+def settle(device: torch.device) -> None:
+    """See the contract."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    status.raise_pending(device)
 
 
 def prewarm(layer: Layer, *, training: bool) -> None:

@@ -6,6 +6,7 @@ Code that compiles kernels without running them uses the same arguments.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import Layer
+from ..precision import tf32
 from . import persistent, split, tiling
 from .device import INTERPRETED
 from .flat_rows import FlatRows
@@ -27,12 +29,33 @@ BITS = {2: torch.int16, 4: torch.int32}  # integers of a dtype's size
 # How often a program polls for another's data before it gives up; a poll takes about a microsecond.
 PATIENCE = 4_000_000
 JITTER = 0  # nanoseconds of random delay per step, for tests
+_refused: dict[torch.device, int] = {}  # the fewest programs that a device refused to run at the same time
 
 
 @functools.lru_cache(maxsize=64)
 def sms(device: torch.device) -> int:
     """How many programs can wait for each other: one per SM."""
     return 16 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def stepwise(design: Design, device: torch.device) -> bool:
+    """Whether the steps of a design are launched one by one, because the device refused to run it in one launch."""
+    return design.kind != "resident" and design.programs >= _refused.get(device, design.programs + 1)
+
+
+def _refuse(design: Design, device: torch.device, error: RuntimeError) -> None:
+    """Remembers, and warns once for a device, that it does not run so many programs at the same time."""
+    if device not in _refused:
+        warnings.warn(
+            f"{device} did not run {design.programs} programs of an LSTM at the same time ({error}), as one launch for "
+            f"all steps has to. Each step is a launch of its own from now on: right, but slower by some ten "
+            f"microseconds a step. Is the device shared with other processes (MPS with a limit of threads), or is a "
+            f"part of it in use? lstmcore.explain says where steps are launched one by one; backend='torch' may be "
+            f"faster",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    _refused[device] = min(design.programs, _refused.get(device, design.programs))
 
 
 @functools.lru_cache(maxsize=64)
@@ -42,11 +65,6 @@ def shared(device: torch.device) -> int:
         return tiling.SHARED
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs leave this one out
     return properties.shared_memory_per_block_optin
-
-
-def tf32() -> bool:
-    """Whether torch's setting for RNNs allows TF32."""
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -145,14 +163,15 @@ class Recurrence:
                 kernel(**given)
                 return
             given.update(groups=design.groups, tiles=design.tiles, rows=design.rows, patience=PATIENCE, JITTER=JITTER)
-            if design.slices == 1 or not INTERPRETED.value:
+            if (design.slices == 1 or not INTERPRETED.value) and not stepwise(design, device):
                 try:
                     kernel(**given, begin=0, end=rows.steps)
                     return
                 except RuntimeError as error:
                     if "cooperative" not in str(error):
                         raise
-                    del given["launch_cooperative_grid"]
+                    _refuse(design, device, error)
+            given.pop("launch_cooperative_grid", None)
             for i in range(rows.steps):  # one launch per step: no program waits for another
                 kernel(**given, begin=i, end=i + 1)
 

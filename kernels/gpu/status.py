@@ -15,7 +15,7 @@ _reported: dict[torch.device, int] = {}  # the count at the last error that was 
 def _readable(device: torch.device) -> Tensor:
     """A zero in page-locked memory: the device writes it, the host reads it."""
     with torch.inference_mode(False):  # what is made in that mode cannot be cleared outside it
-        return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        return torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
 
 
 def word(device: torch.device) -> Tensor:

@@ -22,11 +22,6 @@ import torch
 
 from ..integers import ceil_div
 
-# Devices on which the GPU tests passed and the benchmark was run: compute capability, and the least number of SMs
-# (9.0: an H200; an H100 SXM has as many).  On others "auto" leaves the call to torch, and says so; backend="triton"
-# runs the kernels anyway.
-MEASURED: dict[tuple[int, int], int] = {(9, 0): 132}
-
 # Bytes of one weight in registers.  Strict float32 multiplies with three TF32 products of a high and a low half of each
 # operand; both halves are kept.
 WEIGHT = {"16": 2, "tf32": 4, "float32": 8}

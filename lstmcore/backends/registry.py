@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from lstmcore.backends import rules
+from lstmcore.backends.situation import Situation
+from lstmcore.backends.timings import Verdict
 from lstmcore.kernels.contract import Layer
 
 AUTO = "auto"
@@ -32,10 +34,11 @@ class Backend:
     device: str | None = None  # the type of device that it runs on; None: any
     dtypes: tuple[torch.dtype, ...] | None = FLOATS  # None: any
     missing: Callable[[], str | None] = lambda: None  # one sentence if it cannot or must not be imported
-    # One sentence if "auto" does not take it although it supports the layer: it was never tested on the device, or a
-    # later one in the registry was measured faster (``several``: there is more than one thread).
-    unproven: Callable[[Any, Layer], str | None] = lambda module, layer: None
-    slower: Callable[[Layer, bool], str | None] = lambda layer, several: None
+    # "auto" takes it on a device after a check against the reference there, once for all layers that run the same
+    # kernels (self_check.py)
+    checked: bool = False
+    # Whether it was measured faster than those after it in the registry; "auto" takes it only then, and says why.
+    faster: Callable[[Layer, Situation], Verdict] = lambda layer, situation: Verdict(True)
     fused: bool = True  # opaque to autograd, tracers, modes and tensor subclasses; else it consists of torch operations
     extended: bool = True  # it has lengths, reset and cells, and can be recorded
     whole: bool = False  # it has ``run``, which computes all layers of a call at once, with a graph of its own
@@ -66,15 +69,6 @@ def _numba_missing() -> str | None:
     return None
 
 
-def _unmeasured(module: Any, layer: Layer) -> str | None:
-    if module.measured(layer.device):
-        return None
-    return (
-        "its kernels have not been measured on a device of this kind yet (make gpu does that); "
-        "backend='triton' runs them"
-    )
-
-
 _ENTRIES = (
     Backend(
         "triton",
@@ -82,8 +76,8 @@ _ENTRIES = (
         "the fused GPU kernels cover this call",
         device="cuda",
         missing=_triton_missing,
-        unproven=_unmeasured,
-        slower=rules.slower_than_cudnn,
+        checked=True,
+        faster=rules.cudnn_or_ours,
         device_lengths=True,
     ),
     Backend(
@@ -92,7 +86,7 @@ _ENTRIES = (
         "the fused CPU kernels cover this call",
         device="cpu",
         missing=_numba_missing,
-        slower=rules.slower_than_aten,
+        faster=rules.aten_or_ours,
     ),
     Backend(
         "torch",

@@ -1,4 +1,4 @@
-"""When ``"auto"`` leaves a layer to torch: measurements as rules by class of shape.
+"""When ``"auto"`` leaves a layer to torch: what was tuned for the device, else measurements as rules by class of shape.
 
 T steps, B rows, H hidden units.
 """
@@ -9,8 +9,13 @@ import functools
 
 import torch
 
+from lstmcore.backends import machine, tuning
+from lstmcore.backends.situation import Situation
+from lstmcore.backends.timings import Verdict
 from lstmcore.kernels.contract import Layer
 from lstmcore.kernels.cpu import products, tiling
+
+CUDNN_MEASURED_ON = ("NVIDIA H200", 132)  # the device whose rule ``faster_than_cudnn`` is: its name, and its SMs
 
 
 @functools.cache
@@ -62,7 +67,7 @@ def faster_than_aten(layer: Layer, several: bool = True) -> bool:
 
 
 def faster_than_cudnn(layer: Layer) -> bool:
-    """Whether the Triton kernels beat cuDNN for this class of layer: a rule from measurements on an H200.
+    """Whether the Triton kernels beat cuDNN for this class of layer: a rule from measurements on ``CUDNN_MEASURED_ON``.
 
     * Where cuDNN launches kernels for each step (bfloat16, float32 of H > 192, packed, projections, an H that is no
       multiple of 128), a step takes it 13 microseconds forward and 27 backward for all sizes up to H 1024 and 64 rows,
@@ -85,13 +90,27 @@ def faster_than_cudnn(layer: Layer) -> bool:
     return steps >= (100 if layer.training else 32)
 
 
-def slower_than_aten(layer: Layer, several: bool) -> str | None:
-    """One sentence if ATen is faster than the Numba kernels, else None."""
-    return None if faster_than_aten(layer, several) else "ATen was measured faster for this class of shape"
+def aten_or_ours(layer: Layer, situation: Situation) -> Verdict:
+    """Whether the Numba kernels beat ATen: by a table for this machine, else by the rule."""
+    if situation.threads:  # a graph is kept, and may run on any number
+        found = tuning.consult(layer, situation.threads, situation.strict)
+        if isinstance(found, Verdict):
+            return found
+    if faster_than_aten(layer, situation.threads != 1):
+        return Verdict(True, "committed rule, measured faster than ATen in this class of shape")
+    return Verdict(False, "committed rule: ATen was measured faster for this class of shape")
 
 
-def slower_than_cudnn(layer: Layer, several: bool) -> str | None:
-    """One sentence if cuDNN is faster than the Triton kernels, or may be, else None."""
+def cudnn_or_ours(layer: Layer, situation: Situation) -> Verdict:
+    """Whether the Triton kernels beat cuDNN: by a table for this device, else by the rule of the one that has one."""
+    found = tuning.consult(layer, situation.threads, situation.strict)
+    if isinstance(found, Verdict):
+        return found
+    device = machine.device(layer.device, situation.threads)
+    if (device.name, device.units) != CUDNN_MEASURED_ON:
+        return Verdict(False, f"{found}; backend='triton' runs the kernels")
     if faster_than_cudnn(layer):
-        return None
-    return "cuDNN was measured faster for this class of shape, or ours was not measured on it"
+        return Verdict(True, "committed rule, measured faster than cuDNN in this class of shape")
+    return Verdict(
+        False, "committed rule: cuDNN was measured faster for this class of shape, or ours was not measured on it"
+    )

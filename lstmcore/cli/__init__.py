@@ -1,4 +1,4 @@
-"""The command line, ``python -m lstmcore``: ``info``, ``prewarm``, ``check`` and ``flow``."""
+"""The command line, ``python -m lstmcore``: ``info``, ``prewarm``, ``check``, ``tune`` and ``flow``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 
 import lstmcore
 from lstmcore import backends
-from lstmcore.cli.options import DTYPES, device, size
+from lstmcore.backends.timings import ARITHMETICS
+from lstmcore.cli.options import DTYPES, device, seconds, size
 from lstmcore.cli.parity import check
 from lstmcore.cli.report import info
+from lstmcore.cli.tuning import tune
 from lstmcore.cli.warming import prewarm
 
 
@@ -24,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv[:end], argparse.Namespace(rest=argv[end:]))
     try:
         return arguments.command(arguments)
-    except (RuntimeError, ValueError, ImportError) as error:
+    except (RuntimeError, ValueError, ImportError, OSError) as error:
         print(f"lstmcore {arguments.name}: {error}", file=sys.stderr)
         return 2
 
@@ -75,6 +77,20 @@ def _parser() -> argparse.ArgumentParser:
     parity = add(check, "compare outputs and all gradients with float64 torch.nn.LSTM on this machine")
     parity.add_argument("--backend", choices=backends.names(), default="auto", help="what to check (default: auto)")
     parity.add_argument("--device", type=device, default="cpu", help="where to check it (default: cpu)")
+
+    timed = add(tune, "time our kernels beside torch's on this machine, and keep what backend='auto' then goes by")
+    timed.add_argument("--device", type=device, help="what to time (default: cuda if torch finds a GPU, else cpu)")
+    timed.add_argument(
+        "--dtype", action="append", choices=ARITHMETICS, help="repeat it for several (default: the usual ones; tf32: "
+        "float32 on a GPU as torch has it by default, which float32 is without)",
+    )  # fmt: skip
+    timed.add_argument("--quick", action="store_true", help="fewer shapes, less exactly")
+    timed.add_argument(
+        "--limit-s", type=seconds, metavar="S", help="begin no shape after so many seconds (default: 180, GPU: 120)"
+    )
+    timed.add_argument("--threads", type=size, metavar="N", help="torch's on the CPU (default: as they are set)")
+    timed.add_argument("--export", metavar="FILE", help="also write the table, as the package has it; - for stdout")
+    timed.add_argument("--show", action="store_true", help="time nothing: show, and export, what is kept")
 
     add(flow, "show which gradients survive long sequences, and which models learn from them, in pictures")
     return parser

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,8 @@ import torch
 
 import lstmcore
 from lstmcore import backends
+from lstmcore.backends import machine, self_check, tuning
+from lstmcore.kernels.contract import Layer
 
 CHECKOUT = Path(lstmcore.__file__).parents[1]
 CODE = ("bench", ":(exclude)bench/results", "kernels", "lstmcore")  # what a commit says too little of, once changed
@@ -39,13 +42,14 @@ FEATURES = (
     "bf16",
     "sve",
 )
+CHECKED = (64, 512)  # hidden sizes: one that a single program of a GPU holds, one that several share
 # Variables that change what torch, Numba, Triton or a library below them computes, and how fast.
 VARIABLES = re.compile(
     r"(OMP|GOMP|KMP|MKL|DNNL|ONEDNN|OPENBLAS|BLIS|VECLIB|NUMEXPR|NUMBA|LLVMLITE|TORCH\w*|PYTORCH|ATEN|TRITON|"
     r"CUDA|CUDNN|CUBLAS|NCCL|NVIDIA_TF32|HIP|ROCR)_\w+|LD_PRELOAD|LD_LIBRARY_PATH|MALLOC_\w+|PYTHONMALLOC"
 )
 _CGROUP, _CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_MAPS, _CPUINFO, _MEMINFO = Path("/proc/self/maps"), Path("/proc/cpuinfo"), Path("/proc/meminfo")
+_MAPS, _MEMINFO = Path("/proc/self/maps"), Path("/proc/meminfo")
 _UNLIMITED = 1 << 60  # bytes; version 1 of cgroups writes about the largest integer where there is no limit
 
 
@@ -159,12 +163,6 @@ def driver() -> str:
     return done.stdout.strip().replace("\n", ", ") or "unknown: nvidia-smi did not say"
 
 
-def cudnn() -> str:
-    """The version of cuDNN that torch runs, as its maker writes it: 91300 is 9.13.0."""
-    number = torch.backends.cudnn.version()
-    return "" if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"
-
-
 def gpus() -> str:
     """The devices that torch finds."""
     if not torch.cuda.is_available():
@@ -178,19 +176,6 @@ def gpus() -> str:
 
 
 # The machine
-
-
-def processor() -> str:
-    """The processor as its maker calls it."""
-    name = platform.processor() or platform.machine()
-    if _CPUINFO.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", _CPUINFO.read_text(), re.MULTILINE)):
-        name = found[1]
-    elif platform.system() == "Darwin":
-        brand = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], stdout=subprocess.PIPE, text=True, check=True
-        )
-        name = brand.stdout
-    return " ".join(re.sub(r"\((R|TM)\)|\s+@.*$", "", name).split())
 
 
 def instructions() -> str:
@@ -269,6 +254,25 @@ def threads() -> str:
     return f"{kernel_threads.count()}, {kernel_threads.describe()} ({torchs})"
 
 
+def gpu_kernels() -> str:
+    """Whether the GPU kernels are right on each CUDA device: two sizes of them, compiled and checked here."""
+    if not torch.cuda.is_available():
+        return "on no device: there is no CUDA device that torch finds"
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return "; ".join(f"{device}: {', '.join(_verdicts(device))}" for device in devices)
+
+
+def _verdicts(device: torch.device) -> Iterator[str]:
+    for name, entry in backends.REGISTRY.items():
+        for hidden in CHECKED if entry.checked else ():
+            layer = Layer(device, torch.bfloat16, 64, 16, hidden, hidden, ragged=True, training=True)
+            reason = backends.load(name).supports(layer)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # this says the same
+                reason = reason or self_check.refusal(name, layer, extended=True)
+            yield f"H {hidden} " + ("right" if reason is None else f"not used by 'auto': {reason}")
+
+
 def blocks() -> str:
     """The instruction set that the CPU kernels are shaped for, and the size of their blocks in float32."""
     from lstmcore.kernels.cpu import tiling
@@ -303,6 +307,26 @@ def kernel_cache() -> str:
     size = sum(path.stat().st_size for path in files) / 1e6
     writable = "writable" if os.access(parent, os.W_OK) else "not writable: kernels compile again in every process"
     return f"{place} ({len(files)} files, {size:.1f} MB, {writable})"
+
+
+def tuned() -> Iterator[tuple[str, str]]:
+    """Each device, and what was tuned of it."""
+    from lstmcore.kernels.cpu import threads as kernel_threads
+
+    yield "tuned, CPU", told(lambda: tuned_device(torch.device("cpu"), kernel_threads.count()))
+    for index in range(torch.cuda.device_count()):
+        yield f"tuned, GPU {index}", told(lambda index=index: tuned_device(torch.device("cuda", index), 0))  # type: ignore[misc]
+
+
+def tuned_device(where: torch.device, threads: int) -> str:
+    """The tables of timings that ``"auto"`` goes by on a device, and why others are not used."""
+    known = tuning.known(where, threads)
+    found = [
+        f"{len(table.timings)} shapes {source}, last on {table.date}, {path}" for source, path, table in known.tables
+    ]
+    if not any(source == tuning.HERE for source, _, _ in known.tables):
+        found.append(f"not tuned: {tuning.COMMAND}")
+    return "; ".join([*found, *known.ignored])
 
 
 def backend(name: str) -> str:
@@ -340,13 +364,13 @@ def sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
         "machine",
         [
             ("system", told(system)),
-            ("processor", told(processor)),
+            ("processor", told(machine.processor)),
             ("to LLVM", told(instructions)),
             ("cores", told(cores)),
             ("memory", told(memory)),
             ("GPU", told(gpus)),
             ("GPU driver", told(driver)),
-            ("cuDNN", told(lambda: cudnn() or "none")),
+            ("cuDNN", told(lambda: machine.cudnn() or "none")),
         ],
     )
     yield (
@@ -356,6 +380,8 @@ def sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
             ("CPU kernels for", told(blocks)),
             ("bfloat16 multiplied by", told(bfloat16_products)),
             ("kernel cache", told(kernel_cache)),
+            ("GPU kernels checked", told(gpu_kernels)),
+            *tuned(),
             *((f"backend {name!r}", told(lambda name=name: backend(name))) for name in backends.REGISTRY),  # type: ignore[misc]
         ],
     )

@@ -19,9 +19,21 @@ def size(text: str) -> int:
     return value
 
 
+def seconds(text: str) -> float:
+    """A positive number."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text}")
+    return value
+
+
 def device(text: str) -> str:
     """A device that is there."""
-    if torch.device(text).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(text).type
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if kind == "cuda" and not torch.cuda.is_available():
         message = f"torch {torch.__version__} finds no CUDA device here; use --device cpu"
         raise argparse.ArgumentTypeError(message)
     return text

@@ -61,7 +61,7 @@ def _choices() -> str:
     for name, dtype in DTYPES.items():
         for training in (False, True):
             layer = Layer(torch.device("cpu"), dtype, 1000, 32, 128, 128, training=training)
-            choice = backends.choose("auto", (layer,))
+            choice = backends.choose("auto", (layer,), backends.Situation.now(layer, extended=False))
             lines.append(
                 (name, "training" if training else "inference", choice.name, dict(choice.reasons)[choice.name])
             )

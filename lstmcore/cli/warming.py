@@ -9,6 +9,7 @@ import time
 import torch
 
 from lstmcore import backends, stream
+from lstmcore.backends import self_check
 from lstmcore.cli.options import DTYPES
 from lstmcore.kernels.contract import Layer
 from lstmcore.tables import table
@@ -49,6 +50,8 @@ def prewarm(arguments: argparse.Namespace) -> int:
             start = time.perf_counter()
             for layer in layers:
                 backends.load(backend).prewarm(layer, training=training)
+                if backends.REGISTRY[backend].checked:  # each process repeats the check, from what this compiles
+                    self_check.refusal(backend, layer, extended=True)
             lines.append((name, "training" if training else "inference", f"{time.perf_counter() - start:.2f} s"))
         if arguments.stream:
             start = time.perf_counter()

@@ -16,7 +16,7 @@ from torch import nn
 
 import lstmcore
 from lstmcore import backends
-from lstmcore.backends import Backend, reference
+from lstmcore.backends import Backend, Verdict, reference
 
 from ..support.tolerances import ORDER_OF_SUMS, error
 
@@ -46,10 +46,10 @@ def toy(monkeypatch, fresh_choices):
     module.forward, module.backward, module.prewarm = forward, backward, lambda layer, *, training: None
     monkeypatch.setitem(sys.modules, "toy_backend", module)
 
-    def slower(layer, several):
-        return "short" if layer.steps < 3 else None
+    def faster(layer, situation):
+        return Verdict(layer.steps >= 3, "" if layer.steps >= 3 else "short")
 
-    entry = Backend("toy", "toy_backend", "the toy covers this call", slower=slower)
+    entry = Backend("toy", "toy_backend", "the toy covers this call", faster=faster)
     everything = {"toy": entry, **backends.REGISTRY}
     backends.REGISTRY.clear()
     backends.REGISTRY.update(everything)

@@ -8,18 +8,22 @@ T time, B batch, I input, H hidden, D directions.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
+from lstmcore.kernels.contract import Layer
 from torch import nn
 
 import lstmcore
 from lstmcore import backends
+from lstmcore.backends import Situation, rules, self_check
 
 from ..support import contract_checks as checks
 from ..support import gpu_problems
@@ -334,7 +338,8 @@ def test_explain_names_the_design(H, design):
 def test_auto_runs_the_kernels_where_they_were_measured():
     module = lstmcore.LSTM(64, 512, device=DEVICE, dtype=torch.bfloat16)
     x = torch.zeros(200, 16, 64, device=DEVICE, dtype=torch.bfloat16)
-    expected = "triton" if backends.load("triton").measured(torch.device(DEVICE, 0)) else "torch"
+    found = torch.cuda.get_device_properties(DEVICE)
+    expected = "triton" if (found.name, found.multi_processor_count) == rules.CUDNN_MEASURED_ON else "torch"
     assert f"backend {expected!r} runs this call" in str(lstmcore.explain(module, x))
 
 
@@ -462,3 +467,104 @@ def test_double_backward_of_cudnn(options):
     for got, expected in zip(*results, strict=True):
         # float32 in two passes, of which the second sums squares of the first: ten times the order of one's sums
         assert error(got.cpu().double(), expected) <= 10 * ORDER_OF_SUMS_F32 * max(1.0, expected.abs().max().item())
+
+
+@pytest.fixture
+def unchecked(fresh_choices, monkeypatch):
+    """No kernel has been checked on this device, and none was refused."""
+    monkeypatch.setattr(self_check, "_verdicts", {})
+    monkeypatch.setattr(self_check, "_warned", set())
+    kernels = backends.load("triton")
+    monkeypatch.setattr(kernels.launch, "_refused", {})
+    return kernels
+
+
+def extended_call(H: int, backend: str = "auto") -> list[torch.Tensor]:
+    """What a call with lengths and resets returns, and its gradients."""
+    torch.manual_seed(0)
+    module = lstmcore.LSTM(16, H, bidirectional=True, device=DEVICE, dtype=torch.bfloat16, backend=backend)
+    x = torch.randn(12, 9, 16, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    reset = torch.rand(12, 9, device=DEVICE) < 0.1
+    output, states = module(x, lengths=[12, 3, 0, 7, 12, 1, 5, 9, 2], reset=reset)
+    loss = output.float().square().sum() + sum(state.float().sum() for state in states)
+    return [output, *states, *torch.autograd.grad(loss, [x, *module.parameters()])]
+
+
+def assert_as_the_reference(H: int) -> None:
+    for index, (got, other) in enumerate(zip(extended_call(H), extended_call(H, "reference"), strict=True)):
+        assert error(got.double(), other.double()) <= 8 * torch.finfo(torch.bfloat16).eps * other.abs().max(), index
+
+
+@pytest.mark.parametrize("H", [48, 512], ids=["resident", "split"])
+@pytest.mark.parametrize("surroundings", [None, "inference_mode", "default_device", "stream"])
+def test_extended_calls_run_the_kernels_after_a_check(unchecked, H, surroundings):
+    """On whatever GPU this is, without a warning, and where the caller's modes are not those of a check."""
+    module = lstmcore.LSTM(16, H, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(12, 9, 16, device=DEVICE, dtype=torch.bfloat16)
+    mode = {
+        None: contextlib.nullcontext,
+        "inference_mode": torch.inference_mode,
+        "default_device": lambda: torch.device(DEVICE),
+        "stream": lambda: torch.cuda.stream(torch.cuda.Stream()),
+    }[surroundings]
+    before = torch.get_rng_state(), torch.cuda.get_rng_state()
+    with warnings.catch_warnings(), mode():
+        warnings.simplefilter("error", RuntimeWarning)
+        choice = lstmcore.explain(module, x, extended=True)
+    assert choice.name == "triton", choice
+    assert "checked here against the reference" in str(choice)
+    for one, other in zip(before, (torch.get_rng_state(), torch.cuda.get_rng_state()), strict=True):
+        assert torch.equal(one, other)
+    if surroundings is None:
+        assert_as_the_reference(H)
+
+
+@pytest.mark.parametrize(("dtype", "precise"), [("bf16", "tf32"), ("fp16", "tf32"), ("tf32", "tf32"), ("fp32", "fp32")])
+@pytest.mark.parametrize(("H", "B"), [(64, 16), (128, 5), (512, 17), (1024, 64)])
+def test_right_kernels_pass_their_check(unchecked, dtype, precise, H, B):
+    layer = Layer(torch.device(DEVICE, 0), DTYPES[dtype], 100, B, 64, H, training=True)
+    with precision(precise):
+        assert self_check.refusal("triton", layer, extended=True) is None
+
+
+def test_a_wrong_kernel_is_refused_and_the_call_is_right(unchecked, monkeypatch):
+    forward = unchecked.forward
+
+    def wrong(call, **options):
+        result = forward(call, **options)
+        result.output[..., 0] *= 1.5
+        return result
+
+    monkeypatch.setattr(unchecked, "forward", wrong)
+    with pytest.warns(RuntimeWarning, match="output is off by") as caught:
+        assert_as_the_reference(64)
+    assert len([each for each in caught if "failed their check" in str(each.message)]) == 1
+
+
+def test_no_check_while_a_graph_is_captured(unchecked):
+    layer = Layer(torch.device(DEVICE, 0), torch.bfloat16, 20, 9, 16, 64, ragged=True)
+    x, graph = torch.ones(3, device=DEVICE), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x + 1
+        passing = backends.choose("auto", (layer,), Situation(extended=True))
+    assert passing.name == "reference"
+    assert "make one such call before the capture" in str(passing)
+    graph.replay()
+    assert y.tolist() == [2, 2, 2]
+    assert backends.choose("auto", (layer,), Situation(extended=True)).name == "triton"
+
+
+def test_more_programs_than_fit_are_launched_step_by_step(unchecked, monkeypatch):
+    """The device refuses a cooperative launch; the results are right, and the user is told once."""
+    H, B = 256, 4096
+    few, many = (lstmcore.LSTM(8, H, device=DEVICE, dtype=torch.bfloat16, backend="triton") for _ in range(2))
+    many.load_state_dict(few.state_dict())
+    x = torch.randn(3, B, 8, device=DEVICE, dtype=torch.bfloat16)
+    expected = few(x)[0]
+    monkeypatch.setattr(unchecked.launch, "sms", lambda device: 100_000)
+    with pytest.warns(RuntimeWarning, match="at the same time") as caught:
+        results = [many(x)[0], many(x)[0]]
+    assert len(caught) == 1
+    assert "one launch per step" in str(lstmcore.explain(many, x))
+    for got in results:
+        assert error(got.double(), expected.double()) <= 4 * torch.finfo(torch.bfloat16).eps

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,11 @@ X = torch.randn(5, 2, 3)
 def gpu(compiled_triton, monkeypatch):
     """A GPU with 132 SMs of compute capability 9.0; returns a function that changes what it is."""
 
-    def change(capability: tuple[int, int] = (9, 0), hip: str | None = None, sms: int = 132) -> None:
+    def change(
+        capability: tuple[int, int] = (9, 0), hip: str | None = None, sms: int = 132, name: str = "NVIDIA H200"
+    ) -> None:
+        found = SimpleNamespace(name=name, multi_processor_count=sms, major=capability[0], minor=capability[1])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: found)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(compiled_triton.launch, "sms", lambda device: sms)
@@ -108,16 +113,19 @@ def test_the_other_layers_of_a_stack_count_too(gpu):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_auto_leaves_it_to_torch_where_nobody_has_measured(gpu, monkeypatch, training):
+def test_auto_leaves_it_to_torch_where_nobody_has_measured(gpu, training):
+    """What is measured is a device, of a name and with so many SMs; its capability alone says nothing."""
     layer = LAYER._replace(training=training)
-    monkeypatch.setattr(tiling, "MEASURED", {})
+    gpu(name="NVIDIA H100 80GB HBM3")
     choice = backends.choose("auto", (layer,))
     assert choice.name == "torch"
-    assert "measured" in dict(choice.reasons)["triton"]
-    assert "backend='triton'" in dict(choice.reasons)["triton"]
-    assert backends.choose("auto", (layer,), Situation(extended=True)).name == "reference"
-    monkeypatch.setattr(tiling, "MEASURED", {(9, 0): 132})
-    backends.choose.cache_clear()
+    for text in ("not measured on NVIDIA H100 80GB HBM3: `python -m lstmcore tune` does", "backend='triton'"):
+        assert text in dict(choice.reasons)["triton"]
+    extended = backends.choose("auto", (layer,), Situation(extended=True))  # which cuDNN cannot run
+    assert extended.name == "triton"
+    assert "checked here against the reference" in str(extended)
+    gpu()
+    backends.forget()
     choice = backends.choose("auto", (layer,))
     assert choice.name == "triton"
     assert "split" in str(choice)
@@ -128,7 +136,9 @@ def test_auto_leaves_it_to_torch_on_a_slice_of_a_gpu(gpu):
     """What was measured is the whole device."""
     gpu(sms=16)
     layer = LAYER._replace(hidden_size=128)
-    assert backends.choose("auto", (layer,)).name == "torch"
+    choice = backends.choose("auto", (layer,))
+    assert choice.name == "torch"
+    assert "not measured" in dict(choice.reasons)["triton"]
     assert backends.choose("triton", (layer,)).name == "triton"
 
 

@@ -9,6 +9,7 @@ all programs at once.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -196,7 +197,7 @@ class NotTogether:
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_step_by_step_where_a_device_cannot_hold_all_programs(split, backward, monkeypatch):
-    """One refused launch, then one a step, in which nobody waits: the same results."""
+    """One refused launch, then one a step, in which nobody waits: the same results, one warning, and it is told."""
     p = pose(SETUP)
     expected = contract.solve(split, p)
     monkeypatch.setattr(split.launch, "INTERPRETED", SimpleNamespace(value=False))
@@ -205,9 +206,37 @@ def test_step_by_step_where_a_device_cannot_hold_all_programs(split, backward, m
         kernel = getattr(split_kernels, name)
         kernels[name] = NotTogether(kernel, "Triton Error [CUDA]: too many blocks in cooperative launch")
         monkeypatch.setattr(split_kernels, name, kernels[name])
-    contract.assert_same(split, contract.solve(split, p), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of this forward
+        given = call_forward(split, p) if backward else None
     kernel = kernels["lstm_bwd_kernel" if backward else "lstm_fwd_kernel"]
-    assert kernel.launches == [True] + [False] * SETUP.T
+    split.launch._refused.clear()
+    layer = p.call.layer
+    assert "one launch per step" not in split.describe(layer)
+
+    def again() -> dict[str, torch.Tensor]:
+        return contract.solve(split, p) if given is None else named(p, given, call_backward(split, p, given))
+
+    with pytest.warns(RuntimeWarning, match="cpu did not run 2 programs .* at the same time") as caught:
+        results = [again(), again()]
+    assert len(caught) == 1
+    for got in results:
+        contract.assert_same(split, got, expected)
+    assert kernel.launches[-2 * SETUP.T - 1 :] == [True] + 2 * SETUP.T * [False]
+    assert split.describe(layer).count("one launch per step") == 2
+
+
+def test_fewer_programs_than_were_refused_are_still_launched_together(triton_kernels):
+    launch, many, few = triton_kernels.launch, *(tiling.choose_design(H, 1, 1, "16", 132, False) for H in (1024, 256))
+    assert many.programs > few.programs > 1
+    with pytest.warns(RuntimeWarning):
+        launch._refuse(many, CPU, RuntimeError("too many blocks in cooperative launch"))
+    assert launch.stepwise(many, CPU)
+    assert not launch.stepwise(few, CPU)
+    launch._refuse(few, CPU, RuntimeError("too many blocks in cooperative launch"))  # no second warning
+    assert launch.stepwise(few, CPU)
+    assert not launch.stepwise(few, torch.device("cuda", 1))
+    assert not launch.stepwise(tiling.choose_design(64, 1, 1, "16", 132, False), CPU)
 
 
 def test_other_errors_of_a_launch_are_not_hidden(split, monkeypatch):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from lstmcore.kernels import cell
 
 import lstmcore
@@ -56,7 +57,7 @@ def test_prewarm(options, capsys):
     assert ("stream" in output) == ("--stream" in options)
 
 
-@pytest.mark.parametrize("name", ["", "info", "prewarm", "check"])
+@pytest.mark.parametrize("name", ["", "info", "prewarm", "check", "tune"])
 def test_help(name, capsys):
     status, output, errors = run_here(capsys, *filter(None, [name]), "--help")
     assert status == 0
@@ -87,6 +88,7 @@ BAD = [
     ("prewarm --input-size 3 --hidden-size 4 --proj-size 4", "proj"),
     ("prewarm --input-size 3 --hidden-size 4 --proj-size -1", "proj"),
     ("check --backend nonsense", "nonsense"),
+    ("check --device nonsense", "nonsense"),
 ]
 
 
@@ -105,3 +107,19 @@ def test_check_of_a_backend_that_cannot_run_here(compiled_triton, capsys):
     assert status == 2, output + errors
     assert "triton" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "setting", "expected"),
+    [
+        (torch.float32, "cpu", "tf32", 8 * 2**-23),
+        (torch.float32, "cuda", "ieee", 8 * 2**-23),
+        (torch.float32, "cuda:0", "tf32", 2 * 2**-10),
+        (torch.bfloat16, "cuda", "tf32", 2**-7),
+        (torch.float16, "cpu", "tf32", 2**-10),
+    ],
+)
+def test_what_the_check_grants(dtype, device, setting, expected, monkeypatch):
+    """A few roundings; with TF32, which torch's setting for RNNs allows, those of its ten digits."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", setting)
+    assert parity._floor(dtype, device) == expected

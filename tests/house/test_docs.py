@@ -54,8 +54,8 @@ def harmless(command: str) -> list[str] | None:
     """
     words = shlex.split(command)
     if words[:3] == ["python", "-m", "lstmcore"]:
-        # test_cli.py runs the check, the demonstration's tests the demonstration; prewarm wants to know what
-        return [sys.executable, *words[1:], *(["--help"] if {"check", "flow", "prewarm"} & {*words} else [])]
+        # test_cli.py runs the check, test_tune.py tunes, the demonstration's tests run that; prewarm wants to know what
+        return [sys.executable, *words[1:], *(["--help"] if {"check", "flow", "prewarm", "tune"} & {*words} else [])]
     if words[:3] == ["python", "-m", "bench"]:
         last = ["--help"] if {"report", "compare", "gpu", "kernels", "scaling", "rounding"} & {*words} else ["--list"]
         return [sys.executable, *words[1:], *([] if "--list" in words else last)]

@@ -24,6 +24,7 @@ LAYERS = (
 PACKAGES = ("backends", "cli", "flow", "models")  # whose files may know each other
 FREE = ("_version",)  # holds a constant; anyone may
 HOUSE = {"lstmcore", "kernels", "bench", "tests", "examples", *(path.stem for path in (ROOT / "examples").iterdir())}
+TABLE = "lstmcore/backends/measured/a-made-up-device.csv"  # of timings, which a wheel has as well
 SOURCES = {path: path.relative_to(ROOT) for name in ("lstmcore", "kernels") for path in (ROOT / name).rglob("*.py")}
 
 
@@ -231,6 +232,8 @@ def wheel(tmp_path_factory) -> pathlib.Path:
         shutil.copy(ROOT / name, source)
     for name in ("lstmcore", "kernels", "tests", "bench", "examples"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (source / TABLE).parent.mkdir(exist_ok=True)
+    (source / TABLE).touch()
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", target, source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -248,6 +251,7 @@ def test_wheel_contents(wheel):
     expected = {f"lstmcore/{path.name}" for path in (ROOT / "lstmcore").glob("*.py")} | {"lstmcore/py.typed"}
     for package in PACKAGES:
         expected |= {f"lstmcore/{package}/{path.name}" for path in (ROOT / "lstmcore" / package).glob("*.py")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / TABLE).parent.glob("*.csv")} | {TABLE}
     expected |= {f"lstmcore/{SOURCES[path]}" for path in (ROOT / "kernels").rglob("*.py")}
     assert {name for name in names if name.startswith("lstmcore/")} == expected
     assert any(name.endswith("LICENSE") for name in names)

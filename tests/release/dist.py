@@ -67,7 +67,7 @@ def look_into_wheel(wheel: Path) -> int:
     """Raises Wrong unless it has every source of the package and no other file; their number."""
     expected = {"lstmcore/py.typed"}
     for folder, place in FOLDERS.items():
-        own = [name for name in tracked() if name.startswith(f"{folder}/") and name.endswith(".py")]
+        own = [name for name in tracked() if name.startswith(f"{folder}/") and name.endswith((".py", ".csv"))]
         expected |= {place + name.removeprefix(folder) for name in own}
     names = set(zipfile.ZipFile(wheel).namelist())
     about = {name for name in names if name.split("/")[0].endswith(".dist-info")}
