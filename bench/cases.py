@@ -305,7 +305,9 @@ def _other_cases() -> Iterator[Case]:
     on_gpu: dict[str, Any] = {"dtype": "bfloat16", "device": "cuda"}
     for batch, hidden in product((16, 64, 1), HIDDEN):  # what matters most comes first: a time limit may cut the end
         yield Case(f"step-h{hidden}-b{batch}", "step", hidden, hidden, batch, 1024, **on_gpu)
-    for hidden, batch in ((128, 16), (512, 16), (1024, 16), (256, 16), (768, 16), (512, 64), (1024, 64), (1024, 256)):
+    for hidden, batch in (
+        (128, 16), (512, 16), (1024, 16), (1024, 256), (512, 256), (1024, 64), (512, 64), (256, 16), (768, 16),
+    ):  # fmt: skip
         yield Case(f"design-h{hidden}-b{batch}", "design", hidden, hidden, batch, 1024, modes=("training",), **on_gpu)
     for units in (2, 8, 32, 128):  # of a block of threads, in eight rows: 32 to 2,048 bytes that it hands over
         yield Case(f"handoff-h{units}-b8", "handoff", units, units, 8, 4096, modes=(), **on_gpu)

@@ -34,13 +34,13 @@ from bench.verify import Mismatch
 DEVICE = "cuda"
 BOUND = 8 * torch.finfo(torch.bfloat16).eps  # of a result, relative to its norm
 TOLD = ("rows", "groups", "tiles", "slices")  # what a kernel is told when it runs, and not compiled for
-H200 = (132, 227 * 1024)  # multiprocessors, bytes of shared memory
+H200 = (132, 227 * 1024, True)  # multiprocessors, bytes of shared memory, whether they have wgmma
 
 
-def designs(hidden: int, batch: int, backward: bool, sms: int, shared: int) -> list[Design]:
+def designs(hidden: int, batch: int, backward: bool, sms: int, shared: int, wgmma: bool) -> list[Design]:
     """The tiling's choice, and all others by their predicted times."""
-    chosen = tiling.choose_design(hidden, batch, 1, "16", sms, backward, shared=shared)
-    others = tiling.every_design(hidden, batch, 1, "16", sms, backward, shared)
+    chosen = tiling.choose_design(hidden, batch, 1, "16", sms, backward, shared=shared, wgmma=wgmma)
+    others = tiling.every_design(hidden, batch, 1, "16", sms, backward, shared, wgmma)
     return [chosen, *sorted((each for each in others if each != chosen), key=lambda each: each.step_time)]
 
 
@@ -124,12 +124,12 @@ def measure(case: Case, task: Task) -> Iterator[Row]:
         raise RuntimeError("; ".join(failures))
 
 
-def kernels(sms: int, shared: int) -> list[tuple[Case, bool, Design]]:
+def kernels(sms: int, shared: int, wgmma: bool) -> list[tuple[Case, bool, Design]]:
     """One design for each kernel that will be wanted: its case, backward, itself."""
     wanted = {}
     for case in select("designs", "cuda"):
         for backward in (False, True):
-            for each in designs(case.hidden_size, case.batch, backward, sms, shared):
+            for each in designs(case.hidden_size, case.batch, backward, sms, shared, wgmma):
                 shares = (value for name, value in model.shares_of(each).items() if name not in TOLD)
                 wanted.setdefault((case.hidden_size, backward, *shares), (case, backward, each))
     return list(wanted.values())

@@ -86,7 +86,8 @@ def design_of(case: Configuration) -> Design:
     """What the tiling chooses."""
     precision = case.dtype if case.dtype in ("tf32", "float32") else "16"
     sizes = (case.hidden, case.batch, case.directions)
-    return tiling.choose_design(*sizes, precision, SMS[case.target], case.backward, shared=SHARED[case.target])
+    limits = {"shared": SHARED[case.target], "wgmma": case.target == 90}
+    return tiling.choose_design(*sizes, precision, SMS[case.target], case.backward, **limits)
 
 
 def configurations(targets: Sequence[int], quick: bool) -> Iterator[Configuration]:
@@ -109,7 +110,7 @@ def configurations(targets: Sequence[int], quick: bool) -> Iterator[Configuratio
             for backward in (False, True):
                 yield Configuration(target, dtype, 64, 16, backward)
                 yield Configuration(target, dtype, 512, 16, backward)
-        for hidden, batch in ((128, 16),) if quick else ((128, 16), (768, 16)):
+        for hidden, batch in ((128, 16),) if quick else ((128, 16), (768, 16), (1024, 256)):
             for backward in (False, True):
                 case = Configuration(target, "bfloat16", hidden, batch, backward, directions=2)
                 yield replace(case, ragged=True, reset=True)

@@ -29,17 +29,17 @@ def _launch() -> Any:
     return launch
 
 
-def limits() -> tuple[int, int]:
-    """Of the present GPU: programs that can wait for each other, and bytes of shared memory that one may use."""
+def limits() -> tuple[int, int, bool]:
+    """Of the present GPU: programs that can wait for each other, bytes of shared memory of one, if it has wgmma."""
     device = torch.device("cuda", torch.cuda.current_device())
-    return _launch().sms(device), _launch().shared(device)
+    return _launch().sms(device), _launch().shared(device), _launch().wgmma(device)
 
 
 def predicted_us(case: Case, backward: bool) -> float:
     """The model's microseconds a step of the recurrence on the present GPU, without the input product."""
-    precision, (programs, shared) = tiling.precision_of(case.torch_dtype, case.tf32), limits()
+    precision, (programs, shared, wgmma) = tiling.precision_of(case.torch_dtype, case.tf32), limits()
     sizes = (case.hidden_size, case.batch, case.directions, precision, programs, backward)
-    return tiling.predict(*sizes, shared=shared)
+    return tiling.predict(*sizes, shared=shared, wgmma=wgmma)
 
 
 def settle() -> None:

@@ -278,19 +278,21 @@ def vote(words, PACK: tl.constexpr):
     else:
         if PACK == 1:
             tl.inline_asm_elementwise(
-                "{ .reg .pred p; .reg .b32 f; setp.eq.b32 p, $1, 0xffffffff; selp.b32 f, 1, 0, p; "
+                "{ .reg .pred p; .reg .b32 f; setp.eq.b32 p, $1, 0xffffffff; selp.b32 f, 0x80000000, 0, p; "
                 "or.b32 lstm_missing, lstm_missing, f; mov.b32 $0, 0; }",
                 "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
         else:
+            # The same test in two instructions: ~w - 0x00010001 is 0xfffefffe - w, and one more, a | b & c, notes what
+            # it finds among bits that do not count.
             tl.inline_asm_elementwise(
-                "{ .reg .b32 f; not.b32 f, $1; sub.u32 f, f, 0x00010001; and.b32 f, f, $1; and.b32 f, f, 0x80008000; "
-                "or.b32 lstm_missing, lstm_missing, f; mov.b32 $0, 0; }",
+                "{ .reg .b32 f; sub.u32 f, 0xfffefffe, $1; lop3.b32 lstm_missing, lstm_missing, f, $1, 0xf8; "
+                "mov.b32 $0, 0; }",
                 "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
         return tl.inline_asm_elementwise(
-            "{ .reg .pred p, q; setp.ne.b32 p, lstm_missing, $1; barrier.cta.red.or.pred q, 0, p; "
-            "selp.b32 $0, 1, 0, q; mov.b32 lstm_missing, $1; }",
+            "{ .reg .pred p, q; .reg .b32 f; and.b32 f, lstm_missing, 0x80008000; setp.ne.b32 p, f, $1; "
+            "barrier.cta.red.or.pred q, 0, p; selp.b32 $0, 1, 0, q; mov.b32 lstm_missing, $1; }",
             "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
@@ -326,6 +328,26 @@ def product_of_words(w, words, keep, acc, PACK: tl.constexpr, DTYPE: tl.constexp
     else:
         acc = product(w[0], words.to(tl.int16).to(DTYPE, bitcast=True), acc, PRECISION)
         return product(w[1], (words >> 16).to(tl.int16).to(DTYPE, bitcast=True), acc, PRECISION)
+
+
+@triton.jit
+def prefetch_gates(gates, t, row, first, sizes, offsets, H: tl.constexpr, RAGGED: tl.constexpr):
+    """Asks for the lines of (N, 4H) gates that begin at unit ``first`` of step t to come to the second-level cache.
+
+    From memory they take as long as a hand-off; asked for a few steps ahead, they are there.  t may be out of range.
+    """
+    T, B, _, step, stride = sizes
+    if not INTERPRETED:
+        exists = (t >= 0) & (t < T)
+        t = tl.minimum(tl.maximum(t, 0), T - 1)
+        there = active(t, row, offsets, B, exists, RAGGED)
+        gate = tl.arange(0, 4)[None, :]
+        p = gates + position(t, row, offsets, step, stride, RAGGED)[:, None] * (4 * H) + gate * H + first
+        tl.inline_asm_elementwise(
+            "{ .reg .pred q; setp.ne.b32 q, $2, 0; @q prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+            "=r,l,r", [p.to(tl.int64), (there[:, None] & (gate < 4)).to(tl.int32)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

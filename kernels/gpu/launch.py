@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..contract import Layer
 from ..precision import tf32
-from . import persistent, split, tiling
+from . import persistent, split, tiling, wide
 from .device import INTERPRETED
 from .flat_rows import FlatRows
 from .tiling import Design
@@ -67,6 +67,12 @@ def shared(device: torch.device) -> int:
     return properties.shared_memory_per_block_optin
 
 
+@functools.lru_cache(maxsize=64)
+def wgmma(device: torch.device) -> bool:
+    """Whether the tensor cores multiply from shared memory as Hopper's do, and no older or newer ones."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """The tensor cores' precision under torch's settings; see ``tiling.precision_of``."""
     return tiling.precision_of(dtype, dtype == torch.float32 and tf32())
@@ -75,7 +81,7 @@ def precision_of(dtype: torch.dtype) -> str:
 def design_of(layer: Layer, backward: bool) -> Design:
     """The design of a layer's recurrence on its device; ValueError if none fits."""
     sizes = layer.hidden_size, layer.batch, layer.directions, precision_of(layer.dtype), sms(layer.device)
-    return tiling.choose_design(*sizes, backward, shared=shared(layer.device))
+    return tiling.choose_design(*sizes, backward, shared=shared(layer.device), wgmma=wgmma(layer.device))
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Recurrence:
 
     @property
     def module(self) -> ModuleType:
-        return persistent if self.design.kind == "resident" else split
+        return {"resident": persistent, "split": split, "wide": wide}[self.design.kind]
 
     @property
     def kernel(self) -> Any:
@@ -117,6 +123,7 @@ class Recurrence:
         every = {
             "H": self.hidden, "H_ROW": self.row, "D": design.directions, "U": design.units, "BT": design.tile,
             "KW": design.warps, "K": design.chunk, "NK": design.chunks, "STREAM": design.stream,
+            "AHEAD": design.ahead, "HELD": design.held, "PARTS": design.parts,
             "HAS_RESET": self.reset, "RAGGED": self.ragged, "DTYPE": DTYPES[self.dtype], "JITTER": 0,
             "BITS": tl.int16 if self.bits == torch.int16 else tl.int32,
             "PRECISION": "tf32x3" if self.precision == "float32" else "tf32",
@@ -131,19 +138,33 @@ class Recurrence:
         """Compiler options: its default aims at two programs per SM, with so few registers that some kernels spill."""
         warps = self.design.warps
         options = {"num_warps": warps, "enable_fp_fusion": True, "maxnreg": min(255, 65536 // (32 * warps))}
-        return options | ({"launch_cooperative_grid": True} if self.design.kind == "split" else {})
+        return options | ({} if self.design.kind == "resident" else {"launch_cooperative_grid": True})
 
     def pointers(self) -> dict[str, torch.dtype]:
         """The dtypes of the kernel's tensors by name."""
-        state, words = dict.fromkeys(("c", "cells", "dc", "dcells"), torch.float32), torch.int32
-        dtypes = state | dict.fromkeys(("status", "h_words", "dz_words", "w_words", "reset"), words)
+        state, words = dict.fromkeys(("c", "cells", "dc", "dcells", "sums"), torch.float32), torch.int32
+        dtypes = state | dict.fromkeys(("status", "counts", "h_words", "dz_words", "w_words", "reset"), words)
         dtypes |= {"offsets": torch.int64, "norms": torch.float64}
         if self.design.kind == "split":
-            dtypes |= {"h": self.bits, "dz": self.bits}
+            dtypes |= {"h": self.bits}
+        if self.design.kind != "resident":
+            dtypes |= {"dz": self.bits}
         if self.state is not None:
             dtypes["c_0"] = self.state
         rest = {*self.module.SIZES, *self.constants}
         return {name: dtypes.get(name, self.dtype) for name in self.kernel.arg_names if name not in rest}
+
+    def exchange(self, rows: FlatRows, word: Tensor) -> dict[str, Tensor]:
+        """What the programs of a wide design wait for each other with, by name: counters, and in backward the sums."""
+        design, device = self.design, rows.device
+        directions, tiles = design.directions, design.groups * design.tiles
+        if not self.backward:
+            counts = torch.zeros(directions, rows.steps, tiles, dtype=torch.int32, device=device)
+            return {"counts": counts, "status": word}
+        each = design.parts + design.slices // design.parts
+        counts = torch.zeros(directions, rows.steps, tiles, each, dtype=torch.int32, device=device)
+        sums = torch.empty(directions, 2, design.parts, rows.batch, self.hidden, device=device)
+        return {"counts": counts, "status": word, "sums": sums}
 
     def launch(self, rows: FlatRows, tensors: Mapping[str, Tensor | None], entered: bool = False) -> None:
         """Launches the kernel; ``tensors``: its tensors by name, None for absent ones.
@@ -163,17 +184,22 @@ class Recurrence:
                 kernel(**given)
                 return
             given.update(groups=design.groups, tiles=design.tiles, rows=design.rows, patience=PATIENCE, JITTER=JITTER)
+            phases: list[dict[str, int]] = [{}]
+            if design.kind == "wide" and self.backward:
+                phases = [{"phases": wide.MULTIPLY}, {"phases": wide.FINISH}]
             if (design.slices == 1 or not INTERPRETED.value) and not stepwise(design, device):
+                whole = {name: sum(each[name] for each in phases) for name in phases[0]}
                 try:
-                    kernel(**given, begin=0, end=rows.steps)
+                    kernel(**given, **whole, begin=0, end=rows.steps)
                     return
                 except RuntimeError as error:
                     if "cooperative" not in str(error):
                         raise
                     _refuse(design, device, error)
             given.pop("launch_cooperative_grid", None)
-            for i in range(rows.steps):  # one launch per step: no program waits for another
-                kernel(**given, begin=i, end=i + 1)
+            for i in range(rows.steps):  # one launch per step, or phase of one: no program waits for another
+                for phase in phases:
+                    kernel(**given, **phase, begin=i, end=i + 1)
 
 
 _recurrence = functools.lru_cache(maxsize=1024)(Recurrence)  # so that its constants are computed once

@@ -53,9 +53,10 @@ class Pass(NamedTuple):
         c = self._float32(call.c_0)
         kept = new(D, N, H, dtype=torch.float32) if keep else None
         recurrent, tensors = self.recurrent, dict[str, Tensor | None](gates=gates, cells=kept, c=c)
-        if recurrence.design.kind == "resident":
+        if recurrence.design.kind != "split":
             m = flat.new(call.input, N, D * H)
             tensors |= {"h": m, "w_hh": recurrent}
+            tensors |= recurrence.exchange(flat, self.word) if recurrence.design.kind == "wide" else {}
         else:
             bits, row = _channel(recurrence, flat, N, D, recurrence.row, dim=0), recurrence.row
             m = bits.view(call.layer.dtype)[..., :H]
@@ -142,9 +143,11 @@ class Pass(NamedTuple):
             shape = (2, D, recurrence.design.slices, flat.steps, flat.batch)
             squares = torch.zeros(shape, dtype=torch.float64, device=flat.device)  # squares of tiny values underflow
         tensors: dict[str, Any] = {"dc": dc, "norms": squares, "w_hh": self.recurrent}
-        if recurrence.design.kind == "resident":
+        if recurrence.design.kind != "split":
             dz = flat.new(self.call.input, D, N, gates)
             tensors["dz"] = dz
+            if recurrence.design.kind == "wide":
+                tensors |= {"dz": dz.view(recurrence.bits), **recurrence.exchange(flat, self.word)}
         else:
             bits = _channel(recurrence, flat, D, N, gates, dim=1)
             dz = bits.view(layer.dtype)

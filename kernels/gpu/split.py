@@ -35,20 +35,20 @@ import triton.language as tl
 
 from .device import (
     active,
-    backward_step,
     collect,
     forward_step,
     jitter,
     load_gates,
     position,
+    prefetch_gates,
     product_of_words,
     receive,
     start_votes,
     store_gates,
-    store_norms,
     tile_row,
     to_bits,
 )
+from .step_back import arriving, neighbours, read_step, write_step
 
 SIZES = [
     "T",
@@ -178,6 +178,7 @@ def lstm_fwd_kernel(
     K: tl.constexpr,
     NK: tl.constexpr,
     STREAM: tl.constexpr,
+    AHEAD: tl.constexpr,
     SAVE: tl.constexpr,
     HAS_RESET: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -226,6 +227,9 @@ def lstm_fwd_kernel(
             m = m_row[:, None] & (o_u < H)
             # everything that does not depend on h_{t-1}, while that is on its way
             z_i, z_f, z_g, z_o = load_gates(gates, o_t[:, None], o_u, m, H)
+            if AHEAD > 0:
+                t_ahead = tl.where(d == 0, t + AHEAD, t - AHEAD)
+                prefetch_gates(gates, t_ahead, row, first, (T, B, N, step, stride), offsets, H, RAGGED)
             p_c = c + (d * B + row[:, None]) * H + o_u
             c_before = tl.load(p_c, mask=m, other=0.0)
             keep = m_row
@@ -312,6 +316,7 @@ def lstm_bwd_kernel(
     K: tl.constexpr,
     NK: tl.constexpr,
     STREAM: tl.constexpr,
+    AHEAD: tl.constexpr,
     HAS_DY: tl.constexpr,
     HAS_DH_N: tl.constexpr,
     HAS_DCELLS: tl.constexpr,
@@ -349,48 +354,23 @@ def lstm_bwd_kernel(
     for j in tl.static_range(1 if STREAM else NK):
         w = w + (load_unit_columns(w_hh, first, j * WORDS + k_left, H, U, PACK),)
 
+    flags: tl.constexpr = (HAS_DY, HAS_DH_N, HAS_DCELLS, HAS_C_0, HAS_RESET, RAGGED)
+    given = (gates, cells, c_0, dc, dy, dh_n, dcells, reset, offsets)
+    sizes = (T, B, N, step, stride)
     i = begin
     while i < end:
-        t = tl.where(d == 0, T - 1 - i, i).to(tl.int64)
-        t_after = tl.where(i > 0, tl.where(d == 0, t + 1, t - 1), t)  # whose gradients have just been computed
-        t_before = tl.where(i < T - 1, tl.where(d == 0, t - 1, t + 1), t)  # whose state entered step t
+        times = neighbours(i, d, T)
         if JITTER > 0:
             i += jitter(tl.program_id(0), i, patience, JITTER) * 0
         i_tile = 0
         while i_tile < tiles:
             row = (i_group * tiles + i_tile) * rows + i_row
-            m_row = (i_row < rows) & active(t, row, offsets, B, True, RAGGED)
-            o_t = position(t, row, offsets, step, stride, RAGGED)
-            m = m_row[:, None] & (o_u < H)
             # everything that does not depend on dz of the next step, while that is on its way
-            i_t, f_t, g_t, o_gate = load_gates(gates, o_t[:, None], o_u, m, H)
-            c_t = tl.load(cells + o_t[:, None] * H + o_u, mask=m, other=0.0)
-            m_before = m_row & active(t_before, row, offsets, B, i < T - 1, RAGGED)
-            o_before = position(t_before, row, offsets, step, stride, RAGGED)
-            c_before = tl.load(cells + o_before[:, None] * H + o_u, mask=m & m_before[:, None], other=0.0)
-            o_state = (d * B + row[:, None]) * H + o_u
-            if HAS_C_0:
-                starts = m & (m_before == 0)[:, None]
-                c_before = tl.where(starts, tl.load(c_0 + o_state, mask=starts, other=0.0).to(tl.float32), c_before)
-            keep = m_row
-            if HAS_RESET:
-                keep = tl.load(reset + o_t, mask=m_row, other=1) == 0
-                c_before = tl.where(keep[:, None], c_before, 0.0)
-            dc_t = tl.load(dc + o_state, mask=m, other=0.0)
-            if HAS_DCELLS:
-                dc_t += tl.load(dcells + (o_t * (D * H) + d * H)[:, None] + o_u, mask=m, other=0.0)
-            dh = tl.zeros((BT, U), tl.float32)
-            if HAS_DY:
-                dh += tl.load(dy + (o_t * (D * H) + d * H)[:, None] + o_u, mask=m, other=0.0).to(tl.float32)
-            m_after = m_row & active(t_after, row, offsets, B, i > 0, RAGGED)
-            if HAS_DH_N:
-                ends = m & (m_after == 0)[:, None]
-                dh += tl.load(dh_n + o_state, mask=ends, other=0.0).to(tl.float32)
-
-            o_after = position(t_after, row, offsets, step, stride, RAGGED)
-            pass_on = m_after
-            if HAS_RESET:
-                pass_on = tl.load(reset + o_after, mask=m_after, other=1) == 0
+            step_read = read_step(given, times, row, i_row, rows, o_u, i, d, sizes, H, D, flags)
+            if AHEAD > 0:
+                t_ahead = tl.where(d == 0, times[0] - AHEAD, times[0] + AHEAD)
+                prefetch_gates(gates, t_ahead, row, first, sizes, offsets, H, RAGGED)
+            m_after, o_after, pass_on = arriving(times[1], row, step_read[1], reset, offsets, i, sizes, flags)
             o_after = (d * N + o_after) * (4 * H // PACK)
             acc = tl.zeros((KW, U, BT), tl.float32)
             missing = 0
@@ -416,19 +396,9 @@ def lstm_bwd_kernel(
             if missing > 0:
                 tl.store(status, 1)
                 patience = 0  # a program that is still missing will not arrive: stop soon, with NaN for its data
-            dh += collect(acc, KW, 1, U, BT, 32 * KW)[0]
-
-            dz_i, dz_f, dz_g, dz_o, dc_t, dc_before = backward_step(
-                dc_t, dh, i_t, f_t, g_t, o_gate, c_t, c_before, DTYPE
-            )  # fmt: skip
-            if NORMS:
-                i_norm = d * slices + i_slice
-                store_norms(norms, i_norm, D * slices, t, row, dh, dc_t, m, m_row, T, B)
-            dz_i, dz_f = to_bits(dz_i, DTYPE, BITS), to_bits(dz_f, DTYPE, BITS)
-            dz_g, dz_o = to_bits(dz_g, DTYPE, BITS), to_bits(dz_o, DTYPE, BITS)
-            store_gates(dz, o_t[:, None], o_u, dz_i, dz_f, dz_g, dz_o, m, H)
-            dc_before = tl.where(keep[:, None], dc_before, 0.0)
-            tl.store(dc + o_state, dc_before, mask=m)
+            dh_after = collect(acc, KW, 1, U, BT, 32 * KW)[0]
+            part = (d * slices + i_slice, D * slices)
+            write_step(dz, dc, norms, step_read, dh_after, times[0], row, o_u, d, part, sizes, H, NORMS, DTYPE, BITS)
             i_tile += 1
         tl.debug_barrier()  # dc is read by other threads than those that wrote it
         i += 1

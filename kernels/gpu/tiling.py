@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -42,6 +43,12 @@ WARPS = 8
 # Of the resident design, at most: (forward, backward).  Sixteen are 10 % faster in forward; in backward they were
 # 40 % slower, and spilled, as both do in strict float32.
 RESIDENT_WARPS = {"16": (16, 8), "tf32": (16, 8), "float32": (8, 8)}
+# The split design asks memory for gates so many steps ahead, where a program has one tile: 3 to 17 % faster from H 512
+# on (H200, B 16 and 64); with more tiles, or at H 256, it was 3 to 17 % slower.
+AHEAD = 3
+# The wide design: units of a program, whose gates are the 128 rows of weights that a product of two groups of four
+# warps needs; parts of the terms in backward; registers of a thread for weights.
+WIDE_UNITS, WIDE_PARTS, WIDE_REGISTERS = 32, 4, 96
 # Bytes of shared memory that a program may use where no device says it, as under Triton's interpreter: what the large
 # GPUs have at least (CUDA's programming guide: 8.0 163 KiB, 9.0 and 10.0 227).
 SHARED = 160 * 1024
@@ -60,6 +67,11 @@ COSTS = {
     # A step of the resident design, which has no hand-off: measured at H 128, B 16; once for each program of an SM.
     "resident_forward": 0.97,
     "resident_backward": 1.35,
+    # The wide design: of any step, with one or two hand-offs; for each further tile; for a kilobyte of h, dz and sums.
+    "wide_forward": 2.8,
+    "wide_backward": 3.6,
+    "wide_pass": 2.3,
+    "wide_read": 1 / 27.0,
 }
 
 
@@ -77,7 +89,7 @@ def power_of_two(n: int) -> int:
 class Design:
     """One launch: which kernel, and its tile sizes."""
 
-    kind: str  # "resident" or "split"
+    kind: str  # "resident", "split" or "wide"
     units: int  # U
     tile: int  # BT, rows of a tile in registers
     rows: int  # rows of a tile that belong to the batch
@@ -89,6 +101,9 @@ class Design:
     chunk: int = 0  # K, terms of a row of h or dz that are received together
     chunks: int = 0  # NK
     stream: bool = False  # weights do not fit the registers and are read in every step
+    ahead: int = 0  # AHEAD, steps by which a split design asks memory for gates; 0: it does not
+    held: int = 0  # HELD, K chunks of weights that a wide design has in registers, the others in shared memory
+    parts: int = 1  # PARTS, of the terms of backward, for each of which a wide design has a sum
     step_time: float = 0.0  # predicted, microseconds
 
     @property
@@ -99,7 +114,8 @@ class Design:
         if self.kind == "resident":
             return f"resident, {self.programs} programs of {self.tile} rows x {self.units} units, {self.warps} warps"
         sizes = f"{self.slices} slices of {self.units} units x {self.groups} groups of {self.tiles * self.rows} rows"
-        return f"split, {self.programs} programs: {sizes}{', weights streamed' if self.stream else ''}"
+        how = ", weights streamed" if self.stream else f", sums of {self.parts} parts" if self.parts > 1 else ""
+        return f"{self.kind}, {self.programs} programs: {sizes}{how}"
 
 
 def cover(terms: int, least: int, most: int) -> tuple[int, int]:
@@ -147,6 +163,15 @@ def split_terms(
     return parts
 
 
+def wide_terms(design: Design, hidden: int, backward: bool) -> dict[str, float]:
+    """As :func:`split_terms`, for a wide design."""
+    rows = design.rows * design.tiles
+    terms = design.chunk * design.chunks if backward else hidden
+    read = rows * (2 * terms + (4 * design.parts * design.units if backward else 0)) / 1000
+    name = "wide_backward" if backward else "wide_forward"
+    return {name: 1.0, "wide_pass": design.tiles - 1.0, "wide_read": read}
+
+
 def time_of(parts: Mapping[str, float], costs: Mapping[str, float] = COSTS) -> float:
     """Predicted microseconds of a step that is made of these."""
     return sum(count * costs[name] for name, count in parts.items())
@@ -156,6 +181,8 @@ def terms_of(design: Design, hidden: int, backward: bool, precision: str, sms: i
     """What a step of a design is made of: how often each of COSTS."""
     if design.kind == "resident":
         return {f"resident_{'backward' if backward else 'forward'}": float(ceil_div(design.programs, sms))}
+    if design.kind == "wide":
+        return wide_terms(design, hidden, backward)
     terms, m = (4 * hidden, design.units) if backward else (hidden, 4 * design.units)
     sizes = (design.tile, design.rows, design.tiles, m, design.slices, design.chunks, design.stream)
     return split_terms(terms, *sizes, precision)
@@ -208,7 +235,43 @@ def split_designs(
             chunk, chunks, stream = k_tiles
             parts = split_terms(terms, tile, rows, tiles, m, slices, chunks, stream, precision)
             sizes = (units, tile, rows, groups, tiles, slices, directions, WARPS)
-            yield Design("split", *sizes, chunk, chunks, stream, time_of(parts))
+            ahead = AHEAD if precision == "16" and tiles == 1 and hidden >= 512 else 0
+            yield Design("split", *sizes, chunk, chunks, stream, ahead, step_time=time_of(parts))
+
+
+def wide_design(hidden: int, backward: bool, tile: int, shared: int) -> Design | None:
+    """A program of the wide design for tiles of so many rows, of one group and tile; None if it does not fit."""
+    parts = WIDE_PARTS if backward else 1
+    of_part = ceil_div(ceil_div(hidden, parts), 64) * 64  # units
+    slices = ceil_div(hidden, WIDE_UNITS * parts) * parts
+    room = shared - 128 * tile * 4  # beside the tile's sums, which go to the threads of their cells in float32
+    for chunk in (128, 64) if of_part % 128 == 0 else (64,):
+        chunks = (4 if backward else 1) * of_part // chunk
+        held = max(0, chunks - room // (128 * chunk * 2))  # 128 rows of weights
+        if chunk == 64 or backward or tile < 64 or held == 0:
+            break  # those that are left spill a little with chunks of 128
+    if hidden % 8 or hidden < 256 or 128 * chunk * held * 2 > 4 * WIDE_REGISTERS * 32 * WARPS:
+        return None
+    sizes = (WIDE_UNITS, tile, tile, 1, 1, slices, 1, WARPS, chunk, chunks)
+    return Design("wide", *sizes, held=held, parts=parts)
+
+
+def wide_designs(
+    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, shared: int
+) -> Iterator[Design]:
+    """All wide designs that fit the device, with their predicted times."""
+    if precision != "16":
+        return
+    for tile in (16, 32, 64):
+        if (one := wide_design(hidden, backward, tile, shared)) is None:
+            continue
+        for groups in range(1, min(sms // (directions * one.slices), ceil_div(batch, 8)) + 1):
+            rows = ceil_div(batch, groups)
+            tiles = ceil_div(rows, tile)
+            rows = ceil_div(rows, tiles)
+            if rows > tile // 2:
+                design = replace(one, rows=rows, groups=groups, tiles=tiles, directions=directions)
+                yield replace(design, step_time=time_of(wide_terms(design, hidden, backward)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -221,19 +284,24 @@ def choose_design(
     backward: bool,
     *,
     shared: int,
+    wgmma: bool = False,
     kind: str | None = None,
 ) -> Design:
     """The design for one layer on a device with ``sms`` SMs and ``shared`` bytes of shared memory; ``kind`` forces one.
 
+    ``wgmma``: the device multiplies from shared memory, as Hopper does and as the wide design needs.
+
     Raises ValueError if none fits (more slices than SMs at the widest tile: H above 32 x SMs / D).
     """
-    if kind != "split":
+    if kind in (None, "resident"):
         resident = resident_design(hidden, batch, directions, precision, sms, backward, shared)
         if resident is not None:
             return resident
         if kind == "resident":
             raise ValueError(f"hidden size {hidden} does not fit one CTA in precision {precision}")
-    designs = split_designs(hidden, batch, directions, precision, sms, backward, shared)
+    designs = every_design(hidden, batch, directions, precision, sms, backward, shared, wgmma)
+    if kind is not None:
+        designs = (each for each in designs if each.kind == kind)
     chosen = min(designs, key=lambda each: (each.step_time, each.programs), default=None)
     if chosen is None:
         raise ValueError(
@@ -244,17 +312,16 @@ def choose_design(
 
 
 def every_design(
-    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, shared: int
+    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, shared: int, wgmma: bool
 ) -> Iterator[Design]:
     """All designs of all kinds that fit the device."""
     sizes = (hidden, batch, directions, precision, sms, backward, shared)
     resident = resident_design(*sizes)
     yield from () if resident is None else (resident,)
     yield from split_designs(*sizes)
+    yield from wide_designs(*sizes) if wgmma else ()
 
 
-def predict(
-    hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, *, shared: int
-) -> float:
-    """Predicted microseconds of a step of the recurrence on a device with so many SMs and bytes of shared memory."""
-    return choose_design(hidden, batch, directions, precision, sms, backward, shared=shared).step_time
+def predict(hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, **limits: Any) -> float:
+    """Predicted microseconds of a step of the recurrence; arguments as those of :func:`choose_design`."""
+    return choose_design(hidden, batch, directions, precision, sms, backward, **limits).step_time

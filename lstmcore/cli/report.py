@@ -78,7 +78,7 @@ def _designs() -> str:
             str(hidden),
             str(batch),
             *(
-                str(tiling.choose_design(hidden, batch, 1, "16", GPU_SMS, backward, shared=GPU_SHARED))
+                str(tiling.choose_design(hidden, batch, 1, "16", GPU_SMS, backward, shared=GPU_SHARED, wgmma=True))
                 for backward in (False, True)
             ),
         )

@@ -37,17 +37,30 @@ def place(row: Row) -> tuple[int, int, bool]:
 @pytest.mark.parametrize("backward", [False, True])
 def test_designs_of_a_shape(shape, backward):
     found = designs(*shape, backward, *H200)
-    assert found[0] == tiling.choose_design(*shape, 1, "16", H200[0], backward, shared=H200[1])
+    assert found[0] == tiling.choose_design(*shape, 1, "16", H200[0], backward, shared=H200[1], wgmma=H200[2])
     assert len(set(found)) == len(found) > 1
-    assert set(found) == set(tiling.every_design(*shape, 1, "16", H200[0], backward, shared=H200[1]))
+    assert set(found) == set(tiling.every_design(*shape, 1, "16", H200[0], backward, *H200[1:]))
     assert [each.step_time for each in found[1:]] == sorted(each.step_time for each in found[1:])
-    assert all(design.programs <= H200[0] for design in found if design.kind == "split")
+    assert all(design.programs <= H200[0] for design in found if design.kind != "resident")
 
 
 def test_each_kernel_is_compiled_once():
     wanted = kernels(*H200)
     told = [
-        (case.hidden_size, back, d.kind, d.units, d.tile, d.warps, d.chunk, d.chunks, d.stream)
+        (
+            case.hidden_size,
+            back,
+            d.kind,
+            d.units,
+            d.tile,
+            d.warps,
+            d.chunk,
+            d.chunks,
+            d.stream,
+            d.ahead,
+            d.held,
+            d.parts,
+        )
         for case, back, d in wanted
     ]
     assert len(set(told)) == len(told)
@@ -74,7 +87,7 @@ def test_a_row_tells_the_design_that_the_tiling_predicted():
     for row in measured():
         if row.details["chosen"] == "True":
             hidden, batch, backward = place(row)
-            chosen = tiling.choose_design(hidden, batch, 1, "16", H200[0], backward, shared=H200[1])
+            chosen = tiling.choose_design(hidden, batch, 1, "16", H200[0], backward, shared=H200[1], wgmma=H200[2])
             parts = tiling.terms_of(chosen, hidden, backward, "16", H200[0])
             assert tiling.time_of(parts) == chosen.step_time
             if model.name_of(model.shares_of(chosen)) == row.variant:
@@ -153,7 +166,7 @@ def test_the_tiling_chooses_what_measured_best():
     """Or what took a tenth longer at most: so much differs from one run to the next."""
     for (hidden, batch, backward), group in groupby(sorted(measured(), key=place), key=place):
         found = list(group)
-        chosen = tiling.choose_design(hidden, batch, 1, "16", H200[0], backward, shared=H200[1])
+        chosen = tiling.choose_design(hidden, batch, 1, "16", H200[0], backward, shared=H200[1], wgmma=H200[2])
         shares = ("kind", "units", "tile", "groups", "tiles", "warps", "chunk", "chunks")
         same = [row for row in found if all(row.details[name] == str(getattr(chosen, name)) for name in shares)]
         assert len(same) == 1, f"nobody has measured what is chosen for H {hidden}, B {batch}: {chosen}"
@@ -180,7 +193,7 @@ def test_designs_are_measured_of_the_right_results(monkeypatch):
             return 0.006
 
     monkeypatch.setattr(designs_of, "DEVICE", "cpu")
-    monkeypatch.setattr(launches, "limits", lambda: (16, tiling.SHARED))
+    monkeypatch.setattr(launches, "limits", lambda: (16, tiling.SHARED, False))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for name in ("_sleep", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)

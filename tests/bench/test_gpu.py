@@ -281,7 +281,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(machine, "cudnn", lambda: "9.13.0")
     monkeypatch.setitem(timing.CLOCKS, "cuda", timing.Clock(lambda: None, lambda: None))
     monkeypatch.setattr(timing, "SAMPLE_S", 1e-3)
-    monkeypatch.setattr(launches, "limits", lambda: (132, 227 * 1024))
+    monkeypatch.setattr(launches, "limits", lambda: (132, 227 * 1024, True))
     monkeypatch.setattr(launches, "settle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "_sleep"):

@@ -92,20 +92,23 @@ class Concurrent:
         ({"dtype": torch.bfloat16}, Share(units=16, warps=2, chunk=64)),
         ({"D": 2, "lengths": (4, 0, 8, 1, 6), "reset": 0.2}, Share(units=32, warps=2, chunk=64, groups=2)),
         ({"B": 9, "P": 3}, Share(units=16, warps=2, chunk=32, stream=True, tiles=2)),
+        ({"dtype": torch.bfloat16, "lengths": (4, 8, 8, 1, 6)}, Share(units=8, warps=2, chunk=16, parts=2)),
+        ({"B": 9, "D": 2, "reset": 0.2}, Share(units=16, warps=2, chunk=16, parts=2, tiles=2)),
     ],
-    ids=["float32", "bfloat16", "ragged_both_directions", "streamed_projection"],
+    ids=["float32", "bfloat16", "ragged_both_directions", "streamed_projection", "wide", "wide_both_directions"],
 )
 def test_programs_at_the_same_time(triton_kernels, monkeypatch, change, share):
-    split = triton_kernels.launch.split
+    launch = triton_kernels.launch
+    module = launch.wide if share.parts else launch.split
     p = pose(replace(SETUP, **change))
     gpu_designs.use(monkeypatch, share=share)
     monkeypatch.setattr(triton_kernels.launch, "sms", lambda device: 132)
     monkeypatch.setattr(triton_kernels.launch, "shared", lambda device: 227 * 1024)
     expected = contract.solve(triton_kernels, p)  # a launch a step
 
-    kernels = [Concurrent(getattr(split, f"lstm_{name}_kernel")) for name in ("fwd", "bwd")]
+    kernels = [Concurrent(getattr(module, f"lstm_{name}_kernel")) for name in ("fwd", "bwd")]
     for name, kernel in zip(("fwd", "bwd"), kernels, strict=True):
-        monkeypatch.setattr(split, f"lstm_{name}_kernel", kernel)
+        monkeypatch.setattr(module, f"lstm_{name}_kernel", kernel)
     # the host code launches as on a device: all steps at once
     monkeypatch.setattr(triton_kernels.launch, "INTERPRETED", SimpleNamespace(value=False))
     got = contract.solve(triton_kernels, p)

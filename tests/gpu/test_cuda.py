@@ -88,6 +88,8 @@ def assert_within(p: Layers, got, expected, peer) -> None:
 @pytest.mark.parametrize("p", gpu_problems.PROBLEMS, ids=str)
 def test_against_float64_and_cudnn(p):
     """Outputs and every gradient.  What torch's module does not have, the step loop of the reference computes."""
+    if p.kind == "wide" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the wide design needs the tensor cores of compute capability 9.0")
     data = draw(p)
     backend = "reference" if p.extended else None
     expected = run(p, data, backend, torch.float64, "cpu")

@@ -227,7 +227,8 @@ def test_step_by_step_where_a_device_cannot_hold_all_programs(split, backward, m
 
 
 def test_fewer_programs_than_were_refused_are_still_launched_together(triton_kernels):
-    launch, many, few = triton_kernels.launch, *(tiling.choose_design(H, 1, 1, "16", 132, False) for H in (1024, 256))
+    launch, sizes = triton_kernels.launch, (1, 1, "16", 132, False)
+    many, few = (tiling.choose_design(H, *sizes, shared=tiling.SHARED) for H in (1024, 256))
     assert many.programs > few.programs > 1
     with pytest.warns(RuntimeWarning):
         launch._refuse(many, CPU, RuntimeError("too many blocks in cooperative launch"))
@@ -236,7 +237,7 @@ def test_fewer_programs_than_were_refused_are_still_launched_together(triton_ker
     launch._refuse(few, CPU, RuntimeError("too many blocks in cooperative launch"))  # no second warning
     assert launch.stepwise(few, CPU)
     assert not launch.stepwise(few, torch.device("cuda", 1))
-    assert not launch.stepwise(tiling.choose_design(64, 1, 1, "16", 132, False), CPU)
+    assert not launch.stepwise(tiling.choose_design(64, *sizes, shared=tiling.SHARED), CPU)
 
 
 def test_other_errors_of_a_launch_are_not_hidden(split, monkeypatch):

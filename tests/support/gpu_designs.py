@@ -26,6 +26,7 @@ class Share:
     warps: int = 0
     chunk: int = 0
     stream: bool = False
+    parts: int = 0  # where not 0, the design is a wide one
 
     def choose_design(
         self, hidden: int, batch: int, directions: int, precision: str, sms: int, backward: bool, **kw
@@ -33,14 +34,14 @@ class Share:
         """Takes the place of ``tiling.choose_design``."""
         chosen = CHOOSE_DESIGN(hidden, batch, directions, precision, sms, backward, **kw, kind="split")
         units = self.units or chosen.units
-        if backward:
+        if backward and not self.parts:
             units = max(units, 16)  # what the tiling takes at least
         groups = min(self.groups, batch)
         per_group = ceil_div(batch, groups)
         tiles = max(self.tiles, ceil_div(per_group, self.tile))
         terms = 4 * hidden if backward else hidden
         chunk = self.chunk or chosen.chunk
-        return replace(
+        shared = replace(
             chosen,
             units=units,
             tile=self.tile,
@@ -53,6 +54,15 @@ class Share:
             chunks=ceil_div(terms, chunk),
             stream=self.stream,
         )
+        return self.wide(shared, hidden, backward) if self.parts else shared
+
+    def wide(self, split: Design, hidden: int, backward: bool) -> Design:
+        """The wide design that shares rows and units as a split one does."""
+        parts = self.parts if backward else 1
+        of_part = ceil_div(ceil_div(hidden, parts), split.chunk) * split.chunk
+        chunks = (4 if backward else 1) * of_part // split.chunk
+        slices = ceil_div(hidden, split.units * parts) * parts
+        return replace(split, kind="wide", slices=slices, chunks=chunks, parts=parts, held=min(1, chunks - 1))
 
 
 def use(monkeypatch, kind: str | None = None, share: Share | None = None) -> None:

@@ -114,6 +114,11 @@ PROBLEMS = [
     Layers(200, 17, 40, "bf16", ragged="lengths", reset=0.1, batch_first=True),
     Layers(512, 5, 40, "tf32", ragged="lengths", reset=0.1, bidirectional=True),
     Layers(128, 16, 40, "bf16", reset=0.1, kind="split"),
+    Layers(512, 256, 30, "bf16"),
+    Layers(768, 130, 20, "fp16", ragged="lengths", reset=0.1, kind="wide"),
+    Layers(640, 100, 20, "bf16", L=2, ragged="packed", kind="wide"),
+    Layers(512, 96, 20, "bf16", bidirectional=True, P=100, kind="wide"),
+    Layers(1024, 64, 20, "fp16", I=30, bias=False, hx=False, kind="wide"),
 ]
 
 
@@ -254,6 +259,7 @@ CASES = ["layers_bidirectional", "everything", "packed_everything", "unbatched",
 CASES += ["transposed_batch_first", "packed_one_step", "no_bias"]
 
 RACES = [Layers(128, 16, 48, "bf16"), Layers(256, 17, 48, "bf16"), Layers(1024, 16, 24, "bf16")]
+RACES += [Layers(512, 256, 24, "bf16")]
 JITTERS = (700, 2500)  # nanoseconds
 
 RECOMPUTED = [Layers(128, 17, 300, "bf16"), Layers(512, 16, 300, "fp16", bidirectional=True)]

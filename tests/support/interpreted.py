@@ -23,5 +23,7 @@ SHARES = {
     "tiles_of_16": Share(units=8, tile=16, warps=4, chunk=64),
     "chunks": Share(units=8, warps=2, chunk=16),
     "stream": Share(units=8, groups=2, warps=2, chunk=16, stream=True),
+    "wide": Share(units=8, groups=2, warps=2, chunk=8, parts=2),
+    "wide_tiles": Share(units=16, tile=16, tiles=2, warps=4, chunk=16, parts=4),
     "stream_one_slice": Share(units=32, warps=2, chunk=16, tiles=2, stream=True),
 }
