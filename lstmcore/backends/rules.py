@@ -26,11 +26,10 @@ def _bfloat16_hardware() -> bool:
 
 def _left_in_bfloat16(layer: Layer) -> bool:
     """Whether a dense bfloat16 layer that float32's rule would take is left to ATen."""
-    multiplied = products.this_machines(torch.bfloat16, tiling.cpu_isa())
-    if not _bfloat16_hardware() or (multiplied.paired and layer.training):
+    if not _bfloat16_hardware():
         return False
-    if multiplied.tiled:
-        return layer.hidden_size >= 128 and layer.steps < 30
+    if products.this_machines(torch.bfloat16, tiling.cpu_isa()).paired:
+        return not layer.training and layer.hidden_size >= 128 and layer.steps < 30
     return layer.batch * layer.hidden_size > 128
 
 
