@@ -20,7 +20,7 @@ from bench.rows import Row
 SHARES = tuple(each.name for each in fields(Design) if each.name not in ("directions", "step_time"))
 USUAL = {each.name: each.default for each in fields(Design)}
 SHORT = ("kind", "units", "tile", "rows", "groups", "tiles", "slices", "warps", "chunk", "chunks", "stream")
-RATES = ("read", "stream", "shared")  # of the costs those of a kilobyte
+RATES = ("read", "stream", "shared", "wide_read")  # of the costs those of a kilobyte
 PULL = 0.01  # how much a constant is held where it is: enough to decide what the rows do not tell apart
 # What a part of a step stands for; one that is not here stands for itself.
 BOUNDS = {
@@ -29,6 +29,10 @@ BOUNDS = {
     "shared": "shared memory",
     "stream": "weights streamed",
     "stream_chunk": "weights streamed",
+    "wide_forward": "hand-off",
+    "wide_backward": "hand-off",
+    "wide_pass": "latency",
+    "wide_read": "bytes from L2",
 } | dict.fromkeys(("latency", "pass", "chunk", "resident_forward", "resident_backward"), "latency")
 TENSOR_CORES, LAUNCH = "tensor cores", "launch by the host"
 # Operations that the tensor cores of an SM do in a microsecond at most, dense, 16-bit: 989.4 TFLOP/s over the 132 of an

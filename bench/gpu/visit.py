@@ -75,6 +75,7 @@ class Stage:
     unable: str | None = None  # what a command says that cannot work on this machine
     excused: Callable[[Sequence[str]], bool] = lambda lines: False  # whether a failure is another program's
     environment: Mapping[str, str] = field(default_factory=dict)  # for its commands, of other programs' variables
+    least_s: float = 0.0  # of any visit: what its processes take to start and to compile with nothing on disk
     from_minutes: float = 0.0  # a shorter visit leaves it out: its share would not be enough, and the others need it
 
 
@@ -178,9 +179,9 @@ STAGES = (
         lambda visit: [_python("bench.gpu.install", *(["--dry-run"] if visit.dry else []))],
     ),
     Stage("environment", "device, driver and versions", 15, lambda visit: [_bench("environment")]),
-    Stage("smoke", "each design once, against torch's LSTM", 55, _smoke),
+    Stage("smoke", "each design once, against torch's LSTM", 55, _smoke, least_s=45.0),
     Stage("tests", "the tests that need a GPU", 82, _tests, nothing=(NO_TESTS,), from_minutes=8),
-    Stage("streams", "two streams at once", 38, _streams),
+    Stage("streams", "two streams at once", 38, _streams, least_s=35.0),
     Stage("handoff", "the latency of a hand-off by blocks and bytes", 39, _experiment("handoff")),
     Stage("steps", "microseconds a step, beside torch's and the prediction", 48, _experiment("steps")),
     Stage("designs", "microseconds a step by every design that the tiling may choose", 86, _designs),
@@ -303,9 +304,18 @@ def run_stage(stage: Stage, commands: Sequence[Command], timeout_s: float, say: 
 
 
 def shares(stages: Sequence[Stage], minutes: float) -> dict[str, float]:
-    """The seconds that each stage is sure to get."""
-    scale = max(minutes * 60 - RESERVE_S, 1.0) / sum(stage.limit_s for stage in stages)
-    return {stage.name: stage.limit_s * scale for stage in stages}
+    """The seconds that each stage is sure to get: its part of the visit, or its least where there is room for that."""
+    whole = max(minutes * 60 - RESERVE_S, 1.0)
+    room = sum(stage.least_s for stage in stages) < whole
+    least: set[str] = set()
+    while True:
+        others = [stage for stage in stages if stage.name not in least]
+        left = whole - sum(stage.least_s for stage in stages if stage.name in least)
+        scale = left / sum(stage.limit_s for stage in others) if others else 0.0
+        short = {stage.name for stage in others if room and stage.limit_s * scale < stage.least_s}
+        if not short:
+            return {each.name: each.least_s if each.name in least else each.limit_s * scale for each in stages}
+        least |= short
 
 
 def run_stages(stages: Sequence[Stage], minutes: float, visit: Visit, say: Callable[[str], None]) -> Iterator[Outcome]:

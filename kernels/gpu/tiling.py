@@ -49,6 +49,9 @@ AHEAD = 3
 # The wide design: units of a program, whose gates are the 128 rows of weights that a product of two groups of four
 # warps needs; parts of the terms in backward; registers of a thread for weights.
 WIDE_UNITS, WIDE_PARTS, WIDE_REGISTERS = 32, 4, 96
+# It has to be predicted so much faster to be taken: forward of 64 rows of H 1024, 1.14 times as fast by the model, took
+# 6 % longer than by a split design, and that of 64 rows of H 768, 1.18 times, 12 % less.
+WIDE_MARGIN = 1.15
 # Bytes of shared memory that a program may use where no device says it, as under Triton's interpreter: what the large
 # GPUs have at least (CUDA's programming guide: 8.0 163 KiB, 9.0 and 10.0 227).
 SHARED = 160 * 1024
@@ -68,10 +71,10 @@ COSTS = {
     "resident_forward": 0.97,
     "resident_backward": 1.35,
     # The wide design: of any step, with one or two hand-offs; for each further tile; for a kilobyte of h, dz and sums.
-    "wide_forward": 2.8,
-    "wide_backward": 3.6,
-    "wide_pass": 2.3,
-    "wide_read": 1 / 27.0,
+    "wide_forward": 2.77,
+    "wide_backward": 3.07,
+    "wide_pass": 2.38,
+    "wide_read": 1 / 22.0,
 }
 
 
@@ -302,7 +305,8 @@ def choose_design(
     designs = every_design(hidden, batch, directions, precision, sms, backward, shared, wgmma)
     if kind is not None:
         designs = (each for each in designs if each.kind == kind)
-    chosen = min(designs, key=lambda each: (each.step_time, each.programs), default=None)
+    margins = {"wide": WIDE_MARGIN}
+    chosen = min(designs, key=lambda each: (each.step_time * margins.get(each.kind, 1.0), each.programs), default=None)
     if chosen is None:
         raise ValueError(
             f"hidden size {hidden} in {directions} directions needs {directions * ceil_div(hidden, 32)} SMs at least; "

@@ -46,10 +46,9 @@ def faster_than_aten(layer: Layer, several: bool = True) -> bool:
     * What oneDNN does not cover (packed, projections, float64, float16) ATen runs step by step, at some 50
       microseconds per step; preparing arguments for each batch of lengths costs us 0.3 ms per pass.
     * bfloat16 on a CPU that multiplies it: oneDNN uses that, and so do ours.  In training they win where float32's do:
-      with AMX 1.02 to 1.6 with 5 steps of 256 units and more, 1.15 to 6 from 20 steps on; with AVX512-BF16 1.1 to 2.1
-      before they used it.  In inference with AMX 1.0 to 4.6, of 128 units and more from 30 steps on.  With AVX512-BF16
-      inference was not measured since they use it; in float32 ours won while the cell and the overhead of a step
-      outweighed its products: the rule there, and where AMX is refused.
+      with AMX 1.02 to 1.6 with 5 steps of 256 units and more, 1.15 to 6 from 20 steps on, with AVX512-BF16 TRAINING.
+      In inference with AMX 1.0 to 4.6, of 128 units and more from 30 steps on, with AVX512-BF16 INFERENCE.  Where AMX
+      is refused ours multiply in float32, and won while the cell and a step's overhead outweighed the products.
     """
     steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
     if layer.ragged:
@@ -70,21 +69,21 @@ def faster_than_cudnn(layer: Layer) -> bool:
 
     * Where cuDNN launches kernels for each step (bfloat16, float32 of H > 192, packed, projections, an H that is no
       multiple of 128), a step takes it 13 microseconds forward and 27 backward for all sizes up to H 1024 and 64 rows,
-      most of them on that host: ours are 2 to 14 times as fast there.  A call costs us 0.2 ms more in inference and 1
-      to 2 ms in training, and cuDNN wins where products dominate: H 2048 (0.95), 256 rows of H 1024 (0.73 to 0.86);
-      float32 of H 1024 is equally fast.
-    * Where it uses one persistent kernel (float16, and float32 of H <= 192), ours are 1.05 to 2.8 times as fast over
-      1024 steps, except in inference of 16 rows of H 768 (0.87).
+      most of them on that host: ours are 2 to 14 times as fast there, and in bfloat16 1.4 to 3.9 times with 128 and 256
+      rows of H 512 to 1024.  A call costs us 0.2 ms more in inference and 1 to 2 ms in training, and cuDNN wins where
+      products dominate: H 2048 (0.95); float32 of H 1024 is equally fast.
+    * Where it uses one persistent kernel (float16 of up to 128 rows, a multiple of eight, and float32 of H <= 192),
+      ours are 1.05 to 2.8 times as fast over 1024 steps, except in inference of 16 rows of H 768 (0.87).
     """
     steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
-    if hidden > 1024 or batch > 256 or (hidden > 512 and batch > 64):
+    if hidden > 1024 or batch > 256 or (hidden > 512 and batch > 64 and layer.dtype != torch.bfloat16):
         return False
     if layer.dtype == torch.float32 and (hidden > 512 or batch > 64):
         return False
     stepwise = layer.ragged or layer.proj_size > 0 or layer.dtype == torch.bfloat16
     if not stepwise and hidden <= 192:
         return steps >= 1000
-    if not stepwise and layer.dtype == torch.float16 and hidden % 128 == 0:
+    if not stepwise and layer.dtype == torch.float16 and hidden % 128 == 0 and batch % 8 == 0 and batch <= 128:
         return steps >= 1000 and (layer.training or batch > 16)
     return steps >= (100 if layer.training else 32)
 

@@ -112,7 +112,7 @@ def test_a_fit_finds_the_costs_that_steps_were_made_with():
     steps = [replace(each, us=tiling.time_of(each.parts, secret)) for each in steps]
     found = model.fit(steps)
     for name, value in found.items():
-        expected = tiling.COSTS if name.startswith("resident") else secret
+        expected = tiling.COSTS if name.startswith(("resident", "wide")) else secret
         assert value == pytest.approx(expected[name], rel=0.03), name
     assert model.errors(steps, found)[1] < 0.01 < model.errors(steps, tiling.COSTS)[0]
 
@@ -162,15 +162,24 @@ def test_the_table_of_bounds_fits_a_screen():
     assert "so nothing is said" in next(model.bound_lines([]))
 
 
+# Chosen, and timed only as part of whole calls: cuda-bfloat16-h1024-b64-t1024 took 18.2 ms in training with a split
+# design, 13.5 with this.  H, B, and whether it is the backward pass.
+UNTIMED = {(1024, 64, True)}
+
+
 def test_the_tiling_chooses_what_measured_best():
     """Or what took a tenth longer at most: so much differs from one run to the next."""
+    untimed = set()
     for (hidden, batch, backward), group in groupby(sorted(measured(), key=place), key=place):
         found = list(group)
         chosen = tiling.choose_design(hidden, batch, 1, "16", H200[0], backward, shared=H200[1], wgmma=H200[2])
         shares = ("kind", "units", "tile", "groups", "tiles", "warps", "chunk", "chunks")
         same = [row for row in found if all(row.details[name] == str(getattr(chosen, name)) for name in shares)]
-        assert len(same) == 1, f"nobody has measured what is chosen for H {hidden}, B {batch}: {chosen}"
-        assert same[0].p50_ms <= 1.1 * min(row.p50_ms for row in found)
+        if not same:
+            untimed.add((hidden, batch, backward))
+        else:
+            assert same[0].p50_ms <= 1.1 * min(row.p50_ms for row in found)
+    assert untimed == UNTIMED, "make gpu times what nobody has measured"
 
 
 def test_results_were_right():

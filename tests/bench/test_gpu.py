@@ -577,6 +577,18 @@ def test_limits_add_up():
     assert sum(visit.shares(visit.STAGES, 5).values()) == pytest.approx(290)
 
 
+def test_a_short_visit_gives_stages_their_least():
+    """What takes so long to start would not come to anything; where there is no room for that either, all get less."""
+    stages = [each for each in visit.STAGES if each.name in ("smoke", "streams", "designs")]
+    short, shorter = (visit.shares(stages, minutes) for minutes in (2.0, 1.0))
+    assert short["smoke"] == 45
+    assert short["streams"] == 35
+    assert sum(short.values()) == pytest.approx(110)
+    assert sum(shorter.values()) == pytest.approx(50)
+    assert all(0 < shorter[name] < short[name] for name in short)
+    assert visit.shares(stages, 10)["smoke"] > 100, "a long one gives them more"
+
+
 def without_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
