@@ -28,9 +28,15 @@ def _left_in_bfloat16(layer: Layer) -> bool:
     """Whether a dense bfloat16 layer that float32's rule would take is left to ATen."""
     if not _bfloat16_hardware():
         return False
-    if products.this_machines(torch.bfloat16, tiling.cpu_isa()).paired:
-        return not layer.training and layer.hidden_size >= 128 and layer.steps < 30
-    return layer.batch * layer.hidden_size > 128
+    steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
+    multiplied = products.this_machines(torch.bfloat16, tiling.cpu_isa())
+    if multiplied.tiled:
+        return not layer.training and hidden >= 128 and steps < 30
+    if multiplied.paired and layer.training:
+        return hidden < 128 and steps < 25
+    if multiplied.paired:
+        return steps < (30 if hidden >= 64 else 100) or (hidden >= 1024 and batch == 1)
+    return batch * hidden > 128
 
 
 def faster_than_aten(layer: Layer, several: bool = True) -> bool:
@@ -46,9 +52,10 @@ def faster_than_aten(layer: Layer, several: bool = True) -> bool:
     * What oneDNN does not cover (packed, projections, float64, float16) ATen runs step by step, at some 50
       microseconds per step; preparing arguments for each batch of lengths costs us 0.3 ms per pass.
     * bfloat16 on a CPU that multiplies it: oneDNN uses that, and so do ours.  In training they win where float32's do:
-      with AMX 1.02 to 1.6 with 5 steps of 256 units and more, 1.15 to 6 from 20 steps on, with AVX512-BF16 TRAINING.
-      In inference with AMX 1.0 to 4.6, of 128 units and more from 30 steps on, with AVX512-BF16 INFERENCE.  Where AMX
-      is refused ours multiply in float32, and won while the cell and a step's overhead outweighed the products.
+      with AMX 1.02 to 1.6 with 5 steps of 256 units and more, 1.15 to 6 from 20 steps on, with AVX512-BF16 (AMD EPYC,
+      Zen 4) 1.23 to 16 from 30 steps on.  In inference with AMX 1.0 to 4.6, of 128 units and more from 30 steps on,
+      with AVX512-BF16 1.01 to 5.1, but for one row of 1024 units (0.95) and short calls of few units (0.89 to 0.96).
+      Where AMX is refused ours multiply in float32, and won while cell and overhead of a step outweighed the products.
     """
     steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
     if layer.ragged:

@@ -14,7 +14,7 @@ from lstmcore.backends import rules
 NAME, SMS = rules.CUDNN_MEASURED_ON
 AS_FAST = 0.97  # of cuDNN's speed; ours reached that wherever the rule takes them: so much differs between runs
 
-# Where it does not, they were at most so much faster: H 2048 is left to cuDNN for its training, 1.16 times in inference.
+# Where it does not, they were at most so much faster: H 2048, left to cuDNN for its training, 1.16 times in inference.
 SLOWER = 1.2
 
 

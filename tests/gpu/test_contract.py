@@ -81,7 +81,7 @@ def test_16_bits_keep_the_state_in_float32(triton_kernels, design, setup, dtype)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", ["tiles_of_16", "chunks", "stream"])
+@pytest.mark.parametrize("share", ["tiles_of_16", "chunks", "stream", "wide"])
 def test_16_bits_shared_in_other_ways(triton_kernels, monkeypatch, share):
     gpu_designs.use(monkeypatch, share=replace(SHARES[share], chunk=2 * SHARES[share].chunk))
     checks.check_16_bits_keep_the_state_in_float32(triton_kernels, replace(SMALL, H=17, P=0, D=1), torch.bfloat16)

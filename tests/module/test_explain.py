@@ -144,8 +144,14 @@ def test_auto_by_class_on_the_cpu(steps, batch, hidden, training, expected):
         ("tdpbf16ps", 10, 8, 128, True, "numba"),
         ("tdpbf16ps", 400, 1, 512, True, "numba"),
         ("tdpbf16ps", 4, 8, 64, True, "torch"),
-        ("dpbf16ps", 400, 8, 128, False, "torch"),
+        ("dpbf16ps", 30, 8, 128, False, "numba"),
+        ("dpbf16ps", 20, 24, 80, False, "torch"),  # from 30 steps on, in inference; with few units from 100 on
+        ("dpbf16ps", 50, 16, 32, False, "torch"),
         ("dpbf16ps", 400, 8, 16, False, "numba"),
+        ("dpbf16ps", 400, 1, 1024, False, "torch"),  # one row reads its weights as fast as memory gives them
+        ("dpbf16ps", 400, 8, 1024, False, "numba"),
+        ("dpbf16ps", 20, 24, 80, True, "torch"),
+        ("dpbf16ps", 20, 24, 128, True, "numba"),
         ("dpbf16ps", 400, 8, 128, True, "numba"),
         ("fma", 400, 8, 128, True, "torch"),
     ],
