@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,12 @@ def _compressed(path: Path, name: str) -> int:
     return buffer.tell()
 
 
+def _unused(path: Path) -> Path:
+    """The path, or one with a number where an earlier visit's archive has it."""
+    others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], others) if not each.exists())
+
+
 def pack(out: Path, before: Iterable[tuple[Path, tuple[int, int]]] = ()) -> list[str]:
     """Leaves at most ``MOST_FILES`` of the files that are new since ``before``, none over ``MOST_BYTES``.
 
@@ -41,6 +48,7 @@ def pack(out: Path, before: Iterable[tuple[Path, tuple[int, int]]] = ()) -> list
     rest = [path for path in new if path not in kept]
     if not rest:
         return []
+    target = _unused(out / ARCHIVE)
     told, room, packed = [], MOST_BYTES - 1024, []
     for path in sorted(rest, key=lambda path: path.stat().st_size):
         size = _compressed(path, str(path.relative_to(out)))
@@ -49,7 +57,9 @@ def pack(out: Path, before: Iterable[tuple[Path, tuple[int, int]]] = ()) -> list
             continue
         room -= size
         packed.append(path)
-    with zipfile.ZipFile(out / ARCHIVE, "w", zipfile.ZIP_DEFLATED) as archive:
+    if not packed:
+        return told
+    with zipfile.ZipFile(target, "x", zipfile.ZIP_DEFLATED) as archive:
         for path in packed:
             archive.write(path, str(path.relative_to(out)))
     for path in packed:
@@ -57,4 +67,4 @@ def pack(out: Path, before: Iterable[tuple[Path, tuple[int, int]]] = ()) -> list
     for folder in sorted({path.parent for path in packed} - {out}, reverse=True):
         if not any(folder.iterdir()):
             folder.rmdir()
-    return [*told, f"{len(packed)} more files are in {ARCHIVE}"]
+    return [*told, f"{len(packed)} more files are in {target.name}"]

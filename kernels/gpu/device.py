@@ -1,4 +1,4 @@
-"""Device functions that the Triton kernels of both designs share.
+"""Device functions that the Triton kernels of all designs share.
 
 Legend of every kernel: T time, B batch, N tokens: (step, row) pairs, H hidden, D directions; in one program (CTA)
 U units of H, BT rows of B, K terms of a sum, KW slices of K (one per warp), KS terms of a slice.  The weights are the

@@ -1,12 +1,12 @@
 """The GPU half of the tiling: from sizes, dtype and device to a design and its tiles; pure functions.
 
-Every program of both designs keeps its slice of the recurrent weights in registers (``split.py`` says how), so the
-registers of a program decide the design.  Among the tiles that fit, a model of a step's time chooses.
-K chunk: terms of a row of h or dz that are received together.
+Every program of the resident and the split design keeps its slice of the recurrent weights in registers (``split.py``
+says how), one of the wide design in shared memory and registers: what fits there decides the design.  Among the tiles
+that fit, a model of a step's time chooses.  K chunk: terms of a row of h or dz that are received together.
 
-The model's constants were fitted to what ``python -m bench designs`` measured on an H200 (bfloat16, 71 designs of
-eight shapes from H 128 to 1024 and B 16 to 256): 10 % off on average then, and 27 % at most, and within
-8 % of the fastest design in each shape.  The rows are in
+The model's constants were fitted to what ``python -m bench designs`` measured on an H200 (bfloat16): those of the wide
+design to 15 of its designs at H 512 and 1024, B 256, the others earlier to 71 designs of eight shapes from H 128 to
+1024 and B 16 to 256.  Of the rows there are now it is 8 % off on average and 27 % at most.  They are in
 bench/results/nvidia-h200-132sm.csv, and tests/bench/test_designs.py holds the model and its choices to them.
 """
 
@@ -43,8 +43,9 @@ WARPS = 8
 # Of the resident design, at most: (forward, backward).  Sixteen are 10 % faster in forward; in backward they were
 # 40 % slower, and spilled, as both do in strict float32.
 RESIDENT_WARPS = {"16": (16, 8), "tf32": (16, 8), "float32": (8, 8)}
-# The split design asks memory for gates so many steps ahead, where a program has one tile: 3 to 17 % faster from H 512
-# on (H200, B 16 and 64); with more tiles, or at H 256, it was 3 to 17 % slower.
+# The split design asks memory for gates so many steps ahead, where a program has one tile, from H 512 on: there it was
+# from 2 % slower to 17 % faster (H200, B 16 and 64), 9 % on average; with more tiles from 17 % slower to 18 % faster,
+# at H 256 7 to 17 % slower.
 AHEAD = 3
 # The wide design: units of a program, whose gates are the 128 rows of weights that a product of two groups of four
 # warps needs; parts of the terms in backward; registers of a thread for weights.

@@ -14,7 +14,7 @@ received what their readers wrote after they had read those of the step before l
 
 **Hand-off** by counters: a program writes its part of a tile, and adds one (release); who reads it waits until all
 have (acquire), and reads ordinary memory, 16 bytes at a time and without looking for what is missing.  That takes
-longer than data that are their own flag, but less for each byte: from 64 rows of H 1024 on it is faster.
+longer than data that are their own flag, but less for each byte: with 128 rows of H 1024 it is faster.
 
 The programs of a group wait for each other: a cooperative launch, or one for each step, in backward for each phase of
 a step.  What was tried, and the time of a step with it, is in docs/notes/gpu-tuning.md.
@@ -67,7 +67,10 @@ def acquire(p):
 
 @triton.jit
 def wait(p, target, patience):
-    """Polls the counter at ``p`` until it has come to ``target``; above 0 if ``patience`` tries were not enough."""
+    """Polls the counter at ``p`` until it has come to ``target``; above 0 if ``patience`` tries were not enough.
+
+    Each thread asks for itself: so each has acquired what was written, without a barrier.
+    """
     seen = acquire(p)
     tries = patience
     while (seen < target) & (tries > 0):
@@ -337,7 +340,7 @@ def lstm_bwd_kernel(
                     tl.store(status, 1)
                     patience = 0
                 dh_after += tl.where(missing > 0, float("nan"), 0.0)
-                for q in tl.static_range(PARTS):  # past the first-level cache: the place was read two steps ago
+                for q in tl.static_range(PARTS):  # not kept in the first-level cache: each is read once
                     p_q = sums_t + (q * B + row[:, None]).to(tl.int64) * H + o_u
                     dh_after += tl.load(p_q, mask=step_read[2], other=0.0, cache_modifier=".cg")
             part_of = (d * slices + i_slice, D * slices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -48,15 +49,14 @@ class Versions(NamedTuple):
 
 @functools.cache
 def processor() -> str:
-    """The processor as its maker calls it."""
+    """The processor as its maker calls it; what it is, where nothing says its name."""
     name = platform.processor() or platform.machine()
-    if _CPUINFO.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", _CPUINFO.read_text(), re.MULTILINE)):
-        name = found[1]
-    elif platform.system() == "Darwin":
-        brand = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], stdout=subprocess.PIPE, text=True, check=True
-        )
-        name = brand.stdout
+    with contextlib.suppress(OSError, UnicodeDecodeError, subprocess.SubprocessError):
+        if _CPUINFO.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", _CPUINFO.read_text(), re.MULTILINE)):
+            name = found[1]
+        elif platform.system() == "Darwin":
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=10).stdout
     return " ".join(re.sub(r"\((R|TM)\)|\s+@.*$", "", name).split())
 
 

@@ -71,19 +71,27 @@ def faster_than_aten(layer: Layer, several: bool = True) -> bool:
     return steps >= (20 if wide else 10) and size >= (700 if several else 1500)
 
 
+def _wide_measured(layer: Layer) -> bool:
+    """Whether many rows of a large H are of a class that was measured, in the kernels' design for them."""
+    plain = not layer.ragged and not layer.proj_size and layer.directions == 1
+    return plain and layer.dtype == torch.bfloat16 and layer.hidden_size % 8 == 0
+
+
 def faster_than_cudnn(layer: Layer) -> bool:
     """Whether the Triton kernels beat cuDNN for this class of layer: a rule from measurements on ``CUDNN_MEASURED_ON``.
 
     * Where cuDNN launches kernels for each step (bfloat16, float32 of H > 192, packed, projections, an H that is no
       multiple of 128), a step takes it 13 microseconds forward and 27 backward for all sizes up to H 1024 and 64 rows,
-      most of them on that host: ours are 2 to 14 times as fast there, and in bfloat16 1.4 to 3.9 times with 128 and 256
-      rows of H 512 to 1024.  A call costs us 0.2 ms more in inference and 1 to 2 ms in training, and cuDNN wins where
-      products dominate: H 2048 (0.95); float32 of H 1024 is equally fast.
+      most of them on that host: ours are 2 to 14 times as fast there, and 1.4 to 3.9 times with 128 and 256 rows of
+      H 512 to 1024 (dense bfloat16).  A call costs us 0.2 ms more in inference and 1 to 2 ms in training, and cuDNN
+      wins where products dominate: training at H 2048 (0.97); float32 of H 1024 is equally fast.
     * Where it uses one persistent kernel (float16 of up to 128 rows, a multiple of eight, and float32 of H <= 192),
-      ours are 1.05 to 2.8 times as fast over 1024 steps, except in inference of 16 rows of H 768 (0.87).
+      ours are 1.03 to 3.1 times as fast over 1024 steps, except in inference of 16 rows of H 768 (0.85).
     """
     steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
-    if hidden > 1024 or batch > 256 or (hidden > 512 and batch > 64 and layer.dtype != torch.bfloat16):
+    if hidden > 1024 or batch > 256:
+        return False
+    if hidden > 512 and batch > 64 and not _wide_measured(layer):
         return False
     if layer.dtype == torch.float32 and (hidden > 512 or batch > 64):
         return False

@@ -1,15 +1,16 @@
 """Whether a backend computes on a device what the reference computes: asked before ``"auto"`` takes it there.
 
 Kernels that a compiler has made for a device of which no other test knows may be wrong.  So the kernels that a layer
-would run are checked once in each process and on each device: small problems of the layer's own hidden size, directions
-and dtype, with its own kernels, because a wrong kernel may be wrong in the tiles of one size only, and because what is
-compiled for the check is then there for the call.  The steps are few, and the rows as few as run these kernels.
+would run are checked once in each process and on each device: small problems of the layer's own hidden size,
+directions and dtype, with its own tiles, because a wrong kernel may be wrong in the tiles of one size only.  The steps
+are few, and the rows as few as run these kernels.
 
-* "dense", of a layer whose rows all have every step: with initial states.
-* "ragged", of one whose rows may end early, and of every call with what torch's LSTM does not have: lengths, among them
-  0, and resets, in training with cells and with the norms of a recording.
+* Every layer: all states and gradients given, and of rows that may end early lengths, among them 0.
+* A call with what torch's LSTM does not have: the same with resets, in training with cells and the norms of a
+  recording.
 
-In training all gradients are compared too.  A backend that fails is refused for the rest of the process, with a reason.
+What a call leaves out (a state, a gradient, resets) leaves that part out of these kernels too.  In training all
+gradients are compared.  A backend that fails is refused for the rest of the process, with a reason.
 
 The check runs in a thread of its own, where nothing of the caller's is on: no dispatch mode (FakeTensor), transform,
 tracer, autocast, inference mode, default device, stream or saved-tensors hook.  It draws from generators of its own.
@@ -47,6 +48,13 @@ class Undecided(Exception):
     """The check cannot run now, for the reason that the text says; a later call may ask again."""
 
 
+class _Problem(NamedTuple):
+    """What a check computes."""
+
+    ragged: bool  # rows of several lengths
+    extended: bool  # with resets, in training with cells and norms
+
+
 class _Key(NamedTuple):
     """What a verdict is about."""
 
@@ -55,7 +63,7 @@ class _Key(NamedTuple):
     kernels: Any  # Kernels.identity
     training: bool
     segments: bool
-    ragged: bool
+    problem: _Problem
 
 
 _verdicts: dict[_Key, str | None] = {}  # None: it passed
@@ -76,22 +84,23 @@ def refusal(backend: str, layer: Layer, extended: bool) -> str | None:
 
     Raises Undecided if the check cannot run now, and the error of an earlier call, or of the device, as it is.
     """
-    for ragged in (False, True) if extended and not layer.ragged else (layer.ragged,):
-        reason = _verdict(backend, layer, ragged)
+    layer = layer._replace(batch=max(layer.batch, 1))  # without rows no kernel is launched, and nothing found out
+    for wanted in (False, True) if extended else (False,):
+        reason = _verdict(backend, layer, _Problem(layer.ragged, wanted))
         if reason is not None:
             _warn_once(backend, layer.device, reason)
             return f"it failed its check against the reference on {layer.device}: {reason}; by its name it runs anyway"
     return None
 
 
-def _verdict(backend: str, layer: Layer, ragged: bool) -> str | None:
-    """What is wrong with the kernels of a layer in the problem of this kind; None: nothing."""
+def _verdict(backend: str, layer: Layer, problem: _Problem) -> str | None:
+    """What is wrong with the kernels of a layer in this problem; None: nothing."""
     kernels = load(backend)
     about = kernels.kernels(layer)
-    key = _Key(backend, layer.device, about.identity, layer.training, layer.segment > 0, ragged)
+    key = _Key(backend, layer.device, about.identity, layer.training, layer.segment > 0, problem)
     with _lock:
         if key not in _verdicts:
-            _verdicts[key] = _checked(kernels, _with_few_rows(kernels, layer), ragged, about.rounding)
+            _verdicts[key] = _checked(kernels, _with_few_rows(kernels, layer), problem, about.rounding)
         return _verdicts[key]
 
 
@@ -126,7 +135,7 @@ def _warn_once(backend: str, device: torch.device, reason: str) -> None:
 # The check
 
 
-def _checked(kernels: Any, layer: Layer, ragged: bool, rounding: float) -> str | None:
+def _checked(kernels: Any, layer: Layer, problem: _Problem, rounding: float) -> str | None:
     """What is wrong with the kernels, found in a thread of its own; None: nothing."""
     if layer.device.type == "cuda":
         with torch.cuda.device(layer.device):
@@ -136,7 +145,7 @@ def _checked(kernels: Any, layer: Layer, ragged: bool, rounding: float) -> str |
                 "its kernels have not been checked on this device yet, and cannot be while a CUDA graph is captured; "
                 "make one such call before the capture"
             )
-    return _in_a_thread(functools.partial(_wrong, kernels, layer, ragged, rounding))
+    return _in_a_thread(functools.partial(_wrong, kernels, layer, problem, rounding))
 
 
 def _in_a_thread(function: Callable[[], str | None]) -> str | None:
@@ -164,7 +173,7 @@ def _in_a_thread(function: Callable[[], str | None]) -> str | None:
     return results[0]
 
 
-def _wrong(kernels: Any, layer: Layer, ragged: bool, rounding: float) -> str | None:
+def _wrong(kernels: Any, layer: Layer, problem: _Problem, rounding: float) -> str | None:
     """What is wrong: a result, or the error of a compiler or a launch.
 
     Raises the error of an earlier call, and one that ends all use of the device: these say nothing about the kernels.
@@ -173,7 +182,7 @@ def _wrong(kernels: Any, layer: Layer, ragged: bool, rounding: float) -> str | N
     with torch.cuda.device(layer.device) if cuda else nullcontext():
         kernels.settle(layer.device)
         try:
-            found = _difference(kernels, layer, ragged, rounding)
+            found = _difference(kernels, layer, problem, rounding)
             kernels.settle(layer.device)
             return found
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -190,9 +199,9 @@ def _first_line(error: BaseException) -> str:
     return f"{first} {rest[-1].strip()}" if rest and first.endswith(":") else first
 
 
-def _difference(kernels: Any, layer: Layer, ragged: bool, rounding: float) -> str | None:
+def _difference(kernels: Any, layer: Layer, problem: _Problem, rounding: float) -> str | None:
     """The first result that is too far from the reference's in float64; None if there is none."""
-    call, grads = _posed(layer, ragged)
+    call, grads = _posed(layer, problem)
     expected = _results(reference, *_in_float64(call, grads))
     got = _results(kernels, call, grads)
     if odd := expected.keys() ^ got.keys():
@@ -219,7 +228,7 @@ def _measured(got: Tensor, expected: Tensor) -> Tensor:
     return torch.stack([pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]])
 
 
-def _posed(layer: Layer, ragged: bool) -> tuple[Call, GradOutputs]:
+def _posed(layer: Layer, problem: _Problem) -> tuple[Call, GradOutputs]:
     """A problem of a layer's sizes over few steps and inputs, and the gradients that arrive at its results."""
     device, B, D, P = layer.device, layer.batch, layer.directions, layer.width
     generator = torch.Generator(device).manual_seed(SEED)
@@ -229,9 +238,10 @@ def _posed(layer: Layer, ragged: bool) -> tuple[Call, GradOutputs]:
         return drawn.mul_(scale).to(dtype)
 
     rows, reset = Rows(STEPS, B), None
-    if ragged:  # 4, 5, 0, 1, 2, 3, 4 ... steps; each row has one reset, at 3, 0, 2, 4, 1, 3 ...
+    if problem.ragged:  # 4, 5, 0, 1, 2, 3, 4 ... steps
         lengths = torch.tensor([(STEPS - 1 - STEPS * row) % (STEPS + 1) for row in range(B)], device="cpu")
         rows = Rows.from_lengths(lengths, STEPS)
+    if problem.extended:  # each row has one reset, at 3, 0, 2, 4, 1, 3 ...
         places = torch.arange(STEPS, device=device)[:, None] + 3 * torch.arange(B, device=device)
         reset = places % STEPS == 3
     shapes = dict(zip(layer.weight_names, layer._replace(input_size=INPUTS).weight_shapes, strict=True))
@@ -243,7 +253,7 @@ def _posed(layer: Layer, ragged: bool) -> tuple[Call, GradOutputs]:
     x, h_0, c_0 = normal(STEPS, B, INPUTS), normal(*layer.h_shape), normal(*layer.c_shape)
     call = Call.of(x, h_0, c_0, weights, rows, reset, layer.training, min(layer.segment, SEGMENT))
     cells = None
-    if ragged and layer.training:
+    if problem.extended and layer.training:
         cells = normal(STEPS, B, D * layer.hidden_size, dtype=torch.float32)
     grads = GradOutputs(normal(STEPS, B, D * P), normal(*layer.h_shape), normal(*layer.c_shape), cells)
     return call, grads

@@ -209,7 +209,8 @@ def locked() -> Iterator[None]:
     Raises RuntimeError if another one runs, OSError if nothing can be written beside the compiled kernels.
     """
     directory().mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (directory() / "lock").open("w") as file:
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # nothing is written to it, nor to what it leads to
+    with open(os.open(directory() / "lock", flags, 0o600), "rb") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

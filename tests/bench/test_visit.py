@@ -225,6 +225,17 @@ def test_few_files_are_left(tmp_path):
     assert packing.pack(tmp_path) == [], "again, and nothing is left to pack"
 
 
+def test_a_later_visit_leaves_the_archive_of_an_earlier_one(tmp_path):
+    for name in ("first", "second"):
+        before = packing.listing(tmp_path).items()
+        (tmp_path / f"{name}.png").write_text(name)
+        (told,) = packing.pack(tmp_path, before)
+    assert told == "1 more files are in rest-2.zip"
+    for name, archive in (("first", "rest.zip"), ("second", "rest-2.zip")):
+        with zipfile.ZipFile(tmp_path / archive) as file:
+            assert file.namelist() == [f"{name}.png"]
+
+
 def test_only_what_is_new_is_packed(tmp_path):
     """A folder may hold somebody's own files."""
     written(tmp_path, mine_png=9, own__deep_txt=9)

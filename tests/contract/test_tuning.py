@@ -225,6 +225,30 @@ def _tunes(directory: str, ready: multiprocessing.Queue, go_on: multiprocessing.
 
 
 @pytest.mark.slow
+def test_the_lock_writes_to_no_other_file(tuned_here, tmp_path):
+    """Where somebody else has put a link into its place."""
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    tuning.directory().mkdir(parents=True, exist_ok=True)
+    (tuning.directory() / "lock").unlink(missing_ok=True)
+    (tuning.directory() / "lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"), tuning.locked():
+        pytest.fail("it followed the link")
+    assert victim.read_text() == "kept"
+
+
+def test_a_processor_that_does_not_say_its_name(monkeypatch):
+    def unreadable(*_, **__):
+        raise PermissionError("no")
+
+    machine.processor.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(machine.Path, "read_text", unreadable)
+        assert machine.processor()
+        assert lstmcore.LSTM(4, 8)(torch.randn(3, 2, 4))[0].shape == (3, 2, 8)
+    machine.processor.cache_clear()
+
+
 def test_a_tuning_that_dies_leaves_no_lock(tuned_here):
     context = multiprocessing.get_context("spawn")
     ready, go_on = context.Queue(), context.Event()

@@ -82,9 +82,9 @@ def test_they_run_and_explain_tells(unknown, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_right(train())
-    assert len(ran) == 2, "one problem of the check, since all rows of the layer may end early; and the call"
+    assert len(ran) == 3, "the check's two problems, without resets and with them; and the call"
     train()
-    assert len(ran) == 3, "the check is made once"
+    assert len(ran) == 4, "the check is made once"
     choice = explained()
     assert choice.name == "triton"
     assert "checked here against the reference: forward resident" in str(choice)
@@ -105,6 +105,30 @@ def test_a_check_takes_few_rows(unknown, B, expected):
     few = self_check._with_few_rows(unknown, LAYER._replace(batch=B))
     assert few == LAYER._replace(batch=expected)
     assert unknown.kernels(few) == unknown.kernels(LAYER._replace(batch=B))
+
+
+def test_the_check_runs_the_kernels_of_the_call(unknown, monkeypatch):
+    """Those of rows that end early, or those of rows that do not; with resets and without."""
+    seen = []
+    of = unknown.launch.recurrence_of
+    monkeypatch.setattr(
+        unknown.launch,
+        "recurrence_of",
+        lambda layer, rows, *rest: seen.append((rows.ragged, rows.reset)) or of(layer, rows, *rest),
+    )
+    for ragged in (False, True):
+        seen.clear()
+        assert self_check.refusal("triton", LAYER._replace(ragged=ragged), extended=True) is None
+        assert [(each, reset is not None) for each, reset in seen] == [(ragged, False), (ragged, True)]
+
+
+def test_a_call_without_rows_says_nothing_about_kernels(unknown):
+    module = lstmcore.LSTM(3, 9)
+    for rows in (0, 2):
+        output, _ = module(torch.randn(4, rows, 3), reset=torch.zeros(4, rows, dtype=torch.bool))
+        assert output.shape == (4, rows, 9)
+    assert set(self_check._verdicts.values()) == {None}
+    assert not self_check._warned
 
 
 def test_dense_calls_are_not_checked_where_another_backend_is_taken(unknown, monkeypatch):
