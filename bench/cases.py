@@ -320,7 +320,6 @@ def _other_cases() -> Iterator[Case]:
         ("h320", (32, 320, 5, 4), {}),
         ("h264-packed", (16, 264, 18, 4), {"dtype": "float16"} | ragged),
         ("h288-strict", (16, 288, 3, 3), wide | {"strict": True}),
-        ("h776", (16, 776, 70, 4), {}),
     ):
         yield Case(f"smoke-{name}", "smoke", *sizes, **on_gpu | rest)
 

@@ -29,8 +29,8 @@ BOUNDS = {
     "shared": "shared memory",
     "stream": "weights streamed",
     "stream_chunk": "weights streamed",
-    "wide_forward": "latency and hand-off",
-    "wide_backward": "latency and hand-off",
+    "wide_forward": "latency, hand-off",
+    "wide_backward": "latency, hand-off",
     "wide_pass": "latency",
     "wide_read": "bytes from L2",
 } | dict.fromkeys(("latency", "pass", "chunk", "resident_forward", "resident_backward"), "latency")

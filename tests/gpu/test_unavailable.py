@@ -152,7 +152,12 @@ def test_auto_leaves_it_to_torch_on_a_slice_of_a_gpu(gpu):
         ({"ragged": True}, "triton"),
         ({"proj_size": 64}, "triton"),
         ({"hidden_size": 1024, "batch": 64}, "triton"),
-        ({"hidden_size": 1024, "batch": 65}, "torch"),
+        ({"hidden_size": 1024, "batch": 256}, "triton"),
+        ({"hidden_size": 1024, "batch": 257}, "torch"),
+        ({"hidden_size": 1024, "batch": 65, "dtype": torch.float16}, "torch"),  # many rows: dense bfloat16 was measured
+        ({"hidden_size": 1023, "batch": 65}, "torch"),
+        ({"hidden_size": 1024, "batch": 65, "ragged": True}, "torch"),
+        ({"hidden_size": 1024, "batch": 65, "directions": 2}, "torch"),
         ({"hidden_size": 2048}, "torch"),
         ({"dtype": torch.float32}, "triton"),
         ({"dtype": torch.float32, "hidden_size": 1024}, "torch"),
