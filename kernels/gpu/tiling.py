@@ -43,7 +43,8 @@ WARPS = 8
 # Of the resident design, at most: (forward, backward).  Sixteen are 10 % faster in forward; in backward they were
 # 40 % slower, and spilled, as both do in strict float32.
 RESIDENT_WARPS = {"16": (16, 8), "tf32": (16, 8), "float32": (8, 8)}
-# The split design asks memory for gates so many steps ahead, where a program has one tile, from H 512 on: there it was
+# The split design asks memory for gates so many steps ahead, where a program has one tile, from H 512 on (and registers
+# to spare, which streamed weights take): there it was
 # from 2 % slower to 17 % faster (H200, B 16 and 64), 9 % on average; with more tiles from 17 % slower to 18 % faster,
 # at H 256 7 to 17 % slower.
 AHEAD = 3
@@ -239,7 +240,7 @@ def split_designs(
             chunk, chunks, stream = k_tiles
             parts = split_terms(terms, tile, rows, tiles, m, slices, chunks, stream, precision)
             sizes = (units, tile, rows, groups, tiles, slices, directions, WARPS)
-            ahead = AHEAD if precision == "16" and tiles == 1 and hidden >= 512 else 0
+            ahead = AHEAD if precision == "16" and tiles == 1 and hidden >= 512 and not stream else 0
             yield Design("split", *sizes, chunk, chunks, stream, ahead, step_time=time_of(parts))
 
 
