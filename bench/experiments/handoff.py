@@ -23,7 +23,7 @@ from bench.timing import Effort
 
 FEW = 3  # hand-offs of a call that makes the compiler run
 MOST = 64 * 1024  # bytes that a block reads at once: all of them are in its registers
-H200 = 132  # multiprocessors, of an H100 too
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 def blocks_of(multiprocessors: int) -> list[int]:
@@ -92,7 +92,7 @@ def show(console: Console, rows: Sequence[Row]) -> None:
 
 def plan(case: Case) -> Iterator[str]:
     """Says what would run; after the last case the grid as the model predicts it, and its constants found again."""
-    cells = sizes(H200)
+    cells = sizes(MULTIPROCESSORS)
     blocks = [number for each, number in cells if each == case]
     shape = f"{case.batch} rows of {case.hidden_size} units a block ({handed(case)} bytes), {case.steps} steps"
     yield f"blocks of threads on an H100 or H200: {blocks}; {shape}, {case.dtype}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Call, Needs, WeightGradients, Weights
-from . import launch
+from ..precision import tf32
 from .flat_rows import FlatRows
 
 
@@ -25,7 +25,7 @@ def products(dtype: torch.dtype) -> AbstractContextManager[None]:
 @contextmanager
 def _float32_products() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
-    before, wanted = matmul.fp32_precision, "tf32" if launch.tf32() else "ieee"
+    before, wanted = matmul.fp32_precision, "tf32" if tf32() else "ieee"
     if before == wanted:
         yield
         return

@@ -43,10 +43,9 @@ WARPS = 8
 # Of the resident design, at most: (forward, backward).  Sixteen are 10 % faster in forward; in backward they were
 # 40 % slower, and spilled, as both do in strict float32.
 RESIDENT_WARPS = {"16": (16, 8), "tf32": (16, 8), "float32": (8, 8)}
-# The split design asks memory for gates so many steps ahead, where a program has one tile, from H 512 on (and registers
-# to spare, which streamed weights take): there it was
-# from 2 % slower to 17 % faster (H200, B 16 and 64), 9 % on average; with more tiles from 17 % slower to 18 % faster,
-# at H 256 7 to 17 % slower.
+# The split design asks memory for gates so many steps ahead where a program has one tile and weights are not streamed,
+# from H 512 on: there it was from 2 % slower to 17 % faster (H200, B 16 and 64), 9 % on average; with more tiles from
+# 17 % slower to 18 % faster, at H 256 7 to 17 % slower.
 AHEAD = 3
 # The wide design: units of a program, whose gates are the 128 rows of weights that a product of two groups of four
 # warps needs; parts of the terms in backward; registers of a thread for weights.

@@ -9,6 +9,7 @@ import inspect
 
 import pytest
 import torch
+from lstmcore.kernels import precision
 from torch import nn
 
 import lstmcore
@@ -210,15 +211,15 @@ def test_products_restore_the_setting_after_an_error(triton_kernels, setting):
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
-def test_legacy_settings_count_too(triton_kernels):
+def test_legacy_settings_count_too():
     """``torch.backends.cudnn.allow_tf32 = False``, which much code has."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
-        assert not triton_kernels.launch.tf32()
+        assert not precision.tf32()
     finally:
         torch.backends.cudnn.allow_tf32 = before
-    assert triton_kernels.launch.tf32() == before
+    assert precision.tf32() == before
 
 
 def test_a_module_of_torch_loads_into_it(triton_kernels):
