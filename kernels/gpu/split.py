@@ -34,21 +34,26 @@ import triton
 import triton.language as tl
 
 from .device import (
-    active,
     collect,
-    forward_step,
     jitter,
-    load_gates,
     position,
     prefetch_gates,
     product_of_words,
     receive,
     start_votes,
-    store_gates,
     tile_row,
     to_bits,
 )
-from .step_back import arriving, neighbours, read_step, write_step
+from .steps import (
+    arriving,
+    backward_times,
+    forward_cell,
+    forward_times,
+    read_backward,
+    read_forward,
+    write_backward,
+    write_forward,
+)
 
 SIZES = [
     "T",
@@ -213,31 +218,24 @@ def lstm_fwd_kernel(
         w_j = load_gate_rows(w_words, first, j * WORDS + k_left, H, H_ROW, U, PACK)
         w = w + (w_j if STREAM else unpack(w_j, PACK, DTYPE),)
 
+    flags: tl.constexpr = (HAS_RESET, RAGGED)
+    given = (gates, c, reset, offsets)
+    sizes = (T, B, N, step, stride)
     i = begin
     while i < end:
-        t = tl.where(d == 0, i, T - 1 - i).to(tl.int64)
-        t_before = tl.where(i > 0, tl.where(d == 0, t - 1, t + 1), t)
+        t, t_before = forward_times(i, d, T)
         if JITTER > 0:
             i += jitter(tl.program_id(0), i, patience, JITTER) * 0
         i_tile = 0
         while i_tile < tiles:
             row = (i_group * tiles + i_tile) * rows + i_row
-            m_row = (i_row < rows) & active(t, row, offsets, B, True, RAGGED)
-            o_t = position(t, row, offsets, step, stride, RAGGED)
-            m = m_row[:, None] & (o_u < H)
             # everything that does not depend on h_{t-1}, while that is on its way
-            z_i, z_f, z_g, z_o = load_gates(gates, o_t[:, None], o_u, m, H)
+            o_t, m, entering, p_c, keep, m_before = read_forward(
+                given, (t, t_before), row, i_row, rows, o_u, i, d, sizes, H, flags
+            )  # fmt: skip
             if AHEAD > 0:
                 t_ahead = tl.where(d == 0, t + AHEAD, t - AHEAD)
-                prefetch_gates(gates, t_ahead, row, first, (T, B, N, step, stride), offsets, H, RAGGED)
-            p_c = c + (d * B + row[:, None]) * H + o_u
-            c_before = tl.load(p_c, mask=m, other=0.0)
-            keep = m_row
-            if HAS_RESET:
-                keep = tl.load(reset + o_t, mask=m_row, other=1) == 0
-                c_before = tl.where(keep[:, None], c_before, 0.0)
-
-            m_before = m_row & active(t_before, row, offsets, B, i > 0, RAGGED)
+                prefetch_gates(gates, t_ahead, row, first, sizes, offsets, H, RAGGED)
             o_before = position(t_before, row, offsets, step, stride, RAGGED)
             o_before = o_before * (D * H_ROW // PACK) + d * (H_ROW // PACK)
             acc = tl.zeros((KW, 4 * U, BT), tl.float32)
@@ -265,17 +263,10 @@ def lstm_fwd_kernel(
                 tl.store(status, 1)
                 patience = 0  # a program that is still missing will not arrive: stop soon, with NaN for its data
 
-            r_i, r_f, r_g, r_o = collect(acc, KW, 4, U, BT, 32 * KW)
-            m_r = (m_before.to(tl.int32) >= entered)[:, None]
-            i_t, f_t, g_t, o_gate, c_t, h_t = forward_step(
-                z_i, z_f, z_g, z_o, r_i, r_f, r_g, r_o, m_r, c_before, DTYPE
-            )  # fmt: skip
+            recurrent = collect(acc, KW, 4, U, BT, 32 * KW)
+            i_t, f_t, g_t, o_gate, c_t, h_t = forward_cell(entering, recurrent, m_before, entered, DTYPE)
             tl.store(h + o_t[:, None] * (D * H_ROW) + o_u, to_bits(h_t, DTYPE, BITS), mask=m)
-            tl.store(p_c, c_t, mask=m)
-            if SAVE:
-                o_gates = o_t[:, None]
-                store_gates(gates, o_gates, o_u, i_t.to(DTYPE), f_t.to(DTYPE), g_t.to(DTYPE), o_gate.to(DTYPE), m, H)
-                tl.store(cells + o_t[:, None] * H + o_u, c_t, mask=m)
+            write_forward(gates, cells, p_c, o_t, o_u, m, (i_t, f_t, g_t, o_gate, c_t), H, SAVE, DTYPE)
             i_tile += 1
         tl.debug_barrier()  # c is read by other threads than those that wrote it
         i += 1
@@ -359,14 +350,14 @@ def lstm_bwd_kernel(
     sizes = (T, B, N, step, stride)
     i = begin
     while i < end:
-        times = neighbours(i, d, T)
+        times = backward_times(i, d, T)
         if JITTER > 0:
             i += jitter(tl.program_id(0), i, patience, JITTER) * 0
         i_tile = 0
         while i_tile < tiles:
             row = (i_group * tiles + i_tile) * rows + i_row
             # everything that does not depend on dz of the next step, while that is on its way
-            step_read = read_step(given, times, row, i_row, rows, o_u, i, d, sizes, H, D, flags)
+            step_read = read_backward(given, times, row, i_row, rows, o_u, i, d, sizes, H, D, flags)
             if AHEAD > 0:
                 t_ahead = tl.where(d == 0, times[0] - AHEAD, times[0] + AHEAD)
                 prefetch_gates(gates, t_ahead, row, first, sizes, offsets, H, RAGGED)
@@ -398,7 +389,9 @@ def lstm_bwd_kernel(
                 patience = 0  # a program that is still missing will not arrive: stop soon, with NaN for its data
             dh_after = collect(acc, KW, 1, U, BT, 32 * KW)[0]
             part = (d * slices + i_slice, D * slices)
-            write_step(dz, dc, norms, step_read, dh_after, times[0], row, o_u, d, part, sizes, H, NORMS, DTYPE, BITS)
+            write_backward(
+                dz, dc, norms, step_read, dh_after, times[0], row, o_u, d, part, sizes, H, NORMS, DTYPE, BITS
+            )
             i_tile += 1
         tl.debug_barrier()  # dc is read by other threads than those that wrote it
         i += 1

@@ -27,17 +27,22 @@ import triton.language as tl
 
 from .device import (
     INTERPRETED,
-    active,
     collect,
-    forward_step,
     jitter,
-    load_gates,
     position,
     product,
-    store_gates,
     tile_row,
 )
-from .step_back import arriving, neighbours, read_step, write_step
+from .steps import (
+    arriving,
+    backward_times,
+    forward_cell,
+    forward_times,
+    read_backward,
+    read_forward,
+    write_backward,
+    write_forward,
+)
 
 # one kernel for all of their values
 SIZES = ["T", "B", "N", "begin", "end", "groups", "tiles", "rows", "patience", "entered", "step", "stride"]
@@ -149,29 +154,22 @@ def lstm_fwd_kernel(
             w_j = in_registers(w_j)
         w = w + (w_j,)
 
+    flags: tl.constexpr = (HAS_RESET, RAGGED)
+    given = (gates, c, reset, offsets)
+    sizes = (T, B, N, step, stride)
     i = begin
     while i < end:
-        t = tl.where(d == 0, i, T - 1 - i).to(tl.int64)
-        t_before = tl.where(i > 0, tl.where(d == 0, t - 1, t + 1), t)
+        t, t_before = forward_times(i, d, T)
         if JITTER > 0:
             i += jitter(tl.program_id(0), i, patience, JITTER) * 0
         i_tile = 0
         while i_tile < tiles:
             i_rows = i_group * tiles + i_tile
             row = i_rows * rows + i_row
-            m_row = (i_row < rows) & active(t, row, offsets, B, True, RAGGED)
-            o_t = position(t, row, offsets, step, stride, RAGGED)
-            m = m_row[:, None] & (o_u < H)
             # everything that does not depend on h_{t-1}, while that is on its way
-            z_i, z_f, z_g, z_o = load_gates(gates, o_t[:, None], o_u, m, H)
-            p_c = c + (d * B + row[:, None]) * H + o_u
-            c_before = tl.load(p_c, mask=m, other=0.0)
-            keep = m_row
-            if HAS_RESET:
-                keep = tl.load(reset + o_t, mask=m_row, other=1) == 0
-                c_before = tl.where(keep[:, None], c_before, 0.0)
-
-            m_before = m_row & active(t_before, row, offsets, B, i > 0, RAGGED)
+            o_t, m, entering, p_c, keep, m_before = read_forward(
+                given, (t, t_before), row, i_row, rows, o_u, i, d, sizes, H, flags
+            )  # fmt: skip
             missing = 0
             if i > 0:
                 missing = wait(counts + t_before * (groups * tiles) + i_rows, slices, patience)
@@ -189,19 +187,13 @@ def lstm_fwd_kernel(
                 if j + 1 < NK:
                     h_j = h_next
 
-            r_i, r_f, r_g, r_o = collect(tl.reshape(acc, (1, 4 * U, BT)), 1, 4, U, BT, 32 * KW)
-            m_r = (m_before.to(tl.int32) >= entered)[:, None]
-            c_before += tl.where(missing > 0, float("nan"), 0.0)
-            i_t, f_t, g_t, o_gate, c_t, h_t = forward_step(
-                z_i, z_f, z_g, z_o, r_i, r_f, r_g, r_o, m_r, c_before, DTYPE
-            )  # fmt: skip
+            recurrent = collect(tl.reshape(acc, (1, 4 * U, BT)), 1, 4, U, BT, 32 * KW)
+            z_i, z_f, z_g, z_o, c_before = entering
+            entering = (z_i, z_f, z_g, z_o, c_before + tl.where(missing > 0, float("nan"), 0.0))
+            i_t, f_t, g_t, o_gate, c_t, h_t = forward_cell(entering, recurrent, m_before, entered, DTYPE)
             tl.store(h + o_t[:, None] * (D * H) + o_u, h_t.to(DTYPE), mask=m)
             count(counts + t * (groups * tiles) + i_rows)
-            tl.store(p_c, c_t, mask=m)
-            if SAVE:
-                o_gates = o_t[:, None]
-                store_gates(gates, o_gates, o_u, i_t.to(DTYPE), f_t.to(DTYPE), g_t.to(DTYPE), o_gate.to(DTYPE), m, H)
-                tl.store(cells + o_t[:, None] * H + o_u, c_t, mask=m)
+            write_forward(gates, cells, p_c, o_t, o_u, m, (i_t, f_t, g_t, o_gate, c_t), H, SAVE, DTYPE)
             i_tile += 1
         tl.debug_barrier()  # c is read by other threads than those that wrote it
         i += 1
@@ -297,7 +289,7 @@ def lstm_bwd_kernel(
     sizes = (T, B, N, step, stride)
     i = begin
     while i < end:
-        times = neighbours(i, d, T)
+        times = backward_times(i, d, T)
         sums_t = sums + (i % 2).to(tl.int64) * (PARTS * B * H)
         if JITTER > 0:
             i += jitter(tl.program_id(0), i, patience, JITTER) * 0
@@ -332,7 +324,7 @@ def lstm_bwd_kernel(
             row = i_rows * rows + i_row
             counts_t = counts + (times[0] * (groups * tiles) + i_rows) * (PARTS + BLOCKS)
             # everything that does not depend on the sums, while these are on their way
-            step_read = read_step(given, times, row, i_row, rows, o_u, i, d, sizes, H, D, flags)
+            step_read = read_backward(given, times, row, i_row, rows, o_u, i, d, sizes, H, D, flags)
             dh_after = tl.zeros((BT, U), tl.float32)
             if i > 0:
                 missing = wait(counts_t + PARTS + i_slice // PARTS, PARTS, patience)
@@ -344,7 +336,9 @@ def lstm_bwd_kernel(
                     p_q = sums_t + (q * B + row[:, None]).to(tl.int64) * H + o_u
                     dh_after += tl.load(p_q, mask=step_read[2], other=0.0, cache_modifier=".cg")
             part_of = (d * slices + i_slice, D * slices)
-            write_step(dz, dc, norms, step_read, dh_after, times[0], row, o_u, d, part_of, sizes, H, NORMS, DTYPE, BITS)
+            write_backward(
+                dz, dc, norms, step_read, dh_after, times[0], row, o_u, d, part_of, sizes, H, NORMS, DTYPE, BITS
+            )
             count(counts_t + i_slice // (PU // U))
             i_tile += 1
         tl.debug_barrier()  # dc is read by other threads than those that wrote it

@@ -1,7 +1,8 @@
-"""What the backward kernels of the designs that exchange data read for a step and write after it, all but the exchange.
+"""What the kernels of the designs that exchange data read for a step and write after it, all but the exchange.
 
-d direction, i the step counted in the walk back, t its time; BT rows of a tile, U units of a program.  ``SIZES`` are
-(T, B, N, step, stride) of a call, ``FLAGS`` the constants (HAS_DY, HAS_DH_N, HAS_DCELLS, HAS_C_0, HAS_RESET, RAGGED).
+d direction, i the step counted in the walk, t its time; BT rows of a tile, U units of a program.  ``sizes`` are (T, B,
+N, step, stride) of a call, ``FLAGS`` constants: of forward (HAS_RESET, RAGGED), of backward (HAS_DY, HAS_DH_N,
+HAS_DCELLS, HAS_C_0, HAS_RESET, RAGGED).
 """
 
 from __future__ import annotations
@@ -9,11 +10,74 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import active, backward_step, load_gates, position, store_gates, store_norms, to_bits
+from .device import (
+    active,
+    backward_step,
+    forward_step,
+    load_gates,
+    position,
+    store_gates,
+    store_norms,
+    to_bits,
+)
 
 
 @triton.jit
-def neighbours(i, d, T):
+def forward_times(i, d, T):
+    """(t, the time before it in the walk); t where there is none."""
+    t = tl.where(d == 0, i, T - 1 - i).to(tl.int64)
+    return t, tl.where(i > 0, tl.where(d == 0, t - 1, t + 1), t)
+
+
+@triton.jit
+def read_forward(given, times, row, i_row, rows, o_u, i, d, sizes, H: tl.constexpr, FLAGS: tl.constexpr):
+    """All that a step needs but h of the step before.
+
+    ``given``: the kernel's (gates, c, reset, offsets), the first of the direction.  Returns (positions (BT,), entries
+    (BT, U) that have the step, (z_i, z_f, z_g, z_o, c_before), the address of c, the rows (BT,) into which h goes on,
+    the rows that have the step before).
+    """
+    gates, c, reset, offsets = given
+    t, t_before = times
+    _, B, _, step, stride = sizes
+    HAS_RESET: tl.constexpr = FLAGS[0]
+    RAGGED: tl.constexpr = FLAGS[1]
+    m_row = (i_row < rows) & active(t, row, offsets, B, True, RAGGED)
+    o_t = position(t, row, offsets, step, stride, RAGGED)
+    m = m_row[:, None] & (o_u < H)
+    z_i, z_f, z_g, z_o = load_gates(gates, o_t[:, None], o_u, m, H)
+    p_c = c + (d * B + row[:, None]) * H + o_u
+    c_before = tl.load(p_c, mask=m, other=0.0)
+    keep = m_row
+    if HAS_RESET:
+        keep = tl.load(reset + o_t, mask=m_row, other=1) == 0
+        c_before = tl.where(keep[:, None], c_before, 0.0)
+    m_before = m_row & active(t_before, row, offsets, B, i > 0, RAGGED)
+    return o_t, m, (z_i, z_f, z_g, z_o, c_before), p_c, keep, m_before
+
+
+@triton.jit
+def forward_cell(entering, recurrent, m_before, entered, DTYPE: tl.constexpr):
+    """(i, f, g, o, c, h) of a step, from what :func:`read_forward` calls z and c, and the recurrent part of z."""
+    z_i, z_f, z_g, z_o, c_before = entering
+    r_i, r_f, r_g, r_o = recurrent
+    m_r = (m_before.to(tl.int32) >= entered)[:, None]
+    return forward_step(z_i, z_f, z_g, z_o, r_i, r_f, r_g, r_o, m_r, c_before, DTYPE)
+
+
+@triton.jit
+def write_forward(gates, cells, p_c, o_t, o_u, m, values, H: tl.constexpr, SAVE: tl.constexpr, DTYPE: tl.constexpr):
+    """c, and where SAVE is set gates and cells; h is the kernel's to write, and first.  ``values``: (i, f, g, o, c)."""
+    i_t, f_t, g_t, o_gate, c_t = values
+    tl.store(p_c, c_t, mask=m)
+    if SAVE:
+        i_t, f_t, g_t, o_gate = i_t.to(DTYPE), f_t.to(DTYPE), g_t.to(DTYPE), o_gate.to(DTYPE)
+        store_gates(gates, o_t[:, None], o_u, i_t, f_t, g_t, o_gate, m, H)
+        tl.store(cells + o_t[:, None] * H + o_u, c_t, mask=m)
+
+
+@triton.jit
+def backward_times(i, d, T):
     """(t, the time whose gradients have just been computed, the time whose state entered step t); t where none is."""
     t = tl.where(d == 0, T - 1 - i, i).to(tl.int64)
     t_after = tl.where(i > 0, tl.where(d == 0, t + 1, t - 1), t)
@@ -36,7 +100,9 @@ def arriving(t_after, row, m_row, reset, offsets, i, sizes, FLAGS: tl.constexpr)
 
 
 @triton.jit
-def read_step(given, times, row, i_row, rows, o_u, i, d, sizes, H: tl.constexpr, D: tl.constexpr, FLAGS: tl.constexpr):
+def read_backward(
+    given, times, row, i_row, rows, o_u, i, d, sizes, H: tl.constexpr, D: tl.constexpr, FLAGS: tl.constexpr
+):
     """All that a step needs but what other programs compute.
 
     ``given``: the kernel's (gates, cells, c_0, dc, dy, dh_n, dcells, reset, offsets), the first two of the direction.
@@ -81,13 +147,13 @@ def read_step(given, times, row, i_row, rows, o_u, i, d, sizes, H: tl.constexpr,
 
 
 @triton.jit
-def write_step(
+def write_backward(
     dz, dc, norms, step_read, dh_after, t, row, o_u, d, part, sizes,
     H: tl.constexpr, NORMS: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """The cell's gradients, once ``dh_after`` (BT, U), the part of dh from the step after, has arrived.
 
-    ``step_read``: what :func:`read_step` returns.  ``part``: (this slice of all directions, how many there are).
+    ``step_read``: what :func:`read_backward` returns.  ``part``: (this slice of all directions, how many there are).
     """
     o_t, m_row, m, cell, keep = step_read
     i_t, f_t, g_t, o_gate, c_t, c_before, dc_t, dh = cell
