@@ -35,7 +35,7 @@ def _left_in_bfloat16(layer: Layer) -> bool:
     if multiplied.paired and layer.training:
         return hidden < 128 and steps < 25
     if multiplied.paired:
-        return steps < (30 if hidden >= 64 else 100) or (hidden >= 1024 and batch == 1)
+        return steps < (30 if hidden >= 128 else 100) or (hidden >= 1024 and batch == 1)
     return batch * hidden > 128
 
 
@@ -54,7 +54,7 @@ def faster_than_aten(layer: Layer, several: bool = True) -> bool:
     * bfloat16 on a CPU that multiplies it: oneDNN uses that, and so do ours.  In training they win where float32's do:
       with AMX 1.02 to 1.6 with 5 steps of 256 units and more, 1.15 to 6 from 20 steps on, with AVX512-BF16 (AMD EPYC,
       Zen 4) 1.23 to 16 from 30 steps on.  In inference with AMX 1.0 to 4.6, of 128 units and more from 30 steps on,
-      with AVX512-BF16 1.01 to 5.1, but for one row of 1024 units (0.95) and short calls of few units (0.89 to 0.96).
+      with AVX512-BF16 1.01 to 5.1, but for one row of 1024 units (0.95) and short calls of few units (0.89 to 1.1).
       Where AMX is refused ours multiply in float32, and won while cell and overhead of a step outweighed the products.
     """
     steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch

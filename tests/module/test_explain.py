@@ -146,6 +146,7 @@ def test_auto_by_class_on_the_cpu(steps, batch, hidden, training, expected):
         ("tdpbf16ps", 4, 8, 64, True, "torch"),
         ("dpbf16ps", 30, 8, 128, False, "numba"),
         ("dpbf16ps", 20, 24, 80, False, "torch"),  # from 30 steps on, in inference; with few units from 100 on
+        ("dpbf16ps", 30, 32, 64, False, "torch"),
         ("dpbf16ps", 50, 16, 32, False, "torch"),
         ("dpbf16ps", 400, 8, 16, False, "numba"),
         ("dpbf16ps", 400, 1, 1024, False, "torch"),  # one row reads its weights as fast as memory gives them
