@@ -155,7 +155,9 @@ class Recurrence:
         return {name: dtypes.get(name, self.dtype) for name in self.kernel.arg_names if name not in rest}
 
     def exchange(self, rows: FlatRows, word: Tensor) -> dict[str, Tensor]:
-        """What the programs of a wide design wait for each other with, by name: counters, and in backward the sums."""
+        """The tensors by which the programs of a wide design pass on what they have: counters, and in backward sums."""
+        if self.design.kind != "wide":
+            return {}
         design, device = self.design, rows.device
         directions, tiles = design.directions, design.groups * design.tiles
         if not self.backward:

@@ -55,8 +55,7 @@ class Pass(NamedTuple):
         recurrent, tensors = self.recurrent, dict[str, Tensor | None](gates=gates, cells=kept, c=c)
         if recurrence.design.kind != "split":
             m = flat.new(call.input, N, D * H)
-            tensors |= {"h": m, "w_hh": recurrent}
-            tensors |= recurrence.exchange(flat, self.word) if recurrence.design.kind == "wide" else {}
+            tensors |= {"h": m, "w_hh": recurrent, **recurrence.exchange(flat, self.word)}
         else:
             bits, row = _channel(recurrence, flat, N, D, recurrence.row, dim=0), recurrence.row
             m = bits.view(call.layer.dtype)[..., :H]
@@ -145,9 +144,8 @@ class Pass(NamedTuple):
         tensors: dict[str, Any] = {"dc": dc, "norms": squares, "w_hh": self.recurrent}
         if recurrence.design.kind != "split":
             dz = flat.new(self.call.input, D, N, gates)
-            tensors["dz"] = dz
-            if recurrence.design.kind == "wide":
-                tensors |= {"dz": dz.view(recurrence.bits), **recurrence.exchange(flat, self.word)}
+            tensors["dz"] = dz if recurrence.design.kind == "resident" else dz.view(recurrence.bits)
+            tensors |= recurrence.exchange(flat, self.word)
         else:
             bits = _channel(recurrence, flat, D, N, gates, dim=1)
             dz = bits.view(layer.dtype)

@@ -23,6 +23,16 @@ from .device import (
 
 
 @triton.jit
+def own_entries(gates, t, row, i_row, rows, o_u, offsets, sizes, H: tl.constexpr, RAGGED: tl.constexpr):
+    """(positions (BT,), rows that have step t, entries (BT, U) that do, their four gates, or z) of a program."""
+    _, B, _, step, stride = sizes
+    m_row = (i_row < rows) & active(t, row, offsets, B, True, RAGGED)
+    o_t = position(t, row, offsets, step, stride, RAGGED)
+    m = m_row[:, None] & (o_u < H)
+    return o_t, m_row, m, load_gates(gates, o_t[:, None], o_u, m, H)
+
+
+@triton.jit
 def forward_times(i, d, T):
     """(t, the time before it in the walk); t where there is none."""
     t = tl.where(d == 0, i, T - 1 - i).to(tl.int64)
@@ -39,13 +49,11 @@ def read_forward(given, times, row, i_row, rows, o_u, i, d, sizes, H: tl.constex
     """
     gates, c, reset, offsets = given
     t, t_before = times
-    _, B, _, step, stride = sizes
+    B = sizes[1]
     HAS_RESET: tl.constexpr = FLAGS[0]
     RAGGED: tl.constexpr = FLAGS[1]
-    m_row = (i_row < rows) & active(t, row, offsets, B, True, RAGGED)
-    o_t = position(t, row, offsets, step, stride, RAGGED)
-    m = m_row[:, None] & (o_u < H)
-    z_i, z_f, z_g, z_o = load_gates(gates, o_t[:, None], o_u, m, H)
+    o_t, m_row, m, z = own_entries(gates, t, row, i_row, rows, o_u, offsets, sizes, H, RAGGED)
+    z_i, z_f, z_g, z_o = z
     p_c = c + (d * B + row[:, None]) * H + o_u
     c_before = tl.load(p_c, mask=m, other=0.0)
     keep = m_row
@@ -118,10 +126,8 @@ def read_backward(
     HAS_C_0: tl.constexpr = FLAGS[3]
     HAS_RESET: tl.constexpr = FLAGS[4]
     RAGGED: tl.constexpr = FLAGS[5]
-    m_row = (i_row < rows) & active(t, row, offsets, B, True, RAGGED)
-    o_t = position(t, row, offsets, step, stride, RAGGED)
-    m = m_row[:, None] & (o_u < H)
-    i_t, f_t, g_t, o_gate = load_gates(gates, o_t[:, None], o_u, m, H)
+    o_t, m_row, m, four = own_entries(gates, t, row, i_row, rows, o_u, offsets, sizes, H, RAGGED)
+    i_t, f_t, g_t, o_gate = four
     c_t = tl.load(cells + o_t[:, None] * H + o_u, mask=m, other=0.0)
     m_before = m_row & active(t_before, row, offsets, B, i < T - 1, RAGGED)
     o_before = position(t_before, row, offsets, step, stride, RAGGED)

@@ -45,8 +45,7 @@ from .steps import (
 )
 
 # one kernel for all of their values
-SIZES = ["T", "B", "N", "begin", "end", "groups", "tiles", "rows", "patience", "entered", "step", "stride"]
-SIZES += ["phases"]
+SIZES = ["T", "B", "N", "begin", "end", "groups", "tiles", "rows", "patience", "entered", "phases", "step", "stride"]
 MULTIPLY, FINISH = 1, 2  # the phases of a step of backward
 
 

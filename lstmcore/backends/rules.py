@@ -53,9 +53,10 @@ def faster_than_aten(layer: Layer, several: bool = True) -> bool:
       microseconds per step; preparing arguments for each batch of lengths costs us 0.3 ms per pass.
     * bfloat16 on a CPU that multiplies it: oneDNN uses that, and so do ours.  In training they win where float32's do:
       with AMX 1.02 to 1.6 with 5 steps of 256 units and more, 1.15 to 6 from 20 steps on, with AVX512-BF16 (AMD EPYC,
-      Zen 4) 1.23 to 16 from 30 steps on.  In inference with AMX 1.0 to 4.6, of 128 units and more from 30 steps on,
-      with AVX512-BF16 1.01 to 5.1, but for one row of 1024 units (0.95) and short calls of few units (0.89 to 1.1).
-      Where AMX is refused ours multiply in float32, and won while cell and overhead of a step outweighed the products.
+      Zen 4) 0.99 to 1.6 over 30 to 50 steps and 1.3 to 20 over more.  In inference with AMX 1.0 to 4.6, of 128 units
+      and more from 30 steps on, with AVX512-BF16 1.01 to 5.1, but for one row of 1024 units (0.95) and short calls of
+      few units (0.89 to 1.1).  Where AMX is refused ours multiply in float32, and won while cell and overhead of a step
+      outweighed the products.
     """
     steps, hidden, batch = layer.steps, layer.hidden_size, layer.batch
     if layer.ragged:
